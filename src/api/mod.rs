@@ -1,0 +1,1 @@
+//! HTTP: routes, OpenAI types, server-sent events, errors, limits. Knows no tensor.

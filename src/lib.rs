@@ -1,0 +1,14 @@
+//! sconce: an inference server that turns one GPU into a dependable service.
+//!
+//! The folders show the way of a request: [`api`] parses and checks it, [`text`] turns it into tokens, [`batching`]
+//! decides when it runs and beside whom, [`engine`] runs the model and sends tokens back, [`text`] turns them into
+//! text again. [`request`] holds what every station knows of it. A module imports only what stands below it:
+//! `main → api → text, engine → batching → request`.
+
+pub mod api;
+pub mod batching;
+pub mod config;
+pub mod engine;
+pub mod request;
+pub mod telemetry;
+pub mod text;

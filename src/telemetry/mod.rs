@@ -1,0 +1,1 @@
+//! Metrics and tracing: what the server says of itself.

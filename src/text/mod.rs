@@ -1,0 +1,1 @@
+//! From text to tokens and back: chat template, tokenizer, incremental detokenizer, stop strings.
