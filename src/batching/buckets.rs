@@ -46,6 +46,13 @@ impl Buckets {
     }
 }
 
+impl Default for Buckets {
+    /// Doubling from 64 to 8192 tokens.
+    fn default() -> Self {
+        Self((6..=13).map(|power| 1 << power).collect())
+    }
+}
+
 impl FromStr for Buckets {
     type Err = BucketsError;
 
