@@ -1,0 +1,9 @@
+//! What each command of the command line does.
+
+pub mod bench;
+pub mod doctor;
+pub mod loadtest;
+pub mod model_files;
+pub mod pull;
+pub mod serve;
+pub mod tune;
