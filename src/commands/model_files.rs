@@ -33,8 +33,12 @@ pub enum PullError {
         path: PathBuf,
         source: io::Error,
     },
-    #[error("cannot get {}: {why}. By hand: {}", model.file, model.by_hand(to))]
-    Download { model: BuiltIn, why: String, to: PathBuf },
+    #[error("cannot get {file}: {why}. By hand: {by_hand}")]
+    Download {
+        file: &'static str,
+        why: String,
+        by_hand: String,
+    },
     #[error("stopped before the model was there; what was fetched is removed")]
     Interrupted,
     #[error("cannot get `{id}` from the hub: {why}. By hand: put {needed} into a folder and give it to `--model`")]

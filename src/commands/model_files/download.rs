@@ -169,10 +169,11 @@ impl Download<'_> {
     }
 
     fn failed(&self, why: String) -> PullError {
+        let by_hand = self.model.by_hand(&self.folder.join(self.model.file));
         PullError::Download {
-            model: self.model,
+            file: self.model.file,
             why,
-            to: self.folder.join(self.model.file),
+            by_hand,
         }
     }
 }
@@ -283,7 +284,7 @@ fn reason(said: &str) -> String {
     let lines = || said.lines().map(str::trim).filter(|line| !line.is_empty());
     let error = lines()
         .find(|line| line.starts_with("ERROR"))
-        .or_else(|| lines().last());
+        .or_else(|| lines().next_back());
     let error = error.unwrap_or("it said nothing").trim_start_matches("ERROR: ");
     let network = match lines().any(|line| line.contains("Retrying (")) {
         true => "no connection to pip's package index: is there a network? ",
