@@ -42,6 +42,36 @@ fn a_variable_is_checked_and_named() {
 }
 
 #[test]
+fn every_source_has_its_rank() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "port = 1\nqueue = 1\nmax-batch = 1\n").unwrap();
+    let mut doctor = sconce();
+    doctor
+        .args(["doctor", "--json", "--port", "3"])
+        .env("SCONCE_CONFIG", file.path());
+    let Output { status, stdout, .. } = doctor
+        .env("SCONCE_PORT", "2")
+        .env("SCONCE_QUEUE", "2")
+        .output()
+        .unwrap();
+    assert!(status.success());
+    let report: serde_json::Value = serde_json::from_slice(&stdout).unwrap();
+    let setting = |name: &str| {
+        let settings = report["settings"].as_array().unwrap();
+        let found = settings.iter().find(|setting| setting["name"] == name).unwrap();
+        [
+            found["value"].as_str().unwrap().to_owned(),
+            found["origin"].as_str().unwrap().to_owned(),
+        ]
+    };
+    assert_eq!(setting("port"), ["3", "flag"]);
+    assert_eq!(setting("queue"), ["2", "environment"]);
+    assert_eq!(setting("max-batch"), ["1", "file"]);
+    assert_eq!(setting("block-size"), ["16", "default"]);
+    assert!(report["machine"]["cores"].as_u64().unwrap() > 0);
+}
+
+#[test]
 fn a_file_is_checked_and_named() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "prot = 1").unwrap();

@@ -95,6 +95,23 @@ pub fn models_folder() -> Option<PathBuf> {
     Some(home.or_else(|| Some(dirs::cache_dir()?.join("sconce")))?.join("models"))
 }
 
+/// The hub's own cache, which `HF_HOME` moves.
+pub fn hub_folder() -> PathBuf {
+    hf_hub::Cache::from_env().path().clone()
+}
+
+/// Bytes in a file or in a folder's files, as far as they can be read while others write them. Links count nothing.
+pub fn size_of(path: &Path) -> u64 {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => {
+            let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+            entries.map(|entry| size_of(&entry.path())).sum()
+        }
+        Ok(found) if found.is_file() => found.len(),
+        _ => 0,
+    }
+}
+
 fn model_folder(folder: &Path) -> Result<PathBuf, PullError> {
     for needed in ["config.json", "tokenizer.json"] {
         if !folder.join(needed).is_file() {

@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use sha2::{Digest, Sha256};
 use tokio::process::Command;
 
-use super::{BuiltIn, PullError};
+use super::{BuiltIn, PullError, size_of};
 
 const SCRATCH: &str = ".download-";
 
@@ -228,7 +228,7 @@ impl<'a> Progress<'a> {
 
     fn update(&self) {
         // pip copies the finished file once more within the folder, which is no progress.
-        let bytes = folder_size(self.scratch).min(self.total);
+        let bytes = size_of(self.scratch).min(self.total);
         if let Some(bar) = &self.bar {
             return bar.set_position(bytes.max(bar.position()));
         }
@@ -250,18 +250,6 @@ impl Drop for Progress<'_> {
             bar.finish_and_clear();
         }
     }
-}
-
-/// Bytes in the folder's files, as far as they can be read while others write them.
-fn folder_size(folder: &Path) -> u64 {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    entries
-        .map(|entry| match entry.metadata() {
-            Ok(found) if found.is_dir() => folder_size(&entry.path()),
-            Ok(found) => found.len(),
-            Err(_) => 0,
-        })
-        .sum()
 }
 
 /// The file's SHA-256 in lower-case hexadecimal, after what was written of it has reached the disk.
