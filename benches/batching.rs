@@ -25,7 +25,11 @@ fn busy_scheduler(now: Instant) -> Scheduler {
     let pool = BlockPool::new(10_000, BLOCK, true);
     let mut scheduler = Scheduler::new(config, pool).expect("settings that fit together");
     for first in 0..150 {
-        scheduler.push(Arrival { prompt: (first..first + 160).collect(), arrival: now, deadline: None });
+        scheduler.push(Arrival {
+            prompt: (first..first + 160).collect(),
+            arrival: now,
+            deadline: None,
+        });
     }
     let plan = scheduler.plan(now);
     scheduler.commit(&plan);

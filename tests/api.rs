@@ -26,7 +26,10 @@ fn answers_whole_and_streamed_alike() {
     let events = server.stream("/v1/chat/completions", &body);
     assert_eq!(events[0]["object"], "chat.completion.chunk");
     assert_eq!(events[0]["choices"][0]["delta"]["role"], "assistant");
-    let streamed: String = events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect();
+    let streamed: String = events
+        .iter()
+        .filter_map(|event| event["choices"][0]["delta"]["content"].as_str())
+        .collect();
     assert_eq!(streamed, text(&whole));
     let last = events.last().expect("events");
     assert_eq!(last["choices"], json!([]));
@@ -34,7 +37,12 @@ fn answers_whole_and_streamed_alike() {
         assert_eq!(last["usage"][field], whole["usage"][field], "{field}");
     }
     let cost = &last["usage"]["sconce"];
-    assert!(["queue_ms", "window_ms", "prefill_ms", "decode_ms"].iter().all(|part| cost[part].is_number()), "{last}");
+    assert!(
+        ["queue_ms", "window_ms", "prefill_ms", "decode_ms"]
+            .iter()
+            .all(|part| cost[part].is_number()),
+        "{last}"
+    );
     completions(&server);
     choices(&server);
     logprobs(&server);
@@ -45,7 +53,10 @@ fn answers_whole_and_streamed_alike() {
 }
 
 fn completions(server: &Server) {
-    let whole = server.ask("/v1/completions", &json!({"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}));
+    let whole = server.ask(
+        "/v1/completions",
+        &json!({"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}),
+    );
     assert_eq!(whole["object"], "text_completion");
     assert_eq!(whole["choices"][0]["finish_reason"], "length");
     assert_eq!(whole["usage"]["completion_tokens"], 8);
@@ -70,8 +81,13 @@ fn choices(server: &Server) {
     body["seed"] = json!(5);
     let several = server.ask("/v1/chat/completions", &body);
     assert_eq!(several["choices"].as_array().map(Vec::len), Some(3));
-    let contents: Vec<_> = (0..3).map(|index| &several["choices"][index]["message"]["content"]).collect();
-    assert!(contents[0] != contents[1] || contents[1] != contents[2], "each choice has its own seed: {several}");
+    let contents: Vec<_> = (0..3)
+        .map(|index| &several["choices"][index]["message"]["content"])
+        .collect();
+    assert!(
+        contents[0] != contents[1] || contents[1] != contents[2],
+        "each choice has its own seed: {several}"
+    );
 }
 
 fn logprobs(server: &Server) {
@@ -79,7 +95,10 @@ fn logprobs(server: &Server) {
     body["logprobs"] = json!(true);
     body["top_logprobs"] = json!(3);
     let answer = server.ask("/v1/chat/completions", &body);
-    let content = answer["choices"][0]["logprobs"]["content"].as_array().expect("logprobs").clone();
+    let content = answer["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .expect("logprobs")
+        .clone();
     assert_eq!(content.len(), 4);
     for token in &content {
         let top = token["top_logprobs"].as_array().expect("top");
@@ -101,7 +120,10 @@ fn stops(server: &Server) {
     assert_eq!(text(&answer), before);
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");
     let events = server.stream("/v1/chat/completions", &stopped);
-    let streamed: String = events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect();
+    let streamed: String = events
+        .iter()
+        .filter_map(|event| event["choices"][0]["delta"]["content"].as_str())
+        .collect();
     assert_eq!(streamed, before);
 }
 
@@ -122,7 +144,12 @@ fn seeds_and_penalties(server: &Server) {
 
 fn costs_and_lists(server: &Server) {
     let response = server.post("/v1/chat/completions", &chat("Hi", 2));
-    for header in ["x-sconce-queue-ms", "x-sconce-window-ms", "x-sconce-prefill-ms", "x-sconce-decode-ms"] {
+    for header in [
+        "x-sconce-queue-ms",
+        "x-sconce-window-ms",
+        "x-sconce-prefill-ms",
+        "x-sconce-decode-ms",
+    ] {
         let value = response.headers()[header].to_str().expect("text").parse::<f64>();
         assert!(value.is_ok_and(|ms| ms >= 0.0), "{header}");
     }
@@ -163,29 +190,61 @@ fn bad_input_gets_a_clear_error_and_costs_nobody_else_anything() {
         body[field] = value;
         body
     };
-    let good = { let server = &server; move || text(&server.ask(chats, &chat("What is the capital of France?", 16))) };
+    let good = {
+        let server = &server;
+        move || text(&server.ask(chats, &chat("What is the capital of France?", 16)))
+    };
     let expected = good();
     let bad = || {
         refused(&server, chats, &json!({"messages": []}), 400, "messages");
         refused(&server, chats, &json!({}), 400, "messages");
         refused(&server, chats, &message("king", json!("Hi")), 400, "role");
-        refused(&server, chats, &message("user", json!([{"type": "image_url", "image_url": {"url": "x"}}])), 400, "image_url");
+        refused(
+            &server,
+            chats,
+            &message("user", json!([{"type": "image_url", "image_url": {"url": "x"}}])),
+            400,
+            "image_url",
+        );
         refused(&server, chats, &with("model", json!("gpt-9")), 404, "gpt-9");
         refused(&server, chats, &with("temperature", json!(-1)), 400, "temperature");
         refused(&server, chats, &with("temperature", json!("hot")), 400, "temperature");
         refused(&server, chats, &with("top_p", json!(0)), 400, "top_p");
         refused(&server, chats, &with("n", json!(0)), 400, "n");
         refused(&server, chats, &with("max_tokens", json!(0)), 400, "max_tokens");
-        refused(&server, chats, &with("presence_penalty", json!(9)), 400, "presence_penalty");
+        refused(
+            &server,
+            chats,
+            &with("presence_penalty", json!(9)),
+            400,
+            "presence_penalty",
+        );
         refused(&server, chats, &with("logit_bias", json!({"x": 1})), 400, "logit_bias");
         refused(&server, chats, &with("top_logprobs", json!(3)), 400, "logprobs");
         refused(&server, chats, &chat(&"word ".repeat(600), 4), 400, "512");
-        refused(&server, "/v1/completions", &json!({"prompt": [99_999_999], "max_tokens": 1}), 400, "99999999");
-        refused(&server, "/v1/completions", &json!({"prompt": "", "max_tokens": 1}), 400, "prompt");
+        refused(
+            &server,
+            "/v1/completions",
+            &json!({"prompt": [99_999_999], "max_tokens": 1}),
+            400,
+            "99999999",
+        );
+        refused(
+            &server,
+            "/v1/completions",
+            &json!({"prompt": "", "max_tokens": 1}),
+            400,
+            "prompt",
+        );
         refused(&server, chats, &chat(&"x".repeat(70_000), 4), 413, "body");
         refused(&server, "/v1/nothing", &json!({}), 404, "/v1/nothing");
         assert_eq!(server.post_raw(chats, "{\"messages\": [").status(), 400);
-        assert_eq!(server.post_raw(chats, b"{\"messages\": \"\xff\xfe\"}".to_vec()).status(), 400);
+        assert_eq!(
+            server
+                .post_raw(chats, b"{\"messages\": \"\xff\xfe\"}".to_vec())
+                .status(),
+            400
+        );
         let wrong_method = server.get(chats);
         assert_eq!(wrong_method.status(), 405);
         assert!(wrong_method.json::<Value>().expect("JSON")["error"]["message"].is_string());
@@ -218,10 +277,14 @@ fn a_client_that_leaves_frees_its_blocks() {
         if stream {
             socket.read_exact(&mut [0; 64]).expect("the answer begins");
         } else {
-            server.wait_until("it runs", Duration::from_secs(20), || server.metric("sconce_running") == 1.0);
+            server.wait_until("it runs", Duration::from_secs(20), || {
+                server.metric("sconce_running") == 1.0
+            });
         }
         drop(socket);
-        server.wait_until("it is gone", Duration::from_secs(20), || server.metric("sconce_running") == 0.0);
+        server.wait_until("it is gone", Duration::from_secs(20), || {
+            server.metric("sconce_running") == 0.0
+        });
         server.wait_until("its blocks are free", Duration::from_secs(20), || {
             server.metric("sconce_kv_blocks{state=\"held\"}") == 0.0
         });
@@ -235,13 +298,22 @@ fn a_full_queue_refuses_at_once() {
     let prompt: Vec<u64> = (100..140).collect();
     let statuses = all_at_once(
         (0..8)
-            .map(|_| { let (server, prompt) = (&server, &prompt); move || {
-                let response = server.post("/v1/completions", &completion(prompt, 60));
-                (response.status().as_u16(), response.headers().contains_key("retry-after"))
-            }})
+            .map(|_| {
+                let (server, prompt) = (&server, &prompt);
+                move || {
+                    let response = server.post("/v1/completions", &completion(prompt, 60));
+                    (
+                        response.status().as_u16(),
+                        response.headers().contains_key("retry-after"),
+                    )
+                }
+            })
             .collect(),
     );
-    assert!(statuses.iter().all(|status| matches!(status, (200, _) | (429, true))), "{statuses:?}");
+    assert!(
+        statuses.iter().all(|status| matches!(status, (200, _) | (429, true))),
+        "{statuses:?}"
+    );
     assert!(statuses.iter().any(|status| status.0 == 200) && statuses.iter().any(|status| status.0 == 429));
 }
 

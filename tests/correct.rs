@@ -19,7 +19,9 @@ fn reference() -> Vec<Value> {
 /// How many tokens are certain: up to the first step at which the two best tokens nearly tie.
 fn certain(prompt: &Value) -> usize {
     let gaps = prompt["gaps"].as_array().expect("gaps");
-    gaps.iter().position(|gap| gap.as_f64().expect("a number") < 1e-3).unwrap_or(gaps.len())
+    gaps.iter()
+        .position(|gap| gap.as_f64().expect("a number") < 1e-3)
+        .unwrap_or(gaps.len())
 }
 
 #[test]
@@ -49,7 +51,11 @@ fn greedy_answers_equal_the_reference() {
     for (prompt, answer) in prompts.iter().zip(answers) {
         let name = &prompt["name"];
         let tokens = prompt["tokens"].as_array().expect("tokens").len();
-        assert_eq!(answer["usage"]["prompt_tokens"], prompt["prompt_tokens"].as_array().expect("tokens").len(), "{name}");
+        assert_eq!(
+            answer["usage"]["prompt_tokens"],
+            prompt["prompt_tokens"].as_array().expect("tokens").len(),
+            "{name}"
+        );
         if certain(prompt) == tokens {
             assert_eq!(text(&answer), prompt["completion"].as_str().expect("text"), "{name}");
             assert_eq!(answer["usage"]["completion_tokens"], tokens, "{name}");
@@ -59,7 +65,10 @@ fn greedy_answers_equal_the_reference() {
 
 /// The same request, greedy and seeded, as the texts that a server gives it.
 fn answers(server: &Server) -> Vec<String> {
-    requests().iter().map(|request| text(&server.ask("/v1/completions", request))).collect()
+    requests()
+        .iter()
+        .map(|request| text(&server.ask("/v1/completions", request)))
+        .collect()
 }
 
 /// A short and a long prompt, each greedy and seeded.
@@ -79,8 +88,14 @@ fn requests() -> Vec<Value> {
 
 /// Prompts of many lengths that share nothing with the requests.
 fn company(count: u64) -> Vec<Value> {
-    let prompt = |number: u64| (0..5 + number * 7 % 90).map(|index| 5000 + (number * 131 + index * 17) % 9000).collect();
-    (0..count).map(|number| completion(&Vec::<u64>::from_iter::<Vec<u64>>(prompt(number)), 12)).collect()
+    let prompt = |number: u64| {
+        (0..5 + number * 7 % 90)
+            .map(|index| 5000 + (number * 131 + index * 17) % 9000)
+            .collect()
+    };
+    (0..count)
+        .map(|number| completion(&Vec::<u64>::from_iter::<Vec<u64>>(prompt(number)), 12))
+        .collect()
 }
 
 #[test]
@@ -91,7 +106,11 @@ fn a_request_gets_the_same_answer_alone_and_among_99() {
         let mut all = company(99);
         all.insert(40, request.clone());
         let server = &server;
-        let together = all_at_once(all.iter().map(|body| move || text(&server.ask("/v1/completions", body))).collect());
+        let together = all_at_once(
+            all.iter()
+                .map(|body| move || text(&server.ask("/v1/completions", body)))
+                .collect(),
+        );
         assert_eq!(together[40], alone);
     }
     assert!(server.metric("sconce_batch_requests_sum") > 400.0);
@@ -129,8 +148,18 @@ fn a_preempted_request_gets_the_same_answer() {
     drop(roomy);
     // About 500 tokens of cache for six sequences of 190.
     let tight = Server::start(&["--kv-memory", "23MiB", "--max-model-len", "256"]);
-    let answers = all_at_once((0..6).map(|seed| { let tight = &tight; move || long(tight, seed) }).collect());
-    assert!(tight.metric("sconce_preemptions_total") > 0.0, "the cache was too large to preempt anyone");
+    let answers = all_at_once(
+        (0..6)
+            .map(|seed| {
+                let tight = &tight;
+                move || long(tight, seed)
+            })
+            .collect(),
+    );
+    assert!(
+        tight.metric("sconce_preemptions_total") > 0.0,
+        "the cache was too large to preempt anyone"
+    );
     assert_eq!(answers, expected);
     assert_eq!(tight.metric("sconce_kv_blocks{state=\"held\"}"), 0.0);
 }

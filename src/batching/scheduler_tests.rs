@@ -252,8 +252,16 @@ fn a_passed_deadline_ends_a_request_wherever_it_is() {
 #[test]
 fn the_youngest_stands_aside_when_blocks_run_out() {
     let now = Instant::now();
-    let mut scheduler = scheduler(Config { step_tokens: 16, ..config() }, 10);
-    let ids: Vec<_> = (1..=2).map(|first| scheduler.push(arrival(prompt(first, 16), now))).collect();
+    let mut scheduler = scheduler(
+        Config {
+            step_tokens: 16,
+            ..config()
+        },
+        10,
+    );
+    let ids: Vec<_> = (1..=2)
+        .map(|first| scheduler.push(arrival(prompt(first, 16), now)))
+        .collect();
     let mut preempted_at = None;
     for _ in 0..24 {
         let plan = scheduler.plan(now);

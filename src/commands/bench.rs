@@ -42,18 +42,40 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
     let dtype = device::dtype(settings.model.dtype).unwrap_or(engine::default_dtype(&device));
     let decoder = Decoder::load(&path, &device, dtype)?;
     let config = decoder.config();
-    let most = config.max_position_embeddings.min(settings.model.max_model_len.unwrap_or(usize::MAX));
-    let prefills: Vec<_> = [128, 512, 2048, 8192].into_iter().filter(|&length| length <= most).collect();
-    let mut decodes: Vec<_> =
-        [1, 2, 4, 8, 16, 32, 64].into_iter().filter(|&batch| batch < settings.batching.max_batch).collect();
+    let most = config
+        .max_position_embeddings
+        .min(settings.model.max_model_len.unwrap_or(usize::MAX));
+    let prefills: Vec<_> = [128, 512, 2048, 8192]
+        .into_iter()
+        .filter(|&length| length <= most)
+        .collect();
+    let mut decodes: Vec<_> = [1, 2, 4, 8, 16, 32, 64]
+        .into_iter()
+        .filter(|&batch| batch < settings.batching.max_batch)
+        .collect();
     decodes.push(settings.batching.max_batch);
 
-    let ceilings =
-        Ceilings { copy: ceilings::copy_bandwidth(&device, BUDGET)?, matmul: ceilings::matmul_rate(&device, dtype, BUDGET)? };
+    let ceilings = Ceilings {
+        copy: ceilings::copy_bandwidth(&device, BUDGET)?,
+        matmul: ceilings::matmul_rate(&device, dtype, BUDGET)?,
+    };
     println!("model    {} ({dtype:?} on {device:?})", settings.choice.model);
-    println!("ceilings copy {:.1} GB/s, matmul {:.0} GFLOP/s\n", ceilings.copy / 1e9, ceilings.matmul / 1e9);
-    println!("{:<8} {:>6} {:>10} {:>10} {:>8} {:>8}", "phase", "tokens", "ms a step", "tokens/s", "of FLOPs", "of bytes");
-    let measure = Measure { decoder: &decoder, device: &device, dtype, block_size: settings.model.block_size, ceilings };
+    println!(
+        "ceilings copy {:.1} GB/s, matmul {:.0} GFLOP/s\n",
+        ceilings.copy / 1e9,
+        ceilings.matmul / 1e9
+    );
+    println!(
+        "{:<8} {:>6} {:>10} {:>10} {:>8} {:>8}",
+        "phase", "tokens", "ms a step", "tokens/s", "of FLOPs", "of bytes"
+    );
+    let measure = Measure {
+        decoder: &decoder,
+        device: &device,
+        dtype,
+        block_size: settings.model.block_size,
+        ceilings,
+    };
     for length in prefills {
         measure.line("prefill", 1, 0, length)?;
     }
@@ -80,11 +102,18 @@ impl Measure<'_> {
         let spans = (0..batch).map(|index| Span {
             start: context,
             len: tokens,
-            block_table: (0..per_sequence).map(|block| (index * per_sequence + block) as u32).collect(),
+            block_table: (0..per_sequence)
+                .map(|block| (index * per_sequence + block) as u32)
+                .collect(),
             logits: true,
         });
-        let ids = (0..batch * tokens).map(|index| (index * 31 % config.vocab_size) as u32).collect();
-        let step = Step { tokens: ids, sequences: spans.collect() };
+        let ids = (0..batch * tokens)
+            .map(|index| (index * 31 % config.vocab_size) as u32)
+            .collect();
+        let step = Step {
+            tokens: ids,
+            sequences: spans.collect(),
+        };
         let mut times = Vec::new();
         let started = Instant::now();
         // The first pass warms caches and pages.
@@ -127,7 +156,10 @@ fn work(config: &Config, batch: usize, context: usize, tokens: usize, size: usiz
     let seen = batch * (tokens * context + tokens * (tokens + 1) / 2);
     let flops = 2 * rows * weights + 2 * batch * head + 4 * seen * heads * config.layers;
     let bytes = size * (weights + head + 2 * kv * config.layers * batch * (context + 2 * tokens));
-    Work { flops: flops as f64, bytes: bytes as f64 }
+    Work {
+        flops: flops as f64,
+        bytes: bytes as f64,
+    }
 }
 
 #[cfg(test)]

@@ -35,7 +35,10 @@ pub fn dtype(dtype: config::Dtype) -> Option<DType> {
 /// Sets how many threads compute, which can be done once in a process. `None` takes one a core.
 pub fn set_threads(threads: Option<usize>) {
     if let Some(threads) = threads
-        && rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().is_err()
+        && rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global()
+            .is_err()
     {
         tracing::warn!("the threads were already started; --threads has no effect");
     }

@@ -44,12 +44,18 @@ pub enum ServeError {
 pub fn run(settings: Serve) -> Result<(), ServeError> {
     device::set_threads(settings.model.threads);
     // The engine and the kernels have the cores; these threads wait on sockets and cut text.
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(serve(settings))
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(serve(settings))
 }
 
 async fn serve(settings: Serve) -> Result<(), ServeError> {
     let address = format!("{}:{}", settings.http.host, settings.http.port);
-    let failed = |source| ServeError::Listen { address: address.clone(), source };
+    let failed = |source| ServeError::Listen {
+        address: address.clone(),
+        source,
+    };
     let listener = TcpListener::bind(&address).await.map_err(failed)?;
     let local = listener.local_addr()?;
     let registry = Registry::new();
@@ -108,17 +114,26 @@ fn api_settings(settings: &Serve) -> ApiSettings {
 fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<api::Model, ServeError> {
     let path = model_files::resolve(&settings.choice.model)?;
     let started = Instant::now();
-    let text_error = |source| ServeError::Text { path: path.clone(), source };
+    let text_error = |source| ServeError::Text {
+        path: path.clone(),
+        source,
+    };
     let tokenizer = Tokenizer::open(&path).map_err(text_error)?;
     let template = ChatTemplate::open(&path).map_err(text_error)?;
-    let engine = Engine::load(&engine_settings(settings, &path)?, metrics)
-        .map_err(|source| ServeError::Load { path: path.clone(), source })?;
+    let engine = Engine::load(&engine_settings(settings, &path)?, metrics).map_err(|source| ServeError::Load {
+        path: path.clone(),
+        source,
+    })?;
     let (max_model_len, kv_tokens) = (engine.max_model_len(), engine.kv_tokens());
     let (handle, _) = engine.start(settings.batching.queue)?;
     tracing::info!(
         path = %path.display(), seconds = started.elapsed().as_secs_f64(), max_model_len, kv_tokens, "model loaded"
     );
-    let name = settings.http.served_model_name.clone().unwrap_or_else(|| settings.choice.model.clone());
+    let name = settings
+        .http
+        .served_model_name
+        .clone()
+        .unwrap_or_else(|| settings.choice.model.clone());
     Ok(api::Model::new(name, max_model_len, tokenizer, template, handle))
 }
 

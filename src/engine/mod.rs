@@ -47,7 +47,9 @@ impl Handle {
         let mut places = self.places.clone().try_acquire_many_owned(wanted).map_err(|_| full)?;
         for request in requests {
             let Some(place) = places.split(1) else { break };
-            self.queue.send(Queued { request, place }).map_err(|_| Refused::ShuttingDown)?;
+            self.queue
+                .send(Queued { request, place })
+                .map_err(|_| Refused::ShuttingDown)?;
         }
         Ok(())
     }
@@ -62,7 +64,10 @@ pub struct Engine {
 impl Engine {
     /// Loads the model and makes the KV cache. Takes as long as reading the weights does.
     pub fn load(settings: &Settings, metrics: Arc<EngineMetrics>) -> Result<Self, LoadError> {
-        Ok(Self { model: model::Model::load(settings)?, metrics })
+        Ok(Self {
+            model: model::Model::load(settings)?,
+            metrics,
+        })
     }
 
     /// The longest sequence that this engine takes, prompt and output together, in tokens.
@@ -79,10 +84,16 @@ impl Engine {
     /// dropped and what was queued has ended.
     pub fn start(self, queue: usize) -> std::io::Result<(Handle, thread::JoinHandle<()>)> {
         let (sender, inbox) = mpsc::unbounded_channel();
-        let handle = Handle { queue: sender, places: Arc::new(Semaphore::new(queue)), limit: queue };
+        let handle = Handle {
+            queue: sender,
+            places: Arc::new(Semaphore::new(queue)),
+            limit: queue,
+        };
         let timer = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
         let runner = run::Runner::new(self.model, inbox, timer, self.metrics);
-        let thread = thread::Builder::new().name("engine".into()).spawn(move || runner.run())?;
+        let thread = thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || runner.run())?;
         Ok((handle, thread))
     }
 }

@@ -75,12 +75,20 @@ impl Model {
             Some(asked) => asked,
             None => limit.min(kv_tokens),
         };
-        let batching = Config { max_model_len, ..settings.batching.clone() };
+        let batching = Config {
+            max_model_len,
+            ..settings.batching.clone()
+        };
         let pool = BlockPool::new(blocks, settings.block_size, settings.prefix_cache);
         let scheduler = Scheduler::new(batching, pool)?;
         let cache = KvCache::new(config, blocks, settings.block_size, dtype, &settings.device)
             .map_err(|source| LoadError::KvCache { blocks, source })?;
-        Ok(Self { scheduler, kv_tokens, decoder, cache })
+        Ok(Self {
+            scheduler,
+            kv_tokens,
+            decoder,
+            cache,
+        })
     }
 
     pub fn vocab_size(&self) -> usize {
@@ -89,14 +97,23 @@ impl Model {
 
     /// Runs a plan: the logits of its sampling rows, one after the other, `[rows × vocabulary]`.
     pub fn forward(&mut self, plan: &Plan) -> candle_core::Result<Vec<f32>> {
-        let mut step = Step { tokens: Vec::new(), sequences: Vec::with_capacity(plan.rows.len()) };
+        let mut step = Step {
+            tokens: Vec::new(),
+            sequences: Vec::with_capacity(plan.rows.len()),
+        };
         for row in &plan.rows {
             let Some(sequence) = self.scheduler.sequence(row.id) else {
                 candle_core::bail!("the plan names sequence {}, which does not run", row.id)
             };
-            step.tokens.extend_from_slice(&sequence.tokens()[row.start..row.start + row.len]);
+            step.tokens
+                .extend_from_slice(&sequence.tokens()[row.start..row.start + row.len]);
             let block_table = sequence.blocks().to_vec();
-            step.sequences.push(Span { start: row.start, len: row.len, block_table, logits: row.samples });
+            step.sequences.push(Span {
+                start: row.start,
+                len: row.len,
+                block_table,
+                logits: row.samples,
+            });
         }
         self.decoder.forward(&step, &mut self.cache)?.flatten_all()?.to_vec1()
     }

@@ -48,7 +48,15 @@ impl Runner {
         metrics: Arc<EngineMetrics>,
     ) -> Self {
         metrics.max_batch.set(model.scheduler.config().max_batch as f64);
-        Self { model, inbox, timer, open: true, clients: HashMap::new(), metrics, preemptions: 0 }
+        Self {
+            model,
+            inbox,
+            timer,
+            open: true,
+            clients: HashMap::new(),
+            metrics,
+            preemptions: 0,
+        }
     }
 
     /// Runs until nobody can send requests any more and all have ended.
@@ -86,8 +94,20 @@ impl Runner {
     fn enqueue(&mut self, Queued { request, place }: Queued) {
         let sampler = Sampler::new(request.sampling, &request.prompt);
         let arrival = request.arrival;
-        let id = self.model.scheduler.push(Arrival { prompt: request.prompt, arrival, deadline: request.deadline });
-        self.clients.insert(id, Client { events: request.events, sampler, arrival, place: Some(place) });
+        let id = self.model.scheduler.push(Arrival {
+            prompt: request.prompt,
+            arrival,
+            deadline: request.deadline,
+        });
+        self.clients.insert(
+            id,
+            Client {
+                events: request.events,
+                sampler,
+                arrival,
+                place: Some(place),
+            },
+        );
         tracing::debug!(request = request.id, sequence = id, "queued");
     }
 
@@ -114,8 +134,12 @@ impl Runner {
 
     /// Frees what nobody waits for any more.
     fn drop_cancelled(&mut self) {
-        let gone: Vec<_> =
-            self.clients.iter().filter(|(_, client)| client.events.is_closed()).map(|(&id, _)| id).collect();
+        let gone: Vec<_> = self
+            .clients
+            .iter()
+            .filter(|(_, client)| client.events.is_closed())
+            .map(|(&id, _)| id)
+            .collect();
         for id in gone {
             self.end(id, "cancelled", None);
         }
@@ -127,22 +151,34 @@ impl Runner {
             self.end(id, "expired", Some(Event::Failed(Failure::DeadlinePassed)));
         }
         for admission in &plan.admitted {
-            let Some(client) = self.clients.get_mut(&admission.id) else { continue };
+            let Some(client) = self.clients.get_mut(&admission.id) else {
+                continue;
+            };
             client.place = None;
             let waited = now.saturating_duration_since(client.arrival);
             self.metrics.window_seconds.observe(admission.window.as_secs_f64());
-            self.metrics.queue_seconds.observe(waited.saturating_sub(admission.window).as_secs_f64());
+            self.metrics
+                .queue_seconds
+                .observe(waited.saturating_sub(admission.window).as_secs_f64());
             self.metrics.cached_tokens.inc_by(admission.cached_tokens as u64);
             let (window, cached_tokens) = (admission.window, admission.cached_tokens);
             // A client that has gone is seen at the next step.
-            let _ = client.events.send(Event::Admitted { at: now, window, cached_tokens });
+            let _ = client.events.send(Event::Admitted {
+                at: now,
+                window,
+                cached_tokens,
+            });
         }
         for batch in &plan.batches {
             self.metrics.batches.inc();
             self.metrics.batch_requests.observe(batch.requests as f64);
             let positions = &self.metrics.prefill_positions;
-            positions.with_label_values(&["packed"]).inc_by(batch.prompt_tokens as u64);
-            positions.with_label_values(&["padded"]).inc_by(batch.padded_tokens as u64);
+            positions
+                .with_label_values(&["packed"])
+                .inc_by(batch.prompt_tokens as u64);
+            positions
+                .with_label_values(&["padded"])
+                .inc_by(batch.padded_tokens as u64);
         }
     }
 
@@ -168,15 +204,16 @@ impl Runner {
         self.metrics.step_tokens.observe(tokens as f64);
         self.metrics.decode_tokens.inc_by(decodes as u64);
         self.metrics.prefill_tokens.inc_by((tokens - decodes) as u64);
-        self.metrics.occupancy_steps.inc_by(plan.rows.len() as f64 / self.model.scheduler.config().max_batch as f64);
+        self.metrics
+            .occupancy_steps
+            .inc_by(plan.rows.len() as f64 / self.model.scheduler.config().max_batch as f64);
         tracing::trace!(tokens, sequences = plan.rows.len(), seconds, "step");
     }
 
     /// Chooses a token for each row that reached its sequence's end.
     fn sample(&mut self, plan: &Plan, mut logits: Vec<f32>) {
         let sampling = plan.rows.iter().filter(|row| row.samples);
-        let mut clients: Vec<_> =
-            sampling.map(|row| (row.id, self.clients.remove(&row.id))).collect();
+        let mut clients: Vec<_> = sampling.map(|row| (row.id, self.clients.remove(&row.id))).collect();
         let vocabulary = self.model.vocab_size();
         let samples: Vec<_> = clients
             .par_iter_mut()
@@ -194,11 +231,17 @@ impl Runner {
 
     /// Sends a sampled token and goes on with its sequence or ends it.
     fn deliver(&mut self, id: SequenceId, sample: Result<Sample, NotANumber>, at: Instant) {
-        let (Some(client), Some(sequence)) = (self.clients.get(&id), self.model.scheduler.sequence(id)) else { return };
+        let (Some(client), Some(sequence)) = (self.clients.get(&id), self.model.scheduler.sequence(id)) else {
+            return;
+        };
         let Ok(Sample { token, logprobs }) = sample else {
             return self.end(id, "failed", Some(Event::Failed(Failure::NotANumber)));
         };
-        let _ = client.events.send(Event::Token(Token { id: token, at, logprobs }));
+        let _ = client.events.send(Event::Token(Token {
+            id: token,
+            at,
+            logprobs,
+        }));
         let sampling = client.sampler.sampling();
         let stops = sampling.stop_token_ids.contains(&token) && !sampling.ignore_eos;
         let context_full = sequence.tokens().len() + 1 >= self.model.scheduler.config().max_model_len;
@@ -230,7 +273,9 @@ impl Runner {
         for (state, blocks) in [("free", counts.free), ("held", counts.held), ("cached", counts.cached)] {
             self.metrics.kv_blocks.with_label_values(&[state]).set(blocks as f64);
         }
-        self.metrics.preemptions.inc_by(scheduler.preemptions() - self.preemptions);
+        self.metrics
+            .preemptions
+            .inc_by(scheduler.preemptions() - self.preemptions);
         self.preemptions = scheduler.preemptions();
     }
 }

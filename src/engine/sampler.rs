@@ -38,7 +38,12 @@ impl Sampler {
             penalised.dedup();
         }
         let random = StdRng::seed_from_u64(sampling.seed);
-        Self { sampling, random, generated: HashMap::new(), prompt: penalised }
+        Self {
+            sampling,
+            random,
+            generated: HashMap::new(),
+            prompt: penalised,
+        }
     }
 
     pub fn sampling(&self) -> &Sampling {
@@ -55,12 +60,19 @@ impl Sampler {
         let top = self.sampling.logprobs.map(|count| likeliest(logits, count));
         let unchanged = normalizer.map(|_| logits.to_vec());
         self.penalise(logits);
-        let token = if self.sampling.temperature == 0.0 { greedy(logits) } else { self.draw(logits) };
+        let token = if self.sampling.temperature == 0.0 {
+            greedy(logits)
+        } else {
+            self.draw(logits)
+        };
         *self.generated.entry(token).or_default() += 1;
         let logprobs = match (normalizer, top, unchanged) {
             (Some(normalizer), Some(top), Some(unchanged)) => Some(Logprobs {
                 chosen: unchanged[token as usize] - normalizer,
-                top: top.into_iter().map(|(token, logit)| (token, logit - normalizer)).collect(),
+                top: top
+                    .into_iter()
+                    .map(|(token, logit)| (token, logit - normalizer))
+                    .collect(),
             }),
             _ => None,
         };
@@ -68,12 +80,24 @@ impl Sampler {
     }
 
     fn penalise(&self, logits: &mut [f32]) {
-        let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.sampling;
+        let Sampling {
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            ..
+        } = self.sampling;
         if repetition_penalty != 1.0 {
-            let only_generated = self.generated.keys().filter(|token| self.prompt.binary_search(token).is_err());
+            let only_generated = self
+                .generated
+                .keys()
+                .filter(|token| self.prompt.binary_search(token).is_err());
             for &token in self.prompt.iter().chain(only_generated) {
                 if let Some(logit) = logits.get_mut(token as usize) {
-                    *logit = if *logit > 0.0 { *logit / repetition_penalty } else { *logit * repetition_penalty };
+                    *logit = if *logit > 0.0 {
+                        *logit / repetition_penalty
+                    } else {
+                        *logit * repetition_penalty
+                    };
                 }
             }
         }
@@ -92,7 +116,13 @@ impl Sampler {
     /// Draws from the softmax of `logits / temperature`, cut by top-k, then top-p, then min-p (each by the
     /// probabilities that the whole vocabulary gives).
     fn draw(&mut self, logits: &[f32]) -> TokenId {
-        let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
+        let Sampling {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            ..
+        } = self.sampling;
         let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weight = |logit: f32| ((logit - highest) / temperature).exp();
         let point = self.random.random::<f32>();
@@ -101,7 +131,11 @@ impl Sampler {
             return pick(logits.iter().map(|&logit| weight(logit)).enumerate(), point * total);
         }
         let total: f32 = logits.iter().map(|&logit| weight(logit)).sum();
-        let limit = if top_k == 0 { logits.len() } else { top_k.min(logits.len()) };
+        let limit = if top_k == 0 {
+            logits.len()
+        } else {
+            top_k.min(logits.len())
+        };
         let mut kept = Vec::new();
         let mut mass = 0.0;
         // Nearly all the mass is in few tokens, so a short list is tried before a longer one.
@@ -151,7 +185,11 @@ fn pick(shares: impl Iterator<Item = (usize, f32)>, point: f32) -> TokenId {
 
 /// The `count` largest logits with their tokens, largest first, the lower token first on a tie.
 fn likeliest(logits: &[f32], count: usize) -> Vec<(TokenId, f32)> {
-    let mut all: Vec<_> = logits.iter().enumerate().map(|(token, &logit)| (token as TokenId, logit)).collect();
+    let mut all: Vec<_> = logits
+        .iter()
+        .enumerate()
+        .map(|(token, &logit)| (token as TokenId, logit))
+        .collect();
     let order = |a: &(TokenId, f32), b: &(TokenId, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     if count < all.len() {
         all.select_nth_unstable_by(count, order);
@@ -181,22 +219,37 @@ mod tests {
 
     fn draws(sampling: Sampling, logits: &[f32], count: usize) -> Vec<TokenId> {
         let mut sampler = sampler(sampling);
-        (0..count).map(|_| sampler.sample(&mut logits.to_vec()).unwrap().token).collect()
+        (0..count)
+            .map(|_| sampler.sample(&mut logits.to_vec()).unwrap().token)
+            .collect()
     }
 
     #[test]
     fn greedy_takes_the_lower_token_on_a_tie() {
-        let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+        let sampling = Sampling {
+            temperature: 0.0,
+            ..Sampling::default()
+        };
         assert_eq!(draws(sampling, &[1.0, 3.0, 3.0, 2.0], 2), [1, 1]);
     }
 
     #[test]
     fn frequencies_follow_the_softmax() {
         let logits = [0.0, 1.0f32.ln(), 2.0f32.ln(), 5.0f32.ln()]; // 1 : 1 : 2 : 5
-        let draws = draws(Sampling { seed: 3, ..Sampling::default() }, &logits, 9000);
+        let draws = draws(
+            Sampling {
+                seed: 3,
+                ..Sampling::default()
+            },
+            &logits,
+            9000,
+        );
         for (token, expected) in [1000.0, 1000.0, 2000.0, 5000.0].into_iter().enumerate() {
             let seen = draws.iter().filter(|&&drawn| drawn as usize == token).count() as f64;
-            assert!((seen - expected).abs() < 5.0 * f64::sqrt(expected), "token {token}: {seen} of 9000");
+            assert!(
+                (seen - expected).abs() < 5.0 * f64::sqrt(expected),
+                "token {token}: {seen} of 9000"
+            );
         }
     }
 
@@ -204,31 +257,85 @@ mod tests {
     fn the_cuts_cut() {
         let logits: Vec<f32> = [8.0f32, 4.0, 2.0, 1.0, 1.0].iter().map(|share| share.ln()).collect();
         let seen = |sampling| draws(sampling, &logits, 500).into_iter().collect::<HashSet<_>>();
-        assert_eq!(seen(Sampling { top_k: 2, ..Sampling::default() }), HashSet::from([0, 1]));
-        assert_eq!(seen(Sampling { top_p: 0.7, ..Sampling::default() }), HashSet::from([0, 1]));
-        assert_eq!(seen(Sampling { min_p: 0.25, ..Sampling::default() }), HashSet::from([0, 1, 2]));
-        assert_eq!(seen(Sampling { top_p: 0.01, ..Sampling::default() }), HashSet::from([0]));
+        assert_eq!(
+            seen(Sampling {
+                top_k: 2,
+                ..Sampling::default()
+            }),
+            HashSet::from([0, 1])
+        );
+        assert_eq!(
+            seen(Sampling {
+                top_p: 0.7,
+                ..Sampling::default()
+            }),
+            HashSet::from([0, 1])
+        );
+        assert_eq!(
+            seen(Sampling {
+                min_p: 0.25,
+                ..Sampling::default()
+            }),
+            HashSet::from([0, 1, 2])
+        );
+        assert_eq!(
+            seen(Sampling {
+                top_p: 0.01,
+                ..Sampling::default()
+            }),
+            HashSet::from([0])
+        );
     }
 
     #[test]
     fn top_p_reaches_beyond_the_short_list() {
-        let draws = draws(Sampling { top_p: 0.9, ..Sampling::default() }, &[0.0; 1000], 5000);
+        let draws = draws(
+            Sampling {
+                top_p: 0.9,
+                ..Sampling::default()
+            },
+            &[0.0; 1000],
+            5000,
+        );
         let distinct: HashSet<_> = draws.iter().collect();
-        assert!(distinct.len() > 850 && draws.iter().all(|&token| token < 900), "{} distinct", distinct.len());
+        assert!(
+            distinct.len() > 850 && draws.iter().all(|&token| token < 900),
+            "{} distinct",
+            distinct.len()
+        );
     }
 
     #[test]
     fn penalties_and_bias_move_logits() {
-        let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-        let presence = Sampling { presence_penalty: 1.5, ..sampling.clone() };
+        let sampling = Sampling {
+            temperature: 0.0,
+            ..Sampling::default()
+        };
+        let presence = Sampling {
+            presence_penalty: 1.5,
+            ..sampling.clone()
+        };
         assert_eq!(draws(presence, &[2.0, 1.0], 3), [0, 1, 0]);
-        let frequency = Sampling { frequency_penalty: 0.6, ..sampling.clone() };
+        let frequency = Sampling {
+            frequency_penalty: 0.6,
+            ..sampling.clone()
+        };
         assert_eq!(draws(frequency, &[2.0, 1.0], 4), [0, 0, 1, 0]);
-        let bias = Sampling { logit_bias: vec![(1, 5.0), (99, 1.0)], ..sampling.clone() };
+        let bias = Sampling {
+            logit_bias: vec![(1, 5.0), (99, 1.0)],
+            ..sampling.clone()
+        };
         assert_eq!(draws(bias, &[2.0, 1.0], 1), [1]);
-        let repetition = Sampling { repetition_penalty: 4.0, ..sampling };
+        let repetition = Sampling {
+            repetition_penalty: 4.0,
+            ..sampling
+        };
         let mut sampler = Sampler::new(repetition, &[0]);
-        assert_eq!(sampler.sample(&mut [2.0, 1.0]).unwrap().token, 1, "the prompt's token is penalised");
+        assert_eq!(
+            sampler.sample(&mut [2.0, 1.0]).unwrap().token,
+            1,
+            "the prompt's token is penalised"
+        );
         assert_eq!(sampler.sample(&mut [2.0, 1.0]).unwrap().token, 0, "both are");
     }
 
@@ -241,7 +348,11 @@ mod tests {
             ..Sampling::default()
         };
         let logits = [3.0f32.ln(), 1.0f32.ln()];
-        let logprobs = sampler(sampling).sample(&mut logits.to_vec()).unwrap().logprobs.unwrap();
+        let logprobs = sampler(sampling)
+            .sample(&mut logits.to_vec())
+            .unwrap()
+            .logprobs
+            .unwrap();
         assert!((logprobs.chosen - 0.25f32.ln()).abs() < 1e-6);
         assert_eq!(logprobs.top.iter().map(|top| top.0).collect::<Vec<_>>(), [0, 1]);
         assert!((logprobs.top[0].1 - 0.75f32.ln()).abs() < 1e-6);

@@ -5,8 +5,9 @@ use prometheus::{
 };
 
 /// Upper bounds in seconds: from a window's milliseconds to a long generation.
-const SECONDS: [f64; 16] =
-    [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0];
+const SECONDS: [f64; 16] = [
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0,
+];
 const COUNTS: [f64; 11] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 100.0, 256.0, 1024.0, 4096.0];
 
 /// The engine's counters. Cheap to update from the engine thread; read by whoever asks for `/metrics`.
@@ -57,8 +58,16 @@ impl EngineMetrics {
                 "layout",
                 &["packed", "padded"],
             )?,
-            window_seconds: make.histogram("sconce_window_seconds", "Wait of a request for its batch window", &SECONDS)?,
-            queue_seconds: make.histogram("sconce_queue_seconds", "Wait of a request for room, window aside", &SECONDS)?,
+            window_seconds: make.histogram(
+                "sconce_window_seconds",
+                "Wait of a request for its batch window",
+                &SECONDS,
+            )?,
+            queue_seconds: make.histogram(
+                "sconce_queue_seconds",
+                "Wait of a request for room, window aside",
+                &SECONDS,
+            )?,
             waiting: make.gauge("sconce_waiting", "Sequences that wait for a batch")?,
             running: make.gauge("sconce_running", "Sequences admitted and not ended")?,
             max_batch: make.gauge("sconce_max_batch", "The most sequences that may run at once")?,
@@ -67,7 +76,10 @@ impl EngineMetrics {
                 "Sum over steps of the share of max-batch that ran; over the number of steps it is the mean occupancy",
             )?,
             kv_blocks: make.gauges("sconce_kv_blocks", "KV blocks", "state", &["free", "held", "cached"])?,
-            preemptions: make.counter("sconce_preemptions_total", "Sequences that lost their blocks for a while")?,
+            preemptions: make.counter(
+                "sconce_preemptions_total",
+                "Sequences that lost their blocks for a while",
+            )?,
             sequences: make.counters("sconce_sequences_total", "Sequences that ended", "outcome", &OUTCOMES)?,
         };
         Ok(metrics)
@@ -96,10 +108,18 @@ impl Maker<'_> {
     }
 
     fn histogram(&self, name: &str, help: &str, bounds: &[f64]) -> Result<Histogram, prometheus::Error> {
-        self.register(Histogram::with_opts(HistogramOpts::new(name, help).buckets(bounds.to_vec()))?)
+        self.register(Histogram::with_opts(
+            HistogramOpts::new(name, help).buckets(bounds.to_vec()),
+        )?)
     }
 
-    fn counters(&self, name: &str, help: &str, label: &str, values: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+    fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: &[&str],
+    ) -> Result<IntCounterVec, prometheus::Error> {
         let metric = self.register(IntCounterVec::new(Opts::new(name, help), &[label])?)?;
         for value in values {
             metric.with_label_values(&[*value]);

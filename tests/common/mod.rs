@@ -36,10 +36,15 @@ impl Server {
         };
         // Whatever else it prints must not fill the pipe.
         thread::spawn(move || lines.for_each(drop));
-        let client = Client::builder().timeout(Duration::from_secs(240)).build().expect("a client");
+        let client = Client::builder()
+            .timeout(Duration::from_secs(240))
+            .build()
+            .expect("a client");
         let server = Self { child, base, client };
         server.wait_until("the model is loaded", Duration::from_secs(300), || {
-            server.try_get("/ready").is_some_and(|response| response.status() == 200)
+            server
+                .try_get("/ready")
+                .is_some_and(|response| response.status() == 200)
         });
         server
     }
@@ -62,11 +67,18 @@ impl Server {
     }
 
     pub fn post(&self, path: &str, body: &Value) -> Response {
-        self.client.post(self.url(path)).json(body).send().expect("the server answers")
+        self.client
+            .post(self.url(path))
+            .json(body)
+            .send()
+            .expect("the server answers")
     }
 
     pub fn post_raw(&self, path: &str, body: impl Into<reqwest::blocking::Body>) -> Response {
-        let request = self.client.post(self.url(path)).header("content-type", "application/json");
+        let request = self
+            .client
+            .post(self.url(path))
+            .header("content-type", "application/json");
         request.body(body).send().expect("the server answers")
     }
 
@@ -89,14 +101,23 @@ impl Server {
         let text = response.text().expect("the stream ends well");
         let mut events: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
         assert_eq!(events.pop(), Some("[DONE]"));
-        events.iter().map(|event| serde_json::from_str(event).expect("JSON events")).collect()
+        events
+            .iter()
+            .map(|event| serde_json::from_str(event).expect("JSON events"))
+            .collect()
     }
 
     /// A metric's value, its labels written as Prometheus does: `name{label="value"}`.
     pub fn metric(&self, name: &str) -> f64 {
         let text = self.get("/metrics").text().expect("text");
-        let line = text.lines().find(|line| line.rsplit_once(' ').is_some_and(|(found, _)| found == name));
-        let value = line.unwrap_or_else(|| panic!("no metric {name} in:\n{text}")).rsplit_once(' ').expect("a value").1;
+        let line = text
+            .lines()
+            .find(|line| line.rsplit_once(' ').is_some_and(|(found, _)| found == name));
+        let value = line
+            .unwrap_or_else(|| panic!("no metric {name} in:\n{text}"))
+            .rsplit_once(' ')
+            .expect("a value")
+            .1;
         value.parse().expect("a number")
     }
 
@@ -111,7 +132,13 @@ impl Server {
     /// Asks the process to end and gives its exit status.
     pub fn terminate(mut self) -> std::process::ExitStatus {
         let id = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &id]).status().expect("kill runs").success());
+        assert!(
+            Command::new("kill")
+                .args(["-TERM", &id])
+                .status()
+                .expect("kill runs")
+                .success()
+        );
         self.child.wait().expect("the server ends")
     }
 }
@@ -136,13 +163,20 @@ pub fn completion(prompt: &[u64], max_tokens: usize) -> Value {
 /// The first choice's text, of a chat or a completion.
 pub fn text(answer: &Value) -> String {
     let choice = &answer["choices"][0];
-    choice["message"]["content"].as_str().or(choice["text"].as_str()).expect("a text").to_owned()
+    choice["message"]["content"]
+        .as_str()
+        .or(choice["text"].as_str())
+        .expect("a text")
+        .to_owned()
 }
 
 /// Runs all of the work at once, each in a thread of its own, and gives the results in order.
 pub fn all_at_once<T: Send>(work: Vec<impl FnOnce() -> T + Send>) -> Vec<T> {
     thread::scope(|scope| {
         let threads: Vec<_> = work.into_iter().map(|work| scope.spawn(work)).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("no panic"))
+            .collect()
     })
 }
