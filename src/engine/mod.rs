@@ -97,3 +97,6 @@ impl Engine {
         Ok((handle, thread))
     }
 }
+
+#[cfg(test)]
+mod tests;

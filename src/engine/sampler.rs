@@ -136,13 +136,11 @@ impl Sampler {
         } else {
             top_k.min(logits.len())
         };
-        let mut kept = Vec::new();
-        let mut mass = 0.0;
         // Nearly all the mass is in few tokens, so a short list is tried before a longer one.
         let mut count = 64.min(limit);
         loop {
-            kept.clear();
-            mass = 0.0;
+            let mut kept = Vec::new();
+            let mut mass = 0.0;
             for (token, logit) in likeliest(logits, count) {
                 let share = weight(logit);
                 // The likeliest token has weight 1.
@@ -153,11 +151,10 @@ impl Sampler {
                 mass += share;
             }
             if kept.len() < count || count == limit {
-                break;
+                return pick(kept.into_iter(), point * mass);
             }
             count = (count * 8).min(limit);
         }
-        pick(kept.into_iter(), point * mass)
     }
 }
 
