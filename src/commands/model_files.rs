@@ -41,7 +41,10 @@ pub enum PullError {
     },
     #[error("stopped before the model was there; what was fetched is removed")]
     Interrupted,
-    #[error("cannot get `{id}` from the hub: {why}. By hand: put {needed} into a folder and give it to `--model`")]
+    #[error(
+        "there is no folder {id}, and it cannot be had from the hub: {why}. By hand: put {needed} into a folder and give \
+         it to `--model`"
+    )]
     Hub {
         id: String,
         why: String,

