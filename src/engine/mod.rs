@@ -6,21 +6,32 @@ mod sampler;
 
 use std::{sync::Arc, thread};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
 
-use crate::{request::Request, telemetry::EngineMetrics};
+use crate::{
+    batching::{Change, Config, ConfigError},
+    request::Request,
+    telemetry::EngineMetrics,
+};
 
 /// The way into the engine, for the HTTP side. Cheap to clone; the engine ends when the last one is dropped and all
 /// requests have ended.
 #[derive(Debug, Clone)]
 pub struct Handle {
-    queue: mpsc::UnboundedSender<Queued>,
+    queue: mpsc::UnboundedSender<Message>,
     /// One permit a place in the queue. The queue is bounded by these and not by its channel, because a request keeps
     /// its place until a batch takes it, wherever it stands until then.
     places: Arc<Semaphore>,
     limit: usize,
+}
+
+/// What reaches the engine thread.
+#[derive(Debug)]
+enum Message {
+    Request(Queued),
+    Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
 }
 
 /// A request and its place in the queue, which is free again when the place is dropped.
@@ -35,6 +46,15 @@ struct Queued {
 pub enum Refused {
     #[error("the queue is full ({limit} requests wait); try again later")]
     QueueFull { limit: usize },
+    #[error("the server is shutting down")]
+    ShuttingDown,
+}
+
+/// Why settings did not change.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigureError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     #[error("the server is shutting down")]
     ShuttingDown,
 }
