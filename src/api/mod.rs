@@ -1,7 +1,7 @@
 //! HTTP: routes, OpenAI types, server-sent events, errors, limits. Knows no tensor.
 //!
-//! A request goes through [`params`] and [`messages`] (what may be asked), becomes engine requests in [`generation`],
-//! and comes back through [`choice`] (tokens to text) and [`shape`] (text to JSON) as one body or, in [`stream`], as
+//! A request goes through `params` and `messages` (what may be asked), becomes engine requests in `generation`,
+//! and comes back through `choice` (tokens to text) and `shape` (text to JSON) as one body or, in `stream`, as
 //! server-sent events.
 
 mod body;

@@ -348,6 +348,22 @@ async fn a_client_that_goes_away_cancels_all_its_sequences() {
     }
 }
 
+#[tokio::test]
+async fn a_client_that_leaves_in_the_middle_of_a_stream_cancels_its_sequence() {
+    let (server, channels) = held();
+    let request = HttpRequest::post(CHAT)
+        .body(Body::from(hello(json!({"stream": true})).to_string()))
+        .unwrap();
+    let response = tokio::spawn(async move { send(&server, request).await });
+    let channels = wait_for(|| Some(std::mem::take(&mut *channels.lock().unwrap())).filter(|c| !c.is_empty())).await;
+    let hi = tokenizer().encode("Hi", false).unwrap()[0];
+    channels[0].send(Event::Token(token(hi))).unwrap();
+    let response = response.await.unwrap();
+    assert!(!channels[0].is_closed());
+    drop(response);
+    channels[0].closed().await;
+}
+
 async fn wait_for<T>(mut ready: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
