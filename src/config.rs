@@ -1,1 +1,263 @@
 //! Every setting once: flag, environment variable, TOML key, default, range and meaning.
+//!
+//! A field below is the only place where its setting is defined. Its name gives the flag (`--max-batch`), the
+//! variable (`SCONCE_MAX_BATCH`) and the key in the file that `--config` names (`max-batch`); its doc comment is the
+//! help text and the line in `docs/settings.md`. A flag outranks a variable, which outranks the file, which outranks
+//! the default; [`parse`] applies that order.
+
+mod reference;
+mod sources;
+mod values;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::{BoolishValueParser, RangedU64ValueParser};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+pub use crate::batching::{Buckets, Schedule, WindowPolicy};
+pub use reference::reference;
+pub use sources::{ConfigError, FileError, Invocation, Origin, Setting, parse};
+pub use values::{Device, ValueError};
+
+/// An inference server that turns one GPU into a dependable service
+#[derive(Debug, Parser)]
+#[command(
+    name = "sconce",
+    version,
+    arg_required_else_help = true,
+    disable_help_subcommand = true
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a model over HTTP with OpenAI's API
+    Serve(Serve),
+    /// Fetch a model into the cache and print where it lies
+    Pull(Pull),
+    /// Send a server requests as its users would and report what they would feel
+    Loadtest(Loadtest),
+    /// Find the settings that hold the most requests a second within a latency target
+    Tune(Tune),
+    /// Measure the model without HTTP, beside what the device can do
+    Bench(Bench),
+    /// Show what this machine offers and what the settings would be
+    Doctor(Doctor),
+}
+
+/// Settings of `sconce serve`.
+#[derive(Debug, Clone, Args)]
+pub struct Serve {
+    #[command(flatten)]
+    pub choice: ModelChoice,
+    #[command(flatten)]
+    pub model: Model,
+    #[command(flatten)]
+    pub batching: Batching,
+    #[command(flatten)]
+    pub http: Http,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Settings of `sconce pull`.
+#[derive(Debug, Clone, Args)]
+pub struct Pull {
+    #[command(flatten)]
+    pub choice: ModelChoice,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Settings of `sconce loadtest`.
+#[derive(Debug, Clone, Args)]
+pub struct Loadtest {
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Settings of `sconce tune`.
+#[derive(Debug, Clone, Args)]
+pub struct Tune {
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Settings of `sconce bench`.
+#[derive(Debug, Clone, Args)]
+pub struct Bench {
+    #[command(flatten)]
+    pub choice: ModelChoice,
+    #[command(flatten)]
+    pub model: Model,
+    #[command(flatten)]
+    pub batching: Batching,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Settings of `sconce doctor`.
+#[derive(Debug, Clone, Args)]
+pub struct Doctor {
+    #[command(flatten)]
+    pub serve: Serve,
+    /// Print JSON instead of text
+    #[arg(
+        long,
+        help_heading = "Output",
+        value_name = "BOOL",
+        default_value = "false",
+        default_missing_value = "true"
+    )]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub json: bool,
+}
+
+/// Which model.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelChoice {
+    /// The built-in model's name, a GGUF file, a Hugging Face folder, or a hub id such as `org/name`
+    #[arg(long, default_value = "smollm2-135m-instruct")]
+    pub model: String,
+}
+
+/// Where and how the model runs, and the memory it may keep.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model")]
+pub struct Model {
+    /// Where the model runs: `auto` takes the first GPU if this build and machine have one
+    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto", value_parser = values::device)]
+    pub device: Device,
+    /// The number type that the model computes in; `auto` is f32 on the CPU and bf16 on a GPU
+    #[arg(long, default_value = "auto")]
+    pub dtype: Dtype,
+    /// The most tokens in a sequence, prompt and answer together; unset, the model's own limit as far as the KV cache
+    /// holds it
+    #[arg(long, value_name = "TOKENS", value_parser = count(2, 1 << 24))]
+    pub max_model_len: Option<usize>,
+    /// Memory for the KV cache, such as `640MiB` or `2GiB`; unset, chosen from what is free
+    #[arg(long, value_name = "BYTES", value_parser = |s: &str| values::bytes(s, 1 << 20, 1 << 44))]
+    pub kv_memory: Option<u64>,
+    /// Tokens in a KV-cache block: a power of two, 1 to 256
+    #[arg(long, value_name = "TOKENS", default_value = "16", value_parser = values::block_size)]
+    pub block_size: usize,
+    /// Do not keep the blocks of ended sequences for prompts that begin alike
+    #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub no_prefix_cache: bool,
+    /// Threads that compute; unset, one a core
+    #[arg(long, value_parser = count(1, 1024))]
+    pub threads: Option<usize>,
+}
+
+/// How requests are gathered into steps.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Batching")]
+pub struct Batching {
+    /// The most sequences that run at once, 1 to 4096
+    #[arg(long, value_name = "SEQUENCES", default_value = "100", value_parser = count(1, 4096))]
+    pub max_batch: usize,
+    /// The longest a request waits for company before its batch closes, such as `20ms` or `0`, at most `60s`
+    #[arg(long, value_name = "DURATION", default_value = "20ms")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::ZERO, Duration::from_secs(60)))]
+    pub batch_window: Duration,
+    /// When a batch closes before its window is over
+    #[arg(long, default_value = "adaptive")]
+    pub window_policy: WindowPolicy,
+    /// How requests share the device
+    #[arg(long, default_value = "continuous")]
+    pub schedule: Schedule,
+    /// Boundaries between prompt lengths that run together, in tokens, ascending
+    #[arg(
+        long,
+        value_name = "TOKENS,...",
+        default_value = "64,128,256,512,1024,2048,4096,8192"
+    )]
+    pub buckets: Buckets,
+    /// The most tokens in a step: long prompts run in chunks of what decodes leave of it
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = count(1, 1 << 20))]
+    pub step_tokens: usize,
+    /// The most requests that wait; one more is refused with status 429
+    #[arg(long, value_name = "REQUESTS", default_value = "1024", value_parser = count(1, 1_000_000))]
+    pub queue: usize,
+}
+
+/// The HTTP side.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "HTTP")]
+pub struct Http {
+    /// The address to listen on; `0.0.0.0` is every IPv4 interface
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: String,
+    /// The port to listen on; 0 takes any free one
+    #[arg(long, default_value = "8080")]
+    pub port: u16,
+    /// The model's name in requests and answers; unset, the name in `--model`
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Option<String>,
+    /// A request that has not ended after this long fails, unless it sets its own limit
+    #[arg(long, value_name = "DURATION", default_value = "10m")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(1), Duration::from_secs(7 * 24 * 3600)))]
+    pub request_timeout: Duration,
+    /// The largest request body
+    #[arg(long, value_name = "BYTES", default_value = "4MiB", value_parser = |s: &str| values::bytes(s, 1 << 10, 1 << 30))]
+    pub max_body: u64,
+}
+
+/// What every command takes.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Common")]
+pub struct Common {
+    /// A TOML file with settings; a key is a flag without its dashes
+    #[arg(long, value_name = "PATH")]
+    pub config: Option<PathBuf>,
+    /// How log lines on standard error look
+    #[arg(long, default_value = "text")]
+    pub log_format: LogFormat,
+    /// What is logged: a level, or levels by target such as `info,sconce=debug`
+    #[arg(long, value_name = "FILTER", default_value = "info", value_parser = values::log_filter)]
+    pub log_level: String,
+}
+
+/// What the model computes in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    Auto,
+    F32,
+    Bf16,
+    F16,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// One object a line, for machines
+    Json,
+}
+
+impl Command {
+    /// What every command takes.
+    pub fn common(&self) -> &Common {
+        match self {
+            Command::Serve(settings) => &settings.common,
+            Command::Pull(settings) => &settings.common,
+            Command::Loadtest(settings) => &settings.common,
+            Command::Tune(settings) => &settings.common,
+            Command::Bench(settings) => &settings.common,
+            Command::Doctor(settings) => &settings.serve.common,
+        }
+    }
+}
+
+fn count(least: u64, most: u64) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(least..=most)
+}

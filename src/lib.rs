@@ -7,6 +7,7 @@
 
 pub mod api;
 pub mod batching;
+pub mod commands;
 pub mod config;
 pub mod engine;
 pub mod request;

@@ -1,1 +1,21 @@
+//! Decoder architectures on candle: one configured decoder for the Llama, Mistral, Qwen2 and Qwen3 families,
+//! its weights (GGUF and safetensors), a paged KV cache, and the arithmetic for the CPU.
+//!
+//! A [`Step`] carries any mix of prefill chunks and decodes, packed end to end; [`Decoder::forward`] runs it in
+//! one pass over a [`KvCache`] and answers logits for the sequences that want them. What a sequence's logits are
+//! does not depend, to the last bit, on what else is in the step or on how its prompt was cut into chunks.
 
+pub mod config;
+mod cpu;
+mod decoder;
+mod error;
+mod kv;
+mod rope;
+mod step;
+mod weights;
+
+pub use config::{Config, Rope, RopeScaling};
+pub use decoder::Decoder;
+pub use error::ModelError;
+pub use kv::KvCache;
+pub use step::{Span, Step};

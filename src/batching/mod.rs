@@ -1,1 +1,14 @@
-//! Policy only: queue, window, buckets, scheduler, KV blocks, prefix tree. No tensor, no I/O, no clock of its own.
+//! Policy only: window, buckets, scheduler, KV blocks, prefix tree. No tensor, no I/O, no clock of its own (the time
+//! is an argument), so that the same code runs in the server and under property tests.
+
+mod blocks;
+mod buckets;
+mod policy;
+mod prefix;
+mod scheduler;
+mod window;
+
+pub use blocks::{BlockCounts, BlockId, BlockPool};
+pub use buckets::{Buckets, BucketsError};
+pub use policy::{Schedule, WindowPolicy};
+pub use scheduler::{Admission, Arrival, Batch, Config, ConfigError, Plan, Row, Scheduler, Sequence, SequenceId};

@@ -1,10 +1,34 @@
 //! The one thread that owns the device: takes a plan, runs the model, samples, sends events.
 
-use crate::request::Request;
+mod model;
+mod run;
+mod sampler;
 
-/// The way into the engine, for the HTTP side. Cheap to clone.
+use std::{sync::Arc, thread};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
+
+use crate::{request::Request, telemetry::EngineMetrics};
+
+/// The way into the engine, for the HTTP side. Cheap to clone; the engine ends when the last one is dropped and all
+/// requests have ended.
 #[derive(Debug, Clone)]
-pub struct Handle {}
+pub struct Handle {
+    queue: mpsc::UnboundedSender<Queued>,
+    /// One permit a place in the queue. The queue is bounded by these and not by its channel, because a request keeps
+    /// its place until a batch takes it, wherever it stands until then.
+    places: Arc<Semaphore>,
+    limit: usize,
+}
+
+/// A request and its place in the queue, which is free again when the place is dropped.
+#[derive(Debug)]
+struct Queued {
+    request: Request,
+    place: OwnedSemaphorePermit,
+}
 
 /// Why the engine did not take a request. Nothing of it was queued.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -18,7 +42,61 @@ pub enum Refused {
 impl Handle {
     /// Queues all of `requests` (the choices and prompts of one client request), or none of them.
     pub fn submit(&self, requests: Vec<Request>) -> Result<(), Refused> {
-        let _ = requests;
-        Err(Refused::ShuttingDown)
+        let full = Refused::QueueFull { limit: self.limit };
+        let wanted = u32::try_from(requests.len()).map_err(|_| full.clone())?;
+        let mut places = self.places.clone().try_acquire_many_owned(wanted).map_err(|_| full)?;
+        for request in requests {
+            let Some(place) = places.split(1) else { break };
+            self.queue
+                .send(Queued { request, place })
+                .map_err(|_| Refused::ShuttingDown)?;
+        }
+        Ok(())
     }
 }
+
+/// A loaded model with its engine not yet running.
+pub struct Engine {
+    model: model::Model,
+    metrics: Arc<EngineMetrics>,
+}
+
+impl Engine {
+    /// Loads the model and makes the KV cache. Takes as long as reading the weights does.
+    pub fn load(settings: &Settings, metrics: Arc<EngineMetrics>) -> Result<Self, LoadError> {
+        Ok(Self {
+            model: model::Model::load(settings)?,
+            metrics,
+        })
+    }
+
+    /// The longest sequence that this engine takes, prompt and output together, in tokens.
+    pub fn max_model_len(&self) -> usize {
+        self.model.scheduler.config().max_model_len
+    }
+
+    /// How many tokens the KV cache holds.
+    pub fn kv_tokens(&self) -> usize {
+        self.model.kv_tokens
+    }
+
+    /// Starts the engine thread; at most `queue` requests wait at a time. The thread ends once every [`Handle`] is
+    /// dropped and what was queued has ended.
+    pub fn start(self, queue: usize) -> std::io::Result<(Handle, thread::JoinHandle<()>)> {
+        let (sender, inbox) = mpsc::unbounded_channel();
+        let handle = Handle {
+            queue: sender,
+            places: Arc::new(Semaphore::new(queue)),
+            limit: queue,
+        };
+        let timer = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+        let runner = run::Runner::new(self.model, inbox, timer, self.metrics);
+        let thread = thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || runner.run())?;
+        Ok((handle, thread))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,15 @@
-//! Metrics and tracing: what the server says of itself.
+//! What the server says of itself: metrics in Prometheus' text format, and how full the device was.
+
+mod metrics;
+
+pub use metrics::EngineMetrics;
+
+use prometheus::{Encoder, Registry, TextEncoder};
+
+/// All of a registry's metrics as Prometheus' text exposition format, version 0.0.4.
+pub fn exposition(registry: &Registry) -> String {
+    let mut text = Vec::new();
+    // Writing to memory does not fail, and what was gathered is well formed.
+    let _ = TextEncoder::new().encode(&registry.gather(), &mut text);
+    String::from_utf8_lossy(&text).into_owned()
+}

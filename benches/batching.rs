@@ -1,0 +1,99 @@
+//! What deciding costs: planning a step with a full batch, and finding and keeping a long prompt's blocks in a large
+//! pool. `cargo bench --bench batching`
+
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
+
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use sconce::batching::{Arrival, BlockPool, Buckets, Config, Schedule, Scheduler, WindowPolicy};
+
+const BLOCK: usize = 16;
+
+/// A scheduler that decodes a hundred sequences, with more waiting.
+fn busy_scheduler(now: Instant) -> Scheduler {
+    let config = Config {
+        schedule: Schedule::Continuous,
+        window_policy: WindowPolicy::Adaptive,
+        window: Duration::from_millis(20),
+        max_batch: 100,
+        step_tokens: 20_000,
+        buckets: Buckets::default(),
+        max_model_len: 4096,
+    };
+    let pool = BlockPool::new(10_000, BLOCK, true);
+    let mut scheduler = Scheduler::new(config, pool).expect("settings that fit together");
+    for first in 0..150 {
+        scheduler.push(Arrival {
+            prompt: (first..first + 160).collect(),
+            arrival: now,
+            deadline: None,
+        });
+    }
+    let plan = scheduler.plan(now);
+    scheduler.commit(&plan);
+    for row in &plan.rows {
+        scheduler.append(row.id, 7);
+    }
+    scheduler
+}
+
+fn plan(criterion: &mut Criterion) {
+    let now = Instant::now();
+    criterion.bench_function("plan and commit a step of 100 decodes", |bench| {
+        bench.iter_batched_ref(|| busy_scheduler(now), step, BatchSize::LargeInput);
+    });
+}
+
+fn step(scheduler: &mut Scheduler) {
+    let plan = scheduler.plan(Instant::now());
+    scheduler.commit(&plan);
+    for row in &plan.rows {
+        scheduler.append(row.id, 7);
+    }
+    black_box(plan.rows.len());
+}
+
+/// A pool of 100,000 blocks filled with cached prompts of 8,000 tokens, and one of those prompts.
+fn full_pool() -> (BlockPool, Vec<u32>) {
+    let mut pool = BlockPool::new(100_000, BLOCK, true);
+    let prompt = |number: u32| (0..8000).map(|index| number * 8000 + index).collect::<Vec<u32>>();
+    for number in 0..200 {
+        let table = insert(&mut pool, &prompt(number));
+        pool.release(&table);
+    }
+    (pool, prompt(100))
+}
+
+fn insert(pool: &mut BlockPool, prompt: &[u32]) -> Vec<u32> {
+    let mut table: Vec<u32> = Vec::with_capacity(prompt.len() / BLOCK);
+    for tokens in prompt.chunks_exact(BLOCK) {
+        let block = pool.allocate().expect("cached blocks can be evicted");
+        table.push(pool.keep(table.last().copied(), tokens, block));
+    }
+    table
+}
+
+fn prefix(criterion: &mut Criterion) {
+    let (mut pool, prompt) = full_pool();
+    criterion.bench_function("find a prompt of 8,000 tokens among 100,000 blocks", |bench| {
+        bench.iter(|| {
+            let table = pool.take_prefix(black_box(&prompt));
+            assert_eq!(table.len(), prompt.len() / BLOCK);
+            pool.release(&table);
+        });
+    });
+    let mut next = 10_000_000;
+    criterion.bench_function("keep a prompt of 8,000 tokens, evicting as many", |bench| {
+        bench.iter(|| {
+            let prompt: Vec<u32> = (next..next + 8000).collect();
+            next += 8000;
+            let table = insert(&mut pool, &prompt);
+            pool.release(&table);
+        });
+    });
+}
+
+criterion_group!(benches, plan, prefix);
+criterion_main!(benches);

@@ -1,0 +1,145 @@
+//! Paged attention: which query tiles there are, and their way over the threads.
+//!
+//! Causal, with the sequence's earlier positions in the KV cache, grouped-query (the query heads of a group share one
+//! reading of their keys and values) and, where the model has one, with a sliding window. For one query the scores
+//! over all its keys are computed, their maximum, the exponentials, their sum and the weighted values, each in an
+//! order that the keys' absolute positions alone decide: a query's result is the same to the last bit however its
+//! prompt was cut into chunks, whatever else is in the step, and on any number of threads.
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use pulp::Arch;
+use rayon::prelude::*;
+
+use super::attention_kernel::{Element, Scratch, Tile};
+use super::{Stripes, slice};
+
+/// Scores, in floats, that a tile may hold: half of a usual second-level cache.
+const SCORES: usize = 64 * 1024;
+/// Most queries in a tile.
+const QUERIES: usize = 32;
+
+/// Consecutive queries of one sequence.
+pub struct Queries<'a> {
+    /// Row of the first.
+    pub row: usize,
+    /// Position of the first in its sequence.
+    pub start: usize,
+    pub len: usize,
+    /// The sequence's blocks, covering `start + len` positions.
+    pub block_table: &'a [u32],
+}
+
+/// Attention of a step's queries to the keys and values in one layer's pools.
+pub struct Attention<'a> {
+    pub queries: &'a [Queries<'a>],
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub window: Option<usize>,
+}
+
+impl Attention<'_> {
+    /// `qkv` is `[rows, width]`, of which the first `heads * head_dim` columns are the queries; `keys` is
+    /// `[blocks, kv_heads, head_dim, block_size]`, `values` `[blocks, kv_heads, block_size, head_dim]`. Answers
+    /// `[rows, heads * head_dim]`.
+    pub fn forward(&self, qkv: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
+        qkv.apply_op3_no_bwd(keys, values, self)
+    }
+
+    fn run<T: Element>(&self, qkv: &[f32], width: usize, keys: &[T], values: &[T], block_size: usize) -> Vec<f32> {
+        let rows = qkv.len() / width;
+        let mut out = vec![0.0; rows * self.heads * self.head_dim];
+        let stripes = Stripes::new(&mut out);
+        let group = self.heads / self.kv_heads;
+        let mut tiles = Vec::new();
+        for queries in self.queries {
+            let per_tile = (SCORES / (group * (queries.start + queries.len))).clamp(1, QUERIES);
+            for first in (0..queries.len).step_by(per_tile) {
+                let len = per_tile.min(queries.len - first);
+                tiles.extend((0..self.kv_heads).map(|head| (queries, first, len, head)));
+            }
+        }
+        let arch = Arch::new();
+        tiles
+            .par_iter()
+            .for_each_init(Scratch::default, |scratch, &(queries, first, len, head)| {
+                let tile = Tile {
+                    attention: self,
+                    queries: Queries {
+                        row: queries.row + first,
+                        start: queries.start + first,
+                        len,
+                        ..*queries
+                    },
+                    head,
+                    qkv,
+                    width,
+                    keys,
+                    values,
+                    block_size,
+                    out: stripes,
+                    scratch,
+                };
+                arch.dispatch(tile);
+            });
+        out
+    }
+}
+
+impl CustomOp3 for Attention<'_> {
+    fn name(&self) -> &'static str {
+        "paged-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        qkv: &CpuStorage,
+        qkv_layout: &Layout,
+        keys: &CpuStorage,
+        keys_layout: &Layout,
+        values: &CpuStorage,
+        values_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (rows, width) = qkv_layout.shape().dims2()?;
+        let (blocks, heads, dim, size) = keys_layout.shape().dims4()?;
+        let fits = (heads, dim) == (self.kv_heads, self.head_dim) && width >= self.heads * self.head_dim;
+        let named = self.queries.iter().all(|q| {
+            q.row + q.len <= rows
+                && q.block_table.len() * size >= q.start + q.len
+                && q.block_table.iter().all(|&block| (block as usize) < blocks)
+        });
+        if !fits || !named || values_layout.shape().dims() != [blocks, heads, size, dim] {
+            bail!(
+                "attention: queries {:?} do not fit keys {:?}",
+                qkv_layout.shape(),
+                keys_layout.shape()
+            )
+        }
+        let qkv = slice(qkv, qkv_layout)?;
+        let out = match keys {
+            CpuStorage::F32(_) => self.run::<f32>(
+                qkv,
+                width,
+                slice(keys, keys_layout)?,
+                slice(values, values_layout)?,
+                size,
+            ),
+            CpuStorage::BF16(_) => self.run::<half::bf16>(
+                qkv,
+                width,
+                slice(keys, keys_layout)?,
+                slice(values, values_layout)?,
+                size,
+            ),
+            CpuStorage::F16(_) => self.run::<half::f16>(
+                qkv,
+                width,
+                slice(keys, keys_layout)?,
+                slice(values, values_layout)?,
+                size,
+            ),
+            _ => bail!("attention: the KV cache holds neither f32, bf16 nor f16"),
+        };
+        Ok((CpuStorage::F32(out), Shape::from((rows, self.heads * self.head_dim))))
+    }
+}

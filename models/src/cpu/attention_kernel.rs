@@ -1,0 +1,333 @@
+//! Attention of one tile: some consecutive queries of one sequence, in the query heads that share one KV head.
+
+use half::{bf16, f16};
+use pulp::{Simd, WithSimd};
+
+use super::attention::{Attention, Queries};
+use super::tile::{for_row_tiles, multiply};
+use super::{Stripes, math};
+
+/// Scores of a row are summed in this many interleaved sums, by position.
+const LANES: usize = 16;
+
+/// What a KV cache may hold.
+pub trait Element: Copy + Send + Sync + candle_core::WithDType {
+    fn widen(self) -> f32;
+
+    /// The elements themselves, where they are float32 already.
+    fn float32(data: &[Self]) -> Option<&[f32]>;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    fn float32(data: &[Self]) -> Option<&[f32]> {
+        Some(data)
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits((self.to_bits() as u32) << 16)
+    }
+
+    fn float32(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    fn float32(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+}
+
+/// Buffers that a thread uses again for its next tile.
+#[derive(Default)]
+pub struct Scratch {
+    /// `[queries * group, stride]`: scores, then probabilities.
+    scores: Vec<f32>,
+    /// 1 / sum of each row.
+    scales: Vec<f32>,
+    keys: Blocks,
+    values: Blocks,
+}
+
+/// One head's part of the blocks that a tile reads, in rows of whole vectors.
+#[derive(Default)]
+struct Blocks {
+    /// Where each block begins, in the pool or in `copy`.
+    starts: Vec<usize>,
+    /// Filled where the pool's own rows are of another type or no whole vectors.
+    copy: Vec<f32>,
+    /// Floats from one row to the next.
+    stride: usize,
+    copied: bool,
+}
+
+impl Blocks {
+    /// Finds blocks of `rows` rows of `width` in the pool, `indices` counting such blocks.
+    #[inline(always)]
+    fn find<T: Element>(
+        &mut self,
+        pool: &[T],
+        indices: impl Iterator<Item = usize>,
+        [rows, width]: [usize; 2],
+        lanes: usize,
+    ) {
+        self.starts.clear();
+        self.copy.clear();
+        self.copied = T::float32(pool).is_none() || width % lanes != 0;
+        self.stride = width.next_multiple_of(lanes);
+        for index in indices {
+            let block = &pool[index * rows * width..][..rows * width];
+            if !self.copied {
+                self.starts.push(index * rows * width);
+                continue;
+            }
+            let start = self.copy.len();
+            self.starts.push(start);
+            self.copy.resize(start + rows * self.stride, 0.0);
+            for (to, from) in self.copy[start..]
+                .chunks_exact_mut(self.stride)
+                .zip(block.chunks_exact(width))
+            {
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = from.widen());
+            }
+        }
+    }
+
+    fn data<'a, T: Element>(&'a self, pool: &'a [T]) -> &'a [f32] {
+        match T::float32(pool) {
+            Some(pool) if !self.copied => pool,
+            _ => &self.copy,
+        }
+    }
+}
+
+/// One tile's task.
+pub struct Tile<'a, T> {
+    pub attention: &'a Attention<'a>,
+    pub queries: Queries<'a>,
+    /// The KV head.
+    pub head: usize,
+    pub qkv: &'a [f32],
+    pub width: usize,
+    pub keys: &'a [T],
+    pub values: &'a [T],
+    pub block_size: usize,
+    pub out: Stripes,
+    pub scratch: &'a mut Scratch,
+}
+
+/// The positions that a tile attends to, and the columns that their scores take.
+#[derive(Clone, Copy)]
+struct Positions {
+    /// First position of the first block that is read.
+    block: usize,
+    /// Position of column 0: a multiple of `LANES`.
+    origin: usize,
+    /// One past the last position.
+    end: usize,
+    /// Columns of a row of scores, its slack included.
+    stride: usize,
+}
+
+impl<T: Element> WithSimd for Tile<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Attention {
+            kv_heads,
+            head_dim,
+            heads,
+            ..
+        } = *self.attention;
+        let scratch = std::mem::take(self.scratch);
+        let Scratch {
+            mut scores,
+            mut scales,
+            mut keys,
+            mut values,
+        } = scratch;
+        let size = self.block_size;
+        let lanes = S::F32_LANES;
+        let positions = self.positions(2 * lanes);
+        let (first, last) = (positions.block / size, positions.end.div_ceil(size));
+        let blocks = self.queries.block_table[first..last]
+            .iter()
+            .map(|&block| block as usize * kv_heads + self.head);
+        keys.find(self.keys, blocks.clone(), [head_dim, size], lanes);
+        values.find(self.values, blocks, [size, head_dim], lanes);
+        let rows = self.queries.len * (heads / kv_heads);
+        scores.resize(rows * positions.stride, 0.0);
+        let (key_data, value_data) = (keys.data(self.keys), values.data(self.values));
+        if keys.stride % (2 * lanes) == 0 {
+            self.score::<S, 2>(simd, &keys, key_data, positions, &mut scores);
+        } else {
+            self.score::<S, 1>(simd, &keys, key_data, positions, &mut scores);
+        }
+        scales.clear();
+        scales.extend((0..rows).map(|row| {
+            self.softmax(
+                row,
+                positions,
+                &mut scores[row * positions.stride..][..positions.stride],
+            )
+        }));
+        if values.stride % (2 * lanes) == 0 {
+            self.weigh::<S, 2>(simd, &values, value_data, positions, &scores, &scales);
+        } else {
+            self.weigh::<S, 1>(simd, &values, value_data, positions, &scores, &scales);
+        }
+        *self.scratch = Scratch {
+            scores,
+            scales,
+            keys,
+            values,
+        };
+    }
+}
+
+impl<T: Element> Tile<'_, T> {
+    fn group(&self) -> usize {
+        self.attention.heads / self.attention.kv_heads
+    }
+
+    /// First position that the query at `position` attends to.
+    fn window_start(&self, position: usize) -> usize {
+        self.attention
+            .window
+            .map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+
+    fn positions(&self, slack: usize) -> Positions {
+        let start = self.window_start(self.queries.start);
+        let block = start - start % self.block_size;
+        let origin = block - block % LANES;
+        let end = self.queries.start + self.queries.len;
+        // The last block is written whole, and to whole vectors.
+        let columns = end.next_multiple_of(self.block_size) - origin + slack;
+        Positions {
+            block,
+            origin,
+            end,
+            stride: columns.next_multiple_of(LANES),
+        }
+    }
+
+    /// Where row `row` of the tile (query by query, the group's heads of each) has its query, and its result.
+    fn place(&self, row: usize) -> (usize, usize) {
+        let (query, head) = (
+            self.queries.row + row / self.group(),
+            self.head * self.group() + row % self.group(),
+        );
+        let Attention { heads, head_dim, .. } = *self.attention;
+        (query * self.width + head * head_dim, (query * heads + head) * head_dim)
+    }
+
+    /// `scores[row][position - origin] = query . key`
+    #[inline(always)]
+    fn score<S: Simd, const NV: usize>(
+        &self,
+        simd: S,
+        keys: &Blocks,
+        data: &[f32],
+        positions: Positions,
+        scores: &mut [f32],
+    ) {
+        let rows = self.queries.len * self.group();
+        let (dim, columns) = (self.attention.head_dim, NV * S::F32_LANES);
+        for (index, start) in keys.starts.iter().enumerate() {
+            for within in (0..self.block_size).step_by(columns) {
+                let panel = &data[start + within..][..(dim - 1) * keys.stride + columns];
+                let column = positions.block + index * self.block_size + within - positions.origin;
+                for_row_tiles!(S, rows, |first, MR| {
+                    let a: [_; MR] = std::array::from_fn(|m| self.qkv[self.place(first + m).0..][..dim].as_ptr());
+                    let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
+                    // SAFETY: every query has `dim` floats; `panel` reaches to its last row's last vector.
+                    unsafe { multiply(simd, dim, &a, panel.as_ptr(), keys.stride, &mut acc) };
+                    for (m, acc) in acc.iter().enumerate() {
+                        let row = &mut scores[(first + m) * positions.stride + column..][..columns];
+                        S::as_mut_simd_f32s(row).0.copy_from_slice(acc);
+                    }
+                });
+            }
+        }
+    }
+
+    /// Turns a row of scores into `e^(score - maximum)`, 0 where the query may not look; answers 1 / their sum.
+    #[inline(always)]
+    fn softmax(&self, row: usize, positions: Positions, scores: &mut [f32]) -> f32 {
+        let position = self.queries.start + row / self.group();
+        let seen = self.window_start(position) - positions.origin..position + 1 - positions.origin;
+        let scores = &mut scores[..(positions.end - positions.origin).next_multiple_of(LANES)];
+        scores[..seen.start].fill(f32::NEG_INFINITY);
+        scores[seen.end..].fill(f32::NEG_INFINITY);
+        let (chunks, _) = scores.as_chunks_mut::<LANES>();
+        let mut maxima = [f32::NEG_INFINITY; LANES];
+        for chunk in chunks.iter() {
+            for (max, score) in maxima.iter_mut().zip(chunk) {
+                *max = if *score > *max { *score } else { *max };
+            }
+        }
+        let max = maxima.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+        let scale = 1.0 / (self.attention.head_dim as f32).sqrt();
+        let mut sums = [0f32; LANES];
+        for chunk in chunks {
+            for (sum, score) in sums.iter_mut().zip(chunk) {
+                *score = math::exp((*score - max) * scale);
+                *sum += *score;
+            }
+        }
+        1.0 / sums.iter().sum::<f32>()
+    }
+
+    /// `out[row] = scale[row] * sum over positions of probability * value`
+    #[inline(always)]
+    fn weigh<S: Simd, const NV: usize>(
+        &self,
+        simd: S,
+        values: &Blocks,
+        data: &[f32],
+        positions: Positions,
+        probabilities: &[f32],
+        scales: &[f32],
+    ) {
+        let (dim, columns) = (self.attention.head_dim, NV * S::F32_LANES);
+        for column in (0..dim).step_by(columns) {
+            for_row_tiles!(S, scales.len(), |first, MR| {
+                let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
+                for (index, start) in values.starts.iter().enumerate() {
+                    let position = positions.block + index * self.block_size;
+                    let depth = self.block_size.min(positions.end - position);
+                    let panel = &data[start + column..][..(depth - 1) * values.stride + columns];
+                    let a: [_; MR] = std::array::from_fn(|m| {
+                        let at = (first + m) * positions.stride + position - positions.origin;
+                        probabilities[at..][..depth].as_ptr()
+                    });
+                    // SAFETY: each row has `depth` probabilities; `panel` reaches to its last row's last vector.
+                    unsafe { multiply(simd, depth, &a, panel.as_ptr(), values.stride, &mut acc) };
+                }
+                for (m, acc) in acc.iter().enumerate() {
+                    let scale = simd.splat_f32s(scales[first + m]);
+                    let acc = acc.map(|sum| simd.mul_f32s(sum, scale));
+                    let len = columns.min(dim - column);
+                    // SAFETY: each tile has its own rows and heads, so its own places in the result.
+                    let out = unsafe { self.out.part(self.place(first + m).1 + column, len) };
+                    out.copy_from_slice(&pulp::bytemuck::cast_slice::<S::f32s, f32>(&acc)[..len]);
+                }
+            });
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Projections by packed weights: `x W^T`, with what follows it done while the result is in the cache.
+
+use std::ops::Range;
+
+use candle_core::{CpuStorage, CustomOp1, DType, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::panels::Panels;
+use super::tile::{for_row_tiles, multiply};
+use super::{Stripes, math, slice, slice_mut};
+
+/// Inputs that are multiplied before the next panel's turn: what keeps a block of a panel in the first-level cache.
+const DEPTH_BLOCK: usize = 256;
+/// Activations, in floats, that a thread works on at a time: a quarter of a usual second-level cache.
+const ROW_BLOCK: usize = 32 * 1024;
+
+/// What becomes of a product.
+#[derive(Clone, Copy)]
+enum Epilogue<'a> {
+    /// Written, after the bias is added.
+    Write { bias: Option<&'a [f32]> },
+    /// Added to what is there.
+    Add,
+    /// Panels come in pairs, gate and up: `silu(gate) * up` is written.
+    SwiGlu,
+}
+
+/// A projection `[out, in]`, optionally with a bias `[out]`.
+pub struct Linear {
+    panels: Panels,
+    bias: Option<Vec<f32>>,
+}
+
+impl Linear {
+    /// Packs row-major `weight` (`[out, in]`) as `dtype`.
+    pub fn new(weight: &[f32], inputs: usize, bias: Option<Vec<f32>>, dtype: DType) -> Result<Self> {
+        Ok(Self {
+            panels: Panels::pack(weight, inputs, dtype)?,
+            bias,
+        })
+    }
+
+    /// `x W^T + bias`: `[rows, in]` to `[rows, out]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        x.apply_op1_no_bwd(self)
+    }
+
+    /// `x += a W^T`: the projection of `a` (`[rows, in]`) added to `x` (`[rows, out]`) in place.
+    pub fn add_to(&self, x: &Tensor, a: &Tensor) -> Result<()> {
+        x.inplace_op2(a, self)
+    }
+
+    /// The weights of some outputs, one row each, `[indices, in]`: an embedding lookup in a tied output projection.
+    pub fn gather(&self, indices: &[u32], device: &candle_core::Device) -> Result<Tensor> {
+        let mut rows = vec![0.0; indices.len() * self.panels.depth];
+        for (row, &index) in rows.chunks_exact_mut(self.panels.depth).zip(indices) {
+            self.panels.gather(index as usize, row);
+        }
+        Tensor::from_vec(rows, (indices.len(), self.panels.depth), device)
+    }
+}
+
+impl CustomOp1 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        product(
+            &self.panels,
+            storage,
+            layout,
+            Epilogue::Write {
+                bias: self.bias.as_deref(),
+            },
+        )
+    }
+}
+
+impl InplaceOp2 for Linear {
+    fn name(&self) -> &'static str {
+        "linear-add"
+    }
+
+    fn cpu_fwd(&self, x: &mut CpuStorage, x_layout: &Layout, a: &CpuStorage, a_layout: &Layout) -> Result<()> {
+        let a = slice(a, a_layout)?;
+        run(&self.panels, a, slice_mut(x, x_layout)?, Epilogue::Add)
+    }
+}
+
+/// The first half of the MLP: `silu(x G^T) * (x U^T)`.
+pub struct GateUp {
+    panels: Panels,
+}
+
+impl GateUp {
+    /// Packs row-major `gate` and `up` (both `[out, in]`) as `dtype`.
+    pub fn new(gate: &[f32], up: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
+        Ok(Self {
+            panels: Panels::pack_pairs(gate, up, inputs, dtype)?,
+        })
+    }
+
+    /// `[rows, in]` to `[rows, out]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        x.apply_op1_no_bwd(self)
+    }
+}
+
+impl CustomOp1 for GateUp {
+    fn name(&self) -> &'static str {
+        "gate-up"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        product(&self.panels, storage, layout, Epilogue::SwiGlu)
+    }
+}
+
+fn product(panels: &Panels, storage: &CpuStorage, layout: &Layout, epilogue: Epilogue) -> Result<(CpuStorage, Shape)> {
+    let x = slice(storage, layout)?;
+    let rows = x.len() / panels.depth;
+    let mut out = vec![0.0; rows * panels.outputs];
+    run(panels, x, &mut out, epilogue)?;
+    Ok((CpuStorage::F32(out), Shape::from((rows, panels.outputs))))
+}
+
+/// Computes all of `out` (`[rows, outputs]`) from `x` (`[rows, depth]`), panels shared out among the threads.
+fn run(panels: &Panels, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Result<()> {
+    let rows = x.len() / panels.depth;
+    if x.len() != rows * panels.depth || out.len() != rows * panels.outputs {
+        bail!(
+            "linear [{}, {}]: {} activations in, {} out",
+            panels.outputs,
+            panels.depth,
+            x.len(),
+            out.len()
+        )
+    }
+    let units = panels.outputs.div_ceil(panels.width);
+    // Some tasks a thread, so that one that was held up does not hold up the rest.
+    let tasks = (rayon::current_num_threads() * if rows < 16 { 4 } else { 8 }).min(units);
+    let out = Stripes::new(out);
+    (0..tasks).into_par_iter().for_each(|task| {
+        let units = task * units / tasks..(task + 1) * units / tasks;
+        Arch::new().dispatch(Stripe {
+            panels,
+            x,
+            rows,
+            units,
+            epilogue,
+            out,
+        });
+    });
+    Ok(())
+}
+
+/// One task: all rows of some columns of the product.
+struct Stripe<'a> {
+    panels: &'a Panels,
+    x: &'a [f32],
+    rows: usize,
+    /// Panels, or pairs of them.
+    units: Range<usize>,
+    epilogue: Epilogue<'a>,
+    out: Stripes,
+}
+
+impl WithSimd for Stripe<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Panels { depth, width, .. } = *self.panels;
+        let per_unit = if matches!(self.epilogue, Epilogue::SwiGlu) {
+            2
+        } else {
+            1
+        };
+        let block = (ROW_BLOCK / depth).clamp(24, 96).min(self.rows);
+        let mut sums = vec![0.0; per_unit * block * width];
+        let mut buffer = Vec::new();
+        for first in (0..self.rows).step_by(block) {
+            let rows = block.min(self.rows - first);
+            let x = &self.x[first * depth..][..rows * depth];
+            for unit in self.units.clone() {
+                for (index, sums) in sums.chunks_exact_mut(block * width).enumerate() {
+                    let panel = unit * per_unit + index;
+                    for k in (0..depth).step_by(DEPTH_BLOCK) {
+                        let weights = self.panels.block(panel, k, DEPTH_BLOCK.min(depth - k), &mut buffer);
+                        accumulate(simd, x, depth, k, weights, &mut sums[..rows * width]);
+                    }
+                }
+                self.finish(first, rows, unit, &sums, block * width);
+            }
+        }
+    }
+}
+
+/// `sums[row] (+)= x[row][k..] * weights`, from zero where `k` is 0: `sums` `[rows, width]`, `x` `[rows, depth]`.
+#[inline(always)]
+fn accumulate<S: Simd>(simd: S, x: &[f32], depth: usize, k: usize, weights: &[f32], sums: &mut [f32]) {
+    let width = 2 * S::F32_LANES;
+    let (rows, block) = (sums.len() / width, weights.len() / width);
+    assert!(k + block <= depth && rows * depth <= x.len());
+    let (sums, _) = S::as_mut_simd_f32s(sums);
+    let (sums, _) = sums.as_chunks_mut::<2>();
+    for_row_tiles!(S, rows, |first, MR| {
+        let mut acc = [[simd.splat_f32s(0.0); 2]; MR];
+        if k > 0 {
+            acc.copy_from_slice(&sums[first..first + MR]);
+        }
+        let a: [_; MR] = std::array::from_fn(|m| x[(first + m) * depth + k..].as_ptr());
+        // SAFETY: each row of `x` has `block` floats from `k` on, and `weights` is `[block, 2 vectors]`.
+        unsafe { multiply(simd, block, &a, weights.as_ptr(), width, &mut acc) };
+        sums[first..first + MR].copy_from_slice(&acc);
+    });
+}
+
+impl Stripe<'_> {
+    /// Moves finished sums to their place in the result; `up_at` is where the second panel of a pair begins.
+    #[inline(always)]
+    fn finish(&self, first: usize, rows: usize, unit: usize, sums: &[f32], up_at: usize) {
+        let Panels { width, outputs, .. } = *self.panels;
+        let column = unit * width;
+        let columns = width.min(outputs - column);
+        for row in 0..rows {
+            let sums_row = &sums[row * width..][..columns];
+            // SAFETY: each task has its own units, so its own columns; one row of them at a time is borrowed here.
+            let out = unsafe { self.out.part((first + row) * outputs + column, columns) };
+            match self.epilogue {
+                Epilogue::Write { bias: None } => out.copy_from_slice(sums_row),
+                Epilogue::Write { bias: Some(bias) } => {
+                    let bias = &bias[column..][..columns];
+                    out.iter_mut()
+                        .zip(sums_row)
+                        .zip(bias)
+                        .for_each(|((to, sum), bias)| *to = sum + bias);
+                }
+                Epilogue::Add => out.iter_mut().zip(sums_row).for_each(|(to, sum)| *to += sum),
+                Epilogue::SwiGlu => {
+                    let up = &sums[up_at + row * width..][..columns];
+                    out.iter_mut()
+                        .zip(sums_row)
+                        .zip(up)
+                        .for_each(|((to, &gate), up)| *to = math::silu(gate) * up);
+                }
+            }
+        }
+    }
+}

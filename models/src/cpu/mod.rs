@@ -1,0 +1,67 @@
+//! Arithmetic on the CPU: candle custom operators over vectorised kernels that are chosen at run time.
+//!
+//! Activations are float32, whatever the weights and the KV cache are stored as. Every result is computed by a
+//! sequence of roundings that depends neither on the number of rows in the step nor on the number of threads.
+
+pub mod attention;
+mod attention_kernel;
+pub(crate) mod elementwise;
+pub(crate) mod linear;
+pub(crate) mod math;
+pub(crate) mod panels;
+mod tile;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
+
+/// The elements of a contiguous operand.
+pub(crate) fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<T>()?[start..end]),
+        None => bail!("operand of shape {:?} is not contiguous", layout.shape()),
+    }
+}
+
+/// The elements of a contiguous float32 operand that is written in place.
+pub(crate) fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(data), Some((start, end))) => Ok(&mut data[start..end]),
+        (other, _) => bail!(
+            "operand of shape {:?} is not contiguous float32 but {:?}",
+            layout.shape(),
+            other.dtype()
+        ),
+    }
+}
+
+/// A matrix of which threads write disjoint parts that no slice can describe, such as stripes of columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Stripes {
+    data: *mut f32,
+    len: usize,
+}
+
+// SAFETY: the pointer is only turned into slices by `part`, whose callers promise that no two parts overlap.
+unsafe impl Send for Stripes {}
+// SAFETY: as above.
+unsafe impl Sync for Stripes {}
+
+impl Stripes {
+    pub fn new(data: &mut [f32]) -> Self {
+        Self {
+            data: data.as_mut_ptr(),
+            len: data.len(),
+        }
+    }
+
+    /// `len` elements from `start` on.
+    ///
+    /// # Safety
+    /// The matrix is alive, and nothing else refers to these elements while the slice lives.
+    #[inline(always)]
+    pub unsafe fn part<'a>(self, start: usize, len: usize) -> &'a mut [f32] {
+        assert!(start + len <= self.len);
+        // SAFETY: in bounds by the assertion; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
+    }
+}

@@ -1,0 +1,74 @@
+//! The one inner loop: a small tile of a matrix product held in registers. The projections and both products of
+//! attention run through it.
+
+use pulp::Simd;
+
+/// Rows of the largest tile, by the number of vector registers.
+pub const fn tile_rows<S: Simd>() -> usize {
+    if S::REGISTER_COUNT >= 32 { 12 } else { 6 }
+}
+
+/// `acc[m][v] += sum over k of a[m][k] * b[k][v]`, for `MR` rows and `NV` vectors of columns.
+///
+/// Every element is a chain of fused multiply-adds in the order of `k`, so its value does not depend on `MR` or `NV`.
+///
+/// # Safety
+/// `a[m]` must be readable for `depth` floats, and `b` for `NV` vectors at each of `depth` rows of `stride` floats.
+#[inline(always)]
+pub unsafe fn multiply<S: Simd, const MR: usize, const NV: usize>(
+    simd: S,
+    depth: usize,
+    a: &[*const f32; MR],
+    b: *const f32,
+    stride: usize,
+    acc: &mut [[S::f32s; NV]; MR],
+) {
+    let mut sums = *acc;
+    for k in 0..depth {
+        // SAFETY: in bounds by this function's contract; the read needs no alignment.
+        let columns: [S::f32s; NV] =
+            std::array::from_fn(|v| unsafe { b.add(k * stride + v * S::F32_LANES).cast::<S::f32s>().read_unaligned() });
+        for m in 0..MR {
+            // SAFETY: in bounds by this function's contract.
+            let factor = simd.splat_f32s(unsafe { *a[m].add(k) });
+            for v in 0..NV {
+                sums[m][v] = simd.mul_add_f32s(factor, columns[v], sums[m][v]);
+            }
+        }
+    }
+    *acc = sums;
+}
+
+/// Splits `rows` into tiles of at most `tile_rows` and calls `$body` with the tile's first row and its size as a
+/// constant, so that every size has its own unrolled code.
+macro_rules! for_row_tiles {
+    ($simd:ty, $rows:expr, |$first:ident, $MR:ident| $body:expr) => {{
+        let rows: usize = $rows;
+        let mut $first = 0;
+        while $first < rows {
+            let left = (rows - $first).min($crate::cpu::tile::tile_rows::<$simd>());
+            macro_rules! size {
+                ($n:literal) => {{
+                    const $MR: usize = $n;
+                    $body
+                }};
+            }
+            match left {
+                1 => size!(1),
+                2 => size!(2),
+                3 => size!(3),
+                4 => size!(4),
+                5 => size!(5),
+                6 => size!(6),
+                7 => size!(7),
+                8 => size!(8),
+                9 => size!(9),
+                10 => size!(10),
+                11 => size!(11),
+                _ => size!(12),
+            }
+            $first += left;
+        }
+    }};
+}
+pub(crate) use for_row_tiles;

@@ -1,0 +1,329 @@
+//! The decoder: embedding, layers of attention and MLP, and the logits of the rows that are wanted.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+use crate::cpu::attention::{Attention, Queries};
+use crate::cpu::elementwise::{Half, RmsNorm, Rotate, Store};
+use crate::cpu::linear::{GateUp, Linear};
+use crate::kv::Pools;
+use crate::rope::{cos_sin, inverse_frequencies};
+use crate::weights::Weights;
+use crate::{Config, KvCache, ModelError, Step};
+
+/// A loaded model.
+pub struct Decoder {
+    config: Config,
+    device: Device,
+    /// `None` where the output projection is the embedding table too.
+    embedding: Option<Tensor>,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    output: Linear,
+    inverse_frequencies: Vec<f32>,
+}
+
+struct Layer {
+    attention_norm: RmsNorm,
+    /// Queries, keys and values in one projection.
+    qkv: Linear,
+    query_norm: Option<RmsNorm>,
+    key_norm: Option<RmsNorm>,
+    attention_output: Linear,
+    mlp_norm: RmsNorm,
+    gate_up: GateUp,
+    down: Linear,
+}
+
+/// What every layer of one step needs to know.
+struct Pass<'a> {
+    slots: Vec<usize>,
+    cos: Tensor,
+    sin: Tensor,
+    queries: Vec<Queries<'a>>,
+    /// The last layer's queries: only the rows whose logits are wanted.
+    last_queries: Vec<Queries<'a>>,
+    logit_rows: Tensor,
+}
+
+impl Decoder {
+    /// Loads a model from a `.gguf` file, or from a folder with `config.json` and safetensors. Weights are stored as
+    /// `dtype`: f32, bf16 or f16.
+    pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+        if !device.is_cpu() {
+            return Err(ModelError::UnsupportedDevice {
+                device: format!("{:?}", device.location()),
+            });
+        }
+        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
+            return Err(ModelError::UnsupportedDType {
+                found: dtype.as_str().into(),
+            });
+        }
+        let (weights, config) = Weights::open(path)?;
+        let loader = Loader {
+            weights: &weights,
+            config: &config,
+            dtype,
+        };
+        // The largest tensor first, while little else is in memory.
+        let (embedding, output) = loader.embedding_and_output(device)?;
+        let layers = (0..config.layers)
+            .map(|index| loader.layer(index))
+            .collect::<Result<_, _>>()?;
+        let norm = loader.norm("model.norm.weight", config.hidden_size)?;
+        let inverse_frequencies = inverse_frequencies(&config.rope, config.head_dim);
+        Ok(Self {
+            device: device.clone(),
+            embedding,
+            layers,
+            norm,
+            output,
+            inverse_frequencies,
+            config,
+        })
+    }
+
+    /// The model's settings.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Runs a step: writes its tokens' keys and values into `cache`, and answers the logits (float32,
+    /// `[logit rows, vocab_size]`) of the last token of each span that asks for them, in order. A step that does not
+    /// fit the model or the cache is refused before anything is written.
+    pub fn forward(&self, step: &Step, cache: &mut KvCache) -> candle_core::Result<Tensor> {
+        step.check(&self.config, cache)?;
+        // One way into the thread pool for the whole step, instead of one for each operator.
+        rayon::scope(|_| self.run(step, cache))
+    }
+
+    fn run(&self, step: &Step, cache: &KvCache) -> candle_core::Result<Tensor> {
+        let pass = self.pass(step, cache)?;
+        let mut x = self.embed(&step.tokens)?;
+        for (index, (layer, pools)) in self.layers.iter().zip(&cache.layers).enumerate() {
+            let qkv = layer.qkv(&x, &pass, pools, &self.config)?;
+            if index + 1 < self.layers.len() {
+                layer.finish(&x, &qkv, &pass.queries, pools, &self.config)?;
+                continue;
+            }
+            // The last layer's keys and values are stored; the rest of it matters only for the rows that answer.
+            if pass.last_queries.is_empty() {
+                return Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device);
+            }
+            x = x.index_select(&pass.logit_rows, 0)?;
+            let qkv = qkv.index_select(&pass.logit_rows, 0)?;
+            layer.finish(&x, &qkv, &pass.last_queries, pools, &self.config)?;
+        }
+        self.output.forward(&self.norm.forward(&x)?)
+    }
+
+    fn pass<'a>(&self, step: &'a Step, cache: &KvCache) -> candle_core::Result<Pass<'a>> {
+        let (cos, sin) = cos_sin(&self.inverse_frequencies, &step.positions());
+        let shape = (step.tokens.len(), self.config.head_dim / 2);
+        let mut row = 0;
+        let mut queries = Vec::new();
+        let mut last_queries = Vec::new();
+        for span in &step.sequences {
+            let block_table = span.block_table.as_slice();
+            queries.push(Queries {
+                row,
+                start: span.start,
+                len: span.len,
+                block_table,
+            });
+            if span.logits {
+                let start = span.start + span.len - 1;
+                last_queries.push(Queries {
+                    row: last_queries.len(),
+                    start,
+                    len: 1,
+                    block_table,
+                });
+            }
+            row += span.len;
+        }
+        Ok(Pass {
+            slots: step.slots(cache.block_size()),
+            cos: Tensor::from_vec(cos, shape, &self.device)?,
+            sin: Tensor::from_vec(sin, shape, &self.device)?,
+            logit_rows: Tensor::from_vec(step.logit_rows(), last_queries.len(), &self.device)?,
+            queries,
+            last_queries,
+        })
+    }
+
+    /// Rows of the embedding table: `[tokens, hidden_size]`.
+    fn embed(&self, tokens: &[u32]) -> candle_core::Result<Tensor> {
+        match &self.embedding {
+            None => self.output.gather(tokens, &self.device),
+            Some(table) => table
+                .index_select(&Tensor::new(tokens, &self.device)?, 0)?
+                .to_dtype(DType::F32),
+        }
+    }
+}
+
+impl Layer {
+    /// The step's queries, keys and values, rotated, the latter two in the cache as well.
+    fn qkv(&self, x: &Tensor, pass: &Pass, pools: &Pools, config: &Config) -> candle_core::Result<Tensor> {
+        let qkv = self.qkv.forward(&self.attention_norm.forward(x)?)?;
+        let rotate = Rotate {
+            query_heads: config.heads,
+            key_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            query_norm: self.query_norm.as_ref(),
+            key_norm: self.key_norm.as_ref(),
+        };
+        rotate.forward(&qkv, &pass.cos, &pass.sin)?;
+        let keys_at = config.heads * config.head_dim;
+        let values_at = keys_at + config.kv_heads * config.head_dim;
+        Store {
+            half: Half::Keys,
+            slots: &pass.slots,
+            column: keys_at,
+        }
+        .forward(&pools.keys, &qkv)?;
+        Store {
+            half: Half::Values,
+            slots: &pass.slots,
+            column: values_at,
+        }
+        .forward(&pools.values, &qkv)?;
+        Ok(qkv)
+    }
+
+    /// The layer's attention and MLP, added to `x` in place.
+    fn finish(
+        &self,
+        x: &Tensor,
+        qkv: &Tensor,
+        queries: &[Queries],
+        pools: &Pools,
+        config: &Config,
+    ) -> candle_core::Result<()> {
+        let attention = Attention {
+            queries,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            window: config.sliding_window,
+        };
+        self.attention_output
+            .add_to(x, &attention.forward(qkv, &pools.keys, &pools.values)?)?;
+        self.down.add_to(x, &self.gate_up.forward(&self.mlp_norm.forward(x)?)?)
+    }
+}
+
+/// Reads and packs weights.
+struct Loader<'a> {
+    weights: &'a Weights,
+    config: &'a Config,
+    dtype: DType,
+}
+
+impl Loader<'_> {
+    /// The embedding table, unless it is the output projection as well, and that projection.
+    fn embedding_and_output(&self, device: &Device) -> Result<(Option<Tensor>, Linear), ModelError> {
+        const EMBEDDING: &str = "model.embed_tokens.weight";
+        const OUTPUT: &str = "lm_head.weight";
+        let shape = [self.config.vocab_size, self.config.hidden_size];
+        if self.config.tie_word_embeddings {
+            return Ok((
+                None,
+                self.linear(EMBEDDING, self.weights.read(EMBEDDING, &shape)?, shape[1], None)?,
+            ));
+        }
+        let table = Tensor::from_vec(self.weights.read(EMBEDDING, &shape)?, shape.as_slice(), device);
+        let table = table
+            .and_then(|table| table.to_dtype(self.dtype))
+            .map_err(built(EMBEDDING))?;
+        Ok((
+            Some(table),
+            self.linear(OUTPUT, self.weights.read(OUTPUT, &shape)?, shape[1], None)?,
+        ))
+    }
+
+    fn layer(&self, index: usize) -> Result<Layer, ModelError> {
+        let Config {
+            hidden_size: hidden,
+            intermediate_size: inner,
+            head_dim,
+            ..
+        } = *self.config;
+        let (queries, keys) = (self.config.heads * head_dim, self.config.kv_heads * head_dim);
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let matrices = [
+            ("self_attn.q_proj.weight", [queries, hidden]),
+            ("self_attn.k_proj.weight", [keys, hidden]),
+            ("self_attn.v_proj.weight", [keys, hidden]),
+            ("self_attn.o_proj.weight", [hidden, queries]),
+            ("mlp.gate_proj.weight", [inner, hidden]),
+            ("mlp.up_proj.weight", [inner, hidden]),
+            ("mlp.down_proj.weight", [hidden, inner]),
+        ];
+        let read = matrices
+            .par_iter()
+            .map(|(part, shape)| self.weights.read(&name(part), shape));
+        let mut read = read.collect::<Result<Vec<_>, _>>()?.into_iter();
+        let mut next = || read.next().unwrap_or_default();
+        let qkv = [next(), next(), next()].concat();
+        let (output, gate, up, down) = (next(), next(), next(), next());
+        let qk_norm = |part: &str| match self.config.qk_norm {
+            true => self.norm(&name(part), head_dim).map(Some),
+            false => Ok(None),
+        };
+        Ok(Layer {
+            attention_norm: self.norm(&name("input_layernorm.weight"), hidden)?,
+            qkv: self.linear("qkv", qkv, hidden, self.qkv_bias(index)?)?,
+            query_norm: qk_norm("self_attn.q_norm.weight")?,
+            key_norm: qk_norm("self_attn.k_norm.weight")?,
+            attention_output: self.linear("attention output", output, queries, None)?,
+            mlp_norm: self.norm(&name("post_attention_layernorm.weight"), hidden)?,
+            gate_up: GateUp::new(&gate, &up, hidden, self.dtype).map_err(built("gate and up projection"))?,
+            down: self.linear("down projection", down, inner, None)?,
+        })
+    }
+
+    fn qkv_bias(&self, index: usize) -> Result<Option<Vec<f32>>, ModelError> {
+        if !self.config.qkv_bias {
+            return Ok(None);
+        }
+        let (queries, keys) = (
+            self.config.heads * self.config.head_dim,
+            self.config.kv_heads * self.config.head_dim,
+        );
+        let parts = [("q", queries), ("k", keys), ("v", keys)];
+        let read = |(part, len)| {
+            self.weights
+                .read(&format!("model.layers.{index}.self_attn.{part}_proj.bias"), &[len])
+        };
+        Ok(Some(
+            parts.into_iter().map(read).collect::<Result<Vec<_>, _>>()?.concat(),
+        ))
+    }
+
+    fn norm(&self, name: &str, width: usize) -> Result<RmsNorm, ModelError> {
+        Ok(RmsNorm {
+            weight: self.weights.read(name, &[width])?,
+            eps: self.config.rms_norm_eps as f32,
+        })
+    }
+
+    fn linear(
+        &self,
+        what: &str,
+        weight: Vec<f32>,
+        inputs: usize,
+        bias: Option<Vec<f32>>,
+    ) -> Result<Linear, ModelError> {
+        Linear::new(&weight, inputs, bias, self.dtype).map_err(built(what))
+    }
+}
+
+fn built(what: &str) -> impl FnOnce(candle_core::Error) -> ModelError {
+    let what = what.to_string();
+    move |source| ModelError::Tensor { what, source }
+}

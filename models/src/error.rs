@@ -1,0 +1,50 @@
+//! What can go wrong while a model is read: each value says what happened, to what, and what to do.
+
+use std::path::PathBuf;
+
+/// Why a model could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error("cannot read {}: {source}; check the path and its permissions", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+
+    #[error("{} is damaged or not a model file: {reason}; fetch it again", path.display())]
+    Corrupt { path: PathBuf, reason: String },
+
+    #[error("{} lacks tensor {name}; the file is incomplete or of another architecture: fetch the whole model", path.display())]
+    MissingTensor { path: PathBuf, name: String },
+
+    #[error("{}: tensor {name} has shape {found:?} where the model's settings say {expected:?}; weights and settings are of different models", path.display())]
+    WrongShape {
+        path: PathBuf,
+        name: String,
+        expected: Vec<usize>,
+        found: Vec<usize>,
+    },
+
+    #[error("{}: architecture {found} is not supported; choose a model of one of {}", path.display(), crate::config::ARCHITECTURES.join(", "))]
+    UnsupportedArchitecture { path: PathBuf, found: String },
+
+    #[error("{}: {what} is not supported; supported: {supported}", path.display())]
+    Unsupported {
+        path: PathBuf,
+        what: String,
+        supported: String,
+    },
+
+    #[error("{}: setting {key} {problem}; correct it or choose another model", path.display())]
+    Setting {
+        path: PathBuf,
+        key: String,
+        problem: String,
+    },
+
+    #[error("cannot compute on {device}: this build has arithmetic for the CPU only; choose the CPU")]
+    UnsupportedDevice { device: String },
+
+    #[error("cannot store weights or KV cache as {found}; choose f32, bf16 or f16")]
+    UnsupportedDType { found: String },
+
+    #[error("cannot build {what}: {source}; free memory or choose smaller settings")]
+    Tensor { what: String, source: candle_core::Error },
+}

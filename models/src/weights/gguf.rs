@@ -1,0 +1,167 @@
+//! Tensors of a GGUF file, dequantized one at a time.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use candle_core::quantized::gguf_file::Content;
+
+use super::check_shape;
+use crate::config::{ARCHITECTURES, Metadata};
+use crate::{Config, ModelError, RopeScaling};
+
+/// An open GGUF file.
+pub(crate) struct GgufFile {
+    path: PathBuf,
+    content: Content,
+    /// `(query heads, KV heads)` where the file keeps the rows of Q and K in interleaved pairs.
+    permuted: Option<(usize, usize)>,
+}
+
+impl GgufFile {
+    /// Reads the header and the settings in it.
+    pub fn open(path: &Path) -> Result<(Self, Config), ModelError> {
+        let mut reader = BufReader::new(open(path)?);
+        let content = Content::read(&mut reader).map_err(|e| corrupt(path, e))?;
+        let metadata = Metadata { content: &content };
+        let found = metadata.architecture();
+        if !ARCHITECTURES.contains(&found.as_str()) {
+            return Err(ModelError::UnsupportedArchitecture {
+                path: path.into(),
+                found,
+            });
+        }
+        let setting = |(key, problem)| ModelError::Setting {
+            path: path.into(),
+            key,
+            problem,
+        };
+        let mut config = metadata.config().map_err(setting)?;
+        let permuted = matches!(found.as_str(), "llama" | "mistral").then_some((config.heads, config.kv_heads));
+        let file = Self {
+            path: path.into(),
+            content,
+            permuted,
+        };
+        if file.content.tensor_infos.contains_key("rope_freqs.weight") {
+            config.rope.scaling = RopeScaling::Divisors(file.load("rope_freqs.weight", &[config.head_dim / 2])?);
+        }
+        Ok((file, config))
+    }
+
+    /// See [`super::Weights::read`].
+    pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let data = self.load(&gguf_name(name), shape)?;
+        Ok(match self.permuted {
+            Some((heads, _)) if name.ends_with("q_proj.weight") => deinterleave_rows(&data, heads, shape),
+            Some((_, heads)) if name.ends_with("k_proj.weight") => deinterleave_rows(&data, heads, shape),
+            _ => data,
+        })
+    }
+
+    /// The tensor of GGUF name `name`. Every call opens the file anew, so that threads may load side by side.
+    fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let missing = || ModelError::MissingTensor {
+            path: self.path.clone(),
+            name: name.into(),
+        };
+        let info = self.content.tensor_infos.get(name).ok_or_else(missing)?;
+        check_shape(&self.path, name, shape, info.shape.dims())?;
+        let read = || {
+            let mut file = File::open(&self.path)?;
+            let quantized = info.read(&mut file, self.content.tensor_data_offset, &Device::Cpu)?;
+            quantized.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
+        };
+        read().map_err(|e| corrupt(&self.path, format!("tensor {name}: {e}")))
+    }
+}
+
+fn open(path: &Path) -> Result<File, ModelError> {
+    File::open(path).map_err(|source| ModelError::Io {
+        path: path.into(),
+        source,
+    })
+}
+
+fn corrupt(path: &Path, reason: impl ToString) -> ModelError {
+    // candle's errors may carry a backtrace on further lines.
+    let reason = reason.to_string().lines().next().unwrap_or_default().trim().to_string();
+    ModelError::Corrupt {
+        path: path.into(),
+        reason,
+    }
+}
+
+/// GGUF's name of a tensor, from its Hugging Face name.
+fn gguf_name(name: &str) -> String {
+    const NAMES: [(&str, &str); 14] = [
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("model.layers", "blk"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+    ];
+    let mut renamed = name.replace("mlp.down_proj", "ffn_down");
+    for (from, to) in NAMES {
+        renamed = renamed.replace(from, to);
+    }
+    renamed
+}
+
+/// Undoes the order in which llama.cpp stores Q and K of the Llama family: each head's rows in pairs `(i, i + half)`
+/// side by side, as its interleaved rotation wants them.
+fn deinterleave_rows(data: &[f32], heads: usize, shape: &[usize]) -> Vec<f32> {
+    let (rows, width) = (shape[0], shape[1]);
+    let dim = rows / heads;
+    let source = |row: usize| {
+        let (head, within) = (row / dim, row % dim);
+        head * dim + (within % (dim / 2)) * 2 + within / (dim / 2)
+    };
+    (0..rows)
+        .flat_map(|row| data[source(row) * width..][..width].iter().copied())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_llama_cpps() {
+        assert_eq!(gguf_name("model.layers.3.self_attn.q_proj.bias"), "blk.3.attn_q.bias");
+        assert_eq!(
+            gguf_name("model.layers.0.self_attn.k_norm.weight"),
+            "blk.0.attn_k_norm.weight"
+        );
+        assert_eq!(
+            gguf_name("model.layers.12.post_attention_layernorm.weight"),
+            "blk.12.ffn_norm.weight"
+        );
+        assert_eq!(
+            gguf_name("model.layers.1.mlp.down_proj.weight"),
+            "blk.1.ffn_down.weight"
+        );
+        assert_eq!(gguf_name("model.norm.weight"), "output_norm.weight");
+        assert_eq!(gguf_name("lm_head.weight"), "output.weight");
+    }
+
+    #[test]
+    fn rows_of_a_pair_return_to_both_halves_of_the_head() {
+        // Two heads of four rows: stored 0 2 1 3 of each head, one column.
+        let stored = [0., 2., 1., 3., 10., 12., 11., 13.];
+        assert_eq!(
+            deinterleave_rows(&stored, 2, &[8, 1]),
+            [0., 1., 2., 3., 10., 11., 12., 13.]
+        );
+    }
+}

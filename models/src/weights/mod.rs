@@ -1,0 +1,47 @@
+//! A model's files: its settings, and its tensors by their Hugging Face names as rows of float32.
+
+mod gguf;
+mod safetensors;
+
+use std::path::Path;
+
+use crate::{Config, ModelError};
+
+/// Where a model's tensors come from.
+pub(crate) enum Weights {
+    Gguf(gguf::GgufFile),
+    Safetensors(safetensors::Folder),
+}
+
+impl Weights {
+    /// Opens a GGUF file, or a folder with `config.json` and safetensors, and reads the model's settings.
+    pub fn open(path: &Path) -> Result<(Self, Config), ModelError> {
+        if path.is_dir() {
+            let config = Config::from_json(&path.join("config.json"))?;
+            return Ok((Self::Safetensors(safetensors::Folder::open(path)?), config));
+        }
+        let (file, config) = gguf::GgufFile::open(path)?;
+        Ok((Self::Gguf(file), config))
+    }
+
+    /// Tensor `name`, which must have `shape`, row-major in float32.
+    pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        match self {
+            Self::Gguf(file) => file.read(name, shape),
+            Self::Safetensors(folder) => folder.read(name, shape),
+        }
+    }
+}
+
+/// Refuses a tensor of another shape than the settings ask for.
+fn check_shape(path: &Path, name: &str, expected: &[usize], found: &[usize]) -> Result<(), ModelError> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(ModelError::WrongShape {
+        path: path.into(),
+        name: name.into(),
+        expected: expected.into(),
+        found: found.into(),
+    })
+}

@@ -1,0 +1,210 @@
+//! The default model against tokens that PyTorch computed in float32 from the same file, and against itself in other
+//! company.
+
+mod common;
+
+use std::sync::OnceLock;
+
+use candle_core::{DType, Device, Tensor};
+use sconce_models::{Decoder, KvCache, Span, Step};
+use serde::Deserialize;
+
+const BLOCK_SIZE: usize = 16;
+/// Blocks that hold the longest prompt and its answer.
+const BLOCKS: usize = 112;
+
+#[derive(Deserialize)]
+struct Reference {
+    prompts: Vec<Prompt>,
+}
+
+#[derive(Deserialize)]
+struct Prompt {
+    name: String,
+    prompt_tokens: Vec<u32>,
+    tokens: Vec<u32>,
+    /// Distance of the runner-up's logit at each step.
+    gaps: Vec<f32>,
+}
+
+fn reference() -> Vec<Prompt> {
+    let text = include_str!("fixtures/smollm2-135m-instruct-q4_1.json");
+    serde_json::from_str::<Reference>(text).unwrap().prompts
+}
+
+fn decoder() -> &'static Decoder {
+    static DECODER: OnceLock<Decoder> = OnceLock::new();
+    DECODER.get_or_init(|| Decoder::load(&common::default_model(), &Device::Cpu, DType::F32).unwrap())
+}
+
+fn cache(blocks: usize) -> KvCache {
+    KvCache::new(decoder().config(), blocks, BLOCK_SIZE, DType::F32, &Device::Cpu).unwrap()
+}
+
+/// A sequence in the pool: its blocks, and how many of its tokens have been run.
+struct Sequence {
+    block_table: Vec<u32>,
+    start: usize,
+}
+
+impl Sequence {
+    fn new(first_block: usize, blocks: usize) -> Self {
+        Self {
+            block_table: (first_block..first_block + blocks).map(|block| block as u32).collect(),
+            start: 0,
+        }
+    }
+
+    fn push(&mut self, step: &mut Step, tokens: &[u32]) {
+        step.tokens.extend(tokens);
+        let span = Span {
+            start: self.start,
+            len: tokens.len(),
+            block_table: self.block_table.clone(),
+            logits: true,
+        };
+        step.sequences.push(span);
+        self.start += tokens.len();
+    }
+}
+
+fn rows(logits: &Tensor) -> Vec<Vec<f32>> {
+    logits.to_vec2().unwrap()
+}
+
+fn greedy(logits: &[f32]) -> u32 {
+    (0..logits.len())
+        .max_by(|&a, &b| logits[a].total_cmp(&logits[b]))
+        .unwrap() as u32
+}
+
+/// Runs `tokens` in chunks of `chunk` and answers the last token's logits.
+fn logits(tokens: &[u32], chunk: usize) -> Vec<f32> {
+    let blocks = tokens.len().div_ceil(BLOCK_SIZE);
+    let (mut cache, mut sequence) = (cache(blocks), Sequence::new(0, blocks));
+    let mut last = Vec::new();
+    for chunk in tokens.chunks(chunk) {
+        let mut step = Step::default();
+        sequence.push(&mut step, chunk);
+        last = rows(&decoder().forward(&step, &mut cache).unwrap()).remove(0);
+    }
+    last
+}
+
+#[test]
+fn greedy_tokens_equal_pytorchs() {
+    let prompts = reference();
+    let mut cache = cache(BLOCKS * prompts.len());
+    let mut sequences: Vec<_> = (0..prompts.len()).map(|i| Sequence::new(i * BLOCKS, BLOCKS)).collect();
+    let mut next: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.prompt_tokens.clone()).collect();
+    let mut compared = 0;
+    for index in 0..64 {
+        // A sequence stays in the batch until its answer ends or a near-tie makes the rest incomparable.
+        let active: Vec<_> = (0..prompts.len())
+            .filter(|&i| index < prompts[i].tokens.len() && prompts[i].gaps[..=index].iter().all(|&gap| gap >= 1e-3))
+            .collect();
+        if active.is_empty() {
+            break;
+        }
+        let mut step = Step::default();
+        for &i in &active {
+            sequences[i].push(&mut step, &next[i]);
+        }
+        for (&i, logits) in active.iter().zip(rows(&decoder().forward(&step, &mut cache).unwrap())) {
+            let token = greedy(&logits);
+            assert_eq!(token, prompts[i].tokens[index], "{}, token {index}", prompts[i].name);
+            next[i] = vec![token];
+            compared += 1;
+        }
+    }
+    assert!(compared > 500, "only {compared} tokens were compared");
+}
+
+#[test]
+fn logits_do_not_depend_on_chunks() {
+    let prompt = &reference()[2].prompt_tokens;
+    let whole = logits(prompt, prompt.len());
+    for chunk in [1, 7, 16, 50] {
+        assert!(logits(prompt, chunk) == whole, "chunks of {chunk}");
+    }
+}
+
+#[test]
+fn logits_do_not_depend_on_company() {
+    let prompts = reference();
+    let (mut cache, mut step) = (cache(BLOCKS * prompts.len()), Step::default());
+    // The first prompts run ahead, so that their one-token decodes share the step with the others' prefills.
+    let ahead = prompts.len() / 2;
+    let mut sequences: Vec<_> = (0..prompts.len()).map(|i| Sequence::new(i * BLOCKS, BLOCKS)).collect();
+    for (sequence, prompt) in sequences.iter_mut().zip(&prompts).take(ahead) {
+        let (_, first) = prompt.prompt_tokens.split_last().unwrap();
+        sequence.push(&mut step, first);
+    }
+    decoder().forward(&step, &mut cache).unwrap();
+    let mut step = Step::default();
+    for (sequence, prompt) in sequences.iter_mut().zip(&prompts) {
+        sequence.push(&mut step, &prompt.prompt_tokens[sequence.start..]);
+    }
+    let together = rows(&decoder().forward(&step, &mut cache).unwrap());
+    for (prompt, together) in prompts.iter().zip(&together) {
+        assert!(logits(&prompt.prompt_tokens, 512) == *together, "{}", prompt.name);
+    }
+}
+
+#[test]
+fn recomputed_in_other_blocks_a_decode_is_the_same() {
+    let prompt = &reference()[0];
+    let (last, before) = prompt.tokens.split_last().unwrap();
+    let tokens = [&prompt.prompt_tokens[..], before, &[*last]].concat();
+    let blocks = tokens.len().div_ceil(BLOCK_SIZE);
+    let mut cache = cache(2 * blocks + 3);
+    let mut decoded = Sequence::new(0, blocks);
+    let mut first = Vec::new();
+    for token in [&prompt.prompt_tokens[..]].into_iter().chain(prompt.tokens.chunks(1)) {
+        let mut step = Step::default();
+        decoded.push(&mut step, token);
+        first = rows(&decoder().forward(&step, &mut cache).unwrap());
+    }
+    let mut again = Sequence::new(blocks + 2, blocks);
+    again.block_table.reverse();
+    let mut step = Step::default();
+    again.push(&mut step, &tokens);
+    assert!(rows(&decoder().forward(&step, &mut cache).unwrap()) == first);
+}
+
+#[test]
+fn a_step_that_does_not_fit_is_refused() {
+    let mut cache = cache(2);
+    let mut refused = |tokens: Vec<u32>, start, len, block_table| {
+        let step = Step {
+            tokens,
+            sequences: vec![Span {
+                start,
+                len,
+                block_table,
+                logits: true,
+            }],
+        };
+        decoder().forward(&step, &mut cache).unwrap_err().to_string()
+    };
+    assert!(refused(vec![1], 0, 2, vec![0]).contains("cover 2 tokens"));
+    assert!(refused(vec![49152], 0, 1, vec![0]).contains("vocabulary"));
+    assert!(refused(vec![1], 16, 1, vec![0]).contains("too few"));
+    assert!(refused(vec![1], 0, 1, vec![2]).contains("names block 2"));
+    assert!(refused(vec![1], 8192, 1, vec![0; 600]).contains("positions"));
+    assert!(refused(vec![], 0, 0, vec![0]).contains("adds no token"));
+}
+
+#[test]
+fn a_step_without_logits_answers_none() {
+    let step = Step {
+        tokens: vec![1, 2, 3],
+        sequences: vec![Span {
+            start: 0,
+            len: 3,
+            block_table: vec![0],
+            logits: false,
+        }],
+    };
+    assert_eq!(decoder().forward(&step, &mut cache(1)).unwrap().dims(), [0, 49152]);
+}

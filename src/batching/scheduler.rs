@@ -1,0 +1,497 @@
+//! The scheduler: one plan a step.
+//!
+//! Sequences wait until a batch closes, run until they end, and stand aside when the KV blocks run out. A step decodes
+//! one token for every running sequence that can, and fills the rest of its token budget with prefill chunks, so that a
+//! long prompt does not stall the others (Agrawal et al. 2024, Sarathi-Serve, section 4). Whoever waits longest goes
+//! first; the youngest is preempted first, so the oldest always ends.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::{Duration, Instant},
+};
+
+use super::{
+    BlockCounts, BlockId, BlockPool, Buckets, Schedule, WindowPolicy,
+    window::{self, Waiting},
+};
+use crate::request::TokenId;
+
+/// What the scheduler goes by.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub schedule: Schedule,
+    pub window_policy: WindowPolicy,
+    pub window: Duration,
+    /// The most sequences that run at once, and the most that a batch gathers.
+    pub max_batch: usize,
+    /// The most tokens a step runs.
+    pub step_tokens: usize,
+    pub buckets: Buckets,
+    /// The longest sequence, prompt and output together, in tokens.
+    pub max_model_len: usize,
+}
+
+/// Settings that cannot work together.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    #[error(
+        "a step of {step_tokens} tokens cannot decode a batch of {max_batch}; raise step-tokens or lower max-batch"
+    )]
+    StepBelowBatch { step_tokens: usize, max_batch: usize },
+    #[error(
+        "the KV cache holds {capacity} tokens, one sequence may have {max_model_len}; \
+         raise kv-memory or lower max-model-len"
+    )]
+    CacheBelowContext { capacity: usize, max_model_len: usize },
+}
+
+/// Sequences are numbered as they arrive: the smaller, the older.
+pub type SequenceId = u64;
+
+/// A request, as far as scheduling goes.
+#[derive(Debug, Clone)]
+pub struct Arrival {
+    /// At least one token, at most `max_model_len`.
+    pub prompt: Vec<TokenId>,
+    pub arrival: Instant,
+    pub deadline: Option<Instant>,
+}
+
+/// A request's tokens as the scheduler sees them.
+#[derive(Debug)]
+pub struct Sequence {
+    tokens: Vec<TokenId>,
+    prompt_len: usize,
+    /// How many of `tokens` have their keys and values in the cache.
+    computed: usize,
+    /// How many of `blocks` are full and kept for their tokens.
+    kept: usize,
+    blocks: Vec<BlockId>,
+    arrival: Instant,
+    deadline: Option<Instant>,
+    admitted: Option<Instant>,
+}
+
+impl Sequence {
+    /// The prompt and what was generated so far.
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    pub fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// The block table.
+    pub fn blocks(&self) -> &[BlockId] {
+        &self.blocks
+    }
+}
+
+/// What one step runs, and what planning it changed.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// Tokens to run, each sequence at most once.
+    pub rows: Vec<Row>,
+    /// Requests that left the queue.
+    pub admitted: Vec<Admission>,
+    /// Batches that closed.
+    pub batches: Vec<Batch>,
+    /// Sequences whose deadline passed; they are gone.
+    pub expired: Vec<SequenceId>,
+    /// With no rows: when there may be some without a new arrival.
+    pub wake: Option<Instant>,
+}
+
+/// A run of one sequence's tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    pub id: SequenceId,
+    /// Position of the first token.
+    pub start: usize,
+    pub len: usize,
+    /// Whether the run reaches the sequence's end, so that its last logits give the next token.
+    pub samples: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admission {
+    pub id: SequenceId,
+    /// How much of its wait was for the window, with room for it to run.
+    pub window: Duration,
+    /// Prompt tokens found in the prefix cache.
+    pub cached_tokens: usize,
+}
+
+/// What a closed batch gathered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Batch {
+    pub requests: usize,
+    pub prompt_tokens: usize,
+    /// Positions that a padded layout would compute: every prompt as long as the longest.
+    pub padded_tokens: usize,
+}
+
+/// Owns every sequence and every KV block. Give it the arrivals, ask for a [`Plan`], run it, [`Scheduler::commit`] it,
+/// and say what was sampled ([`Scheduler::append`], [`Scheduler::remove`]).
+#[derive(Debug)]
+pub struct Scheduler {
+    config: Config,
+    blocks: BlockPool,
+    /// In order of arrival.
+    waiting: VecDeque<(SequenceId, Sequence)>,
+    running: BTreeMap<SequenceId, Sequence>,
+    /// Lost their blocks and go before whoever waits.
+    preempted: BTreeMap<SequenceId, Sequence>,
+    next_id: SequenceId,
+    /// Since when an open window has held up requests that could run.
+    window_open: Option<Instant>,
+    /// Moving average of the time from admission to the end.
+    service: Duration,
+    preemptions: u64,
+}
+
+impl Scheduler {
+    pub fn new(config: Config, blocks: BlockPool) -> Result<Self, ConfigError> {
+        let Config {
+            step_tokens,
+            max_batch,
+            max_model_len,
+            ..
+        } = config;
+        if step_tokens < max_batch {
+            return Err(ConfigError::StepBelowBatch { step_tokens, max_batch });
+        }
+        if blocks.capacity() < max_model_len {
+            return Err(ConfigError::CacheBelowContext {
+                capacity: blocks.capacity(),
+                max_model_len,
+            });
+        }
+        Ok(Self {
+            config,
+            blocks,
+            waiting: VecDeque::new(),
+            running: BTreeMap::new(),
+            preempted: BTreeMap::new(),
+            next_id: 0,
+            window_open: None,
+            service: Duration::ZERO,
+            preemptions: 0,
+        })
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Sequences that wait for a batch.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Sequences that were admitted and have not ended.
+    pub fn running(&self) -> usize {
+        self.running.len() + self.preempted.len()
+    }
+
+    pub fn block_counts(&self) -> BlockCounts {
+        self.blocks.counts()
+    }
+
+    /// How often a sequence lost its blocks, since the start.
+    pub fn preemptions(&self) -> u64 {
+        self.preemptions
+    }
+
+    /// A running sequence.
+    pub fn sequence(&self, id: SequenceId) -> Option<&Sequence> {
+        self.running.get(&id)
+    }
+
+    /// Queues a request.
+    pub fn push(&mut self, arrival: Arrival) -> SequenceId {
+        let id = self.next_id;
+        self.next_id += 1;
+        let sequence = Sequence {
+            prompt_len: arrival.prompt.len(),
+            tokens: arrival.prompt,
+            computed: 0,
+            kept: 0,
+            blocks: Vec::new(),
+            arrival: arrival.arrival,
+            deadline: arrival.deadline,
+            admitted: None,
+        };
+        self.waiting.push_back((id, sequence));
+        id
+    }
+
+    /// What the next step runs. Admits, expires and preempts as needed.
+    pub fn plan(&mut self, now: Instant) -> Plan {
+        let mut plan = Plan {
+            expired: self.expire(now),
+            ..Plan::default()
+        };
+        self.resume();
+        let closes_at = self.close_batches(&mut plan, now);
+        self.plan_decodes(&mut plan);
+        self.plan_prefills(&mut plan);
+        if plan.rows.is_empty() {
+            let deadlines = self.waiting.iter().filter_map(|(_, sequence)| sequence.deadline);
+            plan.wake = deadlines.chain(closes_at).min();
+        }
+        plan
+    }
+
+    /// The plan's rows have run: their keys and values are in the cache.
+    pub fn commit(&mut self, plan: &Plan) {
+        let size = self.blocks.block_size();
+        for row in &plan.rows {
+            let Some(sequence) = self.running.get_mut(&row.id) else {
+                continue;
+            };
+            sequence.computed = row.start + row.len;
+            while (sequence.kept + 1) * size <= sequence.computed {
+                let index = sequence.kept;
+                let above = index.checked_sub(1).map(|above| sequence.blocks[above]);
+                let tokens = &sequence.tokens[index * size..(index + 1) * size];
+                sequence.blocks[index] = self.blocks.keep(above, tokens, sequence.blocks[index]);
+                sequence.kept += 1;
+            }
+        }
+    }
+
+    /// A sampled token that does not end its sequence.
+    pub fn append(&mut self, id: SequenceId, token: TokenId) {
+        if let Some(sequence) = self.running.get_mut(&id) {
+            sequence.tokens.push(token);
+        }
+    }
+
+    /// The sequence ended, failed, or has nobody left who waits for it: its blocks are let go.
+    pub fn remove(&mut self, id: SequenceId, now: Instant) {
+        if let Some(sequence) = self.running.remove(&id).or_else(|| self.preempted.remove(&id)) {
+            self.blocks.release(&sequence.blocks);
+            if let Some(admitted) = sequence.admitted {
+                let took = now.saturating_duration_since(admitted);
+                self.service = if self.service.is_zero() {
+                    took
+                } else {
+                    (self.service * 7 + took) / 8
+                };
+            }
+        } else {
+            self.waiting.retain(|(waiting, _)| *waiting != id);
+        }
+    }
+
+    fn expire(&mut self, now: Instant) -> Vec<SequenceId> {
+        let late = |sequence: &Sequence| sequence.deadline.is_some_and(|deadline| deadline <= now);
+        let waiting = self.waiting.iter().map(|(id, sequence)| (id, sequence));
+        let all = waiting.chain(&self.running).chain(&self.preempted);
+        let expired: Vec<_> = all.filter(|(_, sequence)| late(sequence)).map(|(&id, _)| id).collect();
+        for &id in &expired {
+            self.remove(id, now);
+        }
+        expired
+    }
+
+    /// Takes preempted sequences up again, oldest first, while their blocks are to be had.
+    fn resume(&mut self) {
+        while let Some((&id, _)) = self.preempted.first_key_value() {
+            let Some((_, mut sequence)) = self.preempted.pop_first() else {
+                return;
+            };
+            if !self.give_blocks(&mut sequence) {
+                self.preempted.insert(id, sequence);
+                return;
+            }
+            self.running.insert(id, sequence);
+        }
+    }
+
+    /// Admits batches as they close; gives the time at which the next one does.
+    fn close_batches(&mut self, plan: &mut Plan, now: Instant) -> Option<Instant> {
+        while let Some((_, oldest)) = self.waiting.front() {
+            let room = self.room();
+            if room == 0 {
+                self.window_open = None;
+                return None;
+            }
+            let Config {
+                window_policy,
+                window,
+                max_batch,
+                ..
+            } = self.config;
+            let waiting = Waiting {
+                count: self.waiting.len(),
+                oldest_arrival: oldest.arrival,
+                deadline: self.waiting.iter().filter_map(|(_, sequence)| sequence.deadline).min(),
+                device_idle: self.running.is_empty(),
+            };
+            let closes_at = window::closes_at(window_policy, window, max_batch, waiting, self.service, now);
+            if closes_at > now {
+                self.window_open.get_or_insert(now);
+                return Some(closes_at);
+            }
+            if !self.admit_batch(room, plan, now) {
+                return None;
+            }
+        }
+        self.window_open = None;
+        None
+    }
+
+    /// How many sequences may still join.
+    fn room(&self) -> usize {
+        if !self.preempted.is_empty() {
+            return 0;
+        }
+        match self.config.schedule {
+            Schedule::Continuous => self.config.max_batch.saturating_sub(self.running.len()),
+            Schedule::Dynamic if self.running.is_empty() => self.config.max_batch,
+            Schedule::Sequential if self.running.is_empty() => 1,
+            Schedule::Dynamic | Schedule::Sequential => 0,
+        }
+    }
+
+    /// Moves the oldest request's bucket from waiting to running, as far as blocks reach. False: not even the oldest.
+    fn admit_batch(&mut self, room: usize, plan: &mut Plan, now: Instant) -> bool {
+        let lengths = self.waiting.iter().map(|(_, sequence)| sequence.tokens.len());
+        let chosen = self.config.buckets.select(lengths, room);
+        let mut batch = Batch {
+            requests: 0,
+            prompt_tokens: 0,
+            padded_tokens: 0,
+        };
+        let mut longest = 0;
+        for index in chosen {
+            // Each admission moves those behind it up by one.
+            let Some((id, mut sequence)) = self.waiting.remove(index - batch.requests) else {
+                break;
+            };
+            if !self.give_blocks(&mut sequence) {
+                self.waiting.insert(index - batch.requests, (id, sequence));
+                break;
+            }
+            sequence.admitted = Some(now);
+            batch.requests += 1;
+            batch.prompt_tokens += sequence.tokens.len();
+            longest = longest.max(sequence.tokens.len());
+            let held_up_since = self.window_open.map(|opened| opened.max(sequence.arrival));
+            let window = held_up_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+            plan.admitted.push(Admission {
+                id,
+                window,
+                cached_tokens: sequence.computed,
+            });
+            self.running.insert(id, sequence);
+        }
+        if batch.requests > 0 {
+            batch.padded_tokens = longest * batch.requests;
+            plan.batches.push(batch);
+        }
+        batch.requests > 0
+    }
+
+    /// Gives a sequence without blocks all that its tokens so far need, the cached prefix first. Leaves one block for
+    /// each running sequence, so that an admission does not preempt at once.
+    fn give_blocks(&mut self, sequence: &mut Sequence) -> bool {
+        // The last token is always computed, so that there are logits.
+        let cached = self.blocks.take_prefix(&sequence.tokens[..sequence.tokens.len() - 1]);
+        let wanted = self.blocks.blocks_for(sequence.tokens.len()) - cached.len();
+        let reserve = self.running.len();
+        if self.blocks.available() < wanted + reserve {
+            self.blocks.release(&cached);
+            return false;
+        }
+        sequence.kept = cached.len();
+        sequence.computed = cached.len() * self.blocks.block_size();
+        sequence.blocks = cached;
+        sequence
+            .blocks
+            .extend((0..wanted).map_while(|_| self.blocks.allocate()));
+        true
+    }
+
+    /// One token for every running sequence whose prompt is done, oldest first.
+    fn plan_decodes(&mut self, plan: &mut Plan) {
+        let decoding = |sequence: &Sequence| sequence.computed > 0 && sequence.computed + 1 == sequence.tokens.len();
+        let ids: Vec<_> = self
+            .running
+            .iter()
+            .filter(|(_, sequence)| decoding(sequence))
+            .map(|(&id, _)| id)
+            .collect();
+        for id in ids {
+            if self.has_block_for_next(id) {
+                let Some(sequence) = self.running.get(&id) else {
+                    continue;
+                };
+                plan.rows.push(Row {
+                    id,
+                    start: sequence.computed,
+                    len: 1,
+                    samples: true,
+                });
+            }
+        }
+    }
+
+    /// Makes sure that a sequence's next token has a slot, preempting the youngest until it does. False: the sequence
+    /// was itself the youngest, or has been preempted before its turn came.
+    fn has_block_for_next(&mut self, id: SequenceId) -> bool {
+        loop {
+            let Some(sequence) = self.running.get_mut(&id) else {
+                return false;
+            };
+            if sequence.blocks.len() * self.blocks.block_size() > sequence.computed {
+                return true;
+            }
+            if let Some(block) = self.blocks.allocate() {
+                sequence.blocks.push(block);
+                return true;
+            }
+            self.preempt_youngest();
+        }
+    }
+
+    fn preempt_youngest(&mut self) {
+        if let Some((id, mut sequence)) = self.running.pop_last() {
+            self.blocks.release(&sequence.blocks);
+            sequence.blocks.clear();
+            (sequence.computed, sequence.kept) = (0, 0);
+            self.preempted.insert(id, sequence);
+            self.preemptions += 1;
+        }
+    }
+
+    /// Prefill chunks, oldest first, in what the decodes left of the budget.
+    fn plan_prefills(&self, plan: &mut Plan) {
+        let mut budget = self.config.step_tokens - plan.rows.len();
+        let decodes = plan.rows.len();
+        for (&id, sequence) in &self.running {
+            let remaining = sequence.tokens.len() - sequence.computed;
+            if budget == 0 {
+                break;
+            }
+            if plan.rows[..decodes].binary_search_by_key(&id, |row| row.id).is_ok() {
+                continue;
+            }
+            let len = remaining.min(budget);
+            budget -= len;
+            plan.rows.push(Row {
+                id,
+                start: sequence.computed,
+                len,
+                samples: len == remaining,
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "scheduler_tests.rs"]
+mod tests;

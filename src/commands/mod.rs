@@ -1,0 +1,10 @@
+//! What each command of the command line does.
+
+pub mod bench;
+pub mod device;
+pub mod doctor;
+pub mod loadtest;
+pub mod model_files;
+pub mod pull;
+pub mod serve;
+pub mod tune;

@@ -1,0 +1,168 @@
+//! `sconce serve`: the port first, then the model, then answers until it is told to end.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+use prometheus::Registry;
+use tokio::{net::TcpListener, signal, sync::oneshot};
+
+use super::{device, model_files, model_files::PullError};
+use crate::{
+    api::{self, ApiSettings},
+    batching,
+    config::Serve,
+    engine::{self, Engine, LoadError},
+    telemetry::EngineMetrics,
+    text::{ChatTemplate, TextError, Tokenizer},
+};
+
+/// Why the server could not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("cannot listen on {address}: {source}; choose another `--port` or `--host`")]
+    Listen { address: String, source: io::Error },
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    #[error("{}: {source}", path.display())]
+    Load { path: PathBuf, source: LoadError },
+    #[error("{}: {source}", path.display())]
+    Text { path: PathBuf, source: TextError },
+    #[error(transparent)]
+    Device(#[from] device::DeviceError),
+    #[error("cannot start: {0}")]
+    Start(#[from] io::Error),
+    #[error("cannot register metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// Runs the server until SIGTERM or Ctrl-C.
+pub fn run(settings: Serve) -> Result<(), ServeError> {
+    device::set_threads(settings.model.threads);
+    // The engine and the kernels have the cores; these threads wait on sockets and cut text.
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(serve(settings))
+}
+
+async fn serve(settings: Serve) -> Result<(), ServeError> {
+    let address = format!("{}:{}", settings.http.host, settings.http.port);
+    let failed = |source| ServeError::Listen {
+        address: address.clone(),
+        source,
+    };
+    let listener = TcpListener::bind(&address).await.map_err(failed)?;
+    let local = listener.local_addr()?;
+    let registry = Registry::new();
+    let metrics = Arc::new(EngineMetrics::new(&registry)?);
+    let server = Arc::new(api::Server::new(api_settings(&settings), registry)?);
+    println!("sconce listens on http://{local} and loads {}", settings.choice.model);
+
+    let (failure, failed) = oneshot::channel();
+    let loading = server.clone();
+    tokio::task::spawn_blocking(move || match load(&settings, metrics) {
+        Ok(model) => {
+            print_example(local, model.name());
+            loading.set_model(model);
+        }
+        // Nobody waits for the reason once the server is going down.
+        Err(error) => drop(failure.send(error)),
+    });
+    let serving = axum::serve(listener, api::router(server)).with_graceful_shutdown(told_to_end());
+    tokio::select! {
+        served = serving.into_future() => Ok(served?),
+        Ok(error) = failed => Err(error),
+    }
+}
+
+/// Ends at SIGTERM or Ctrl-C; what runs is then finished. A second signal ends the process at once.
+async fn told_to_end() {
+    signalled().await;
+    tracing::info!("ending once the requests that run are answered; signal again to end at once");
+    tokio::spawn(async {
+        signalled().await;
+        std::process::exit(130);
+    });
+}
+
+async fn signalled() {
+    let terminated = async {
+        match signal::unix::signal(signal::unix::SignalKind::terminate()) {
+            Ok(mut signals) => drop(signals.recv().await),
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = terminated => {}
+        _ = signal::ctrl_c() => {}
+    }
+}
+
+fn api_settings(settings: &Serve) -> ApiSettings {
+    ApiSettings {
+        max_body: settings.http.max_body as usize,
+        request_timeout: settings.http.request_timeout,
+    }
+}
+
+/// Fetches the model if need be, loads it, and starts the engine.
+fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<api::Model, ServeError> {
+    let path = model_files::resolve(&settings.choice.model)?;
+    let started = Instant::now();
+    let text_error = |source| ServeError::Text {
+        path: path.clone(),
+        source,
+    };
+    let tokenizer = Tokenizer::open(&path).map_err(text_error)?;
+    let template = ChatTemplate::open(&path).map_err(text_error)?;
+    let engine = Engine::load(&engine_settings(settings, &path)?, metrics).map_err(|source| ServeError::Load {
+        path: path.clone(),
+        source,
+    })?;
+    let (max_model_len, kv_tokens) = (engine.max_model_len(), engine.kv_tokens());
+    let (handle, _) = engine.start(settings.batching.queue)?;
+    tracing::info!(
+        path = %path.display(), seconds = started.elapsed().as_secs_f64(), max_model_len, kv_tokens, "model loaded"
+    );
+    let name = settings
+        .http
+        .served_model_name
+        .clone()
+        .unwrap_or_else(|| settings.choice.model.clone());
+    Ok(api::Model::new(name, max_model_len, tokenizer, template, handle))
+}
+
+/// The engine's part of the settings.
+pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings, device::DeviceError> {
+    let (model, batching) = (&settings.model, &settings.batching);
+    Ok(engine::Settings {
+        path: path.into(),
+        device: device::open(model.device)?,
+        dtype: device::dtype(model.dtype),
+        batching: batching::Config {
+            schedule: batching.schedule,
+            window_policy: batching.window_policy,
+            window: batching.batch_window,
+            max_batch: batching.max_batch,
+            step_tokens: batching.step_tokens,
+            buckets: batching.buckets.clone(),
+            max_model_len: usize::MAX,
+        },
+        max_model_len: model.max_model_len,
+        kv_memory: model.kv_memory,
+        block_size: model.block_size,
+        prefix_cache: !model.no_prefix_cache,
+    })
+}
+
+fn print_example(address: SocketAddr, model: &str) {
+    println!(
+        "{model} is ready. Try:\n\n  curl http://{address}/v1/chat/completions -H 'content-type: application/json' \\\n    \
+         -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'\n"
+    );
+}

@@ -1,0 +1,372 @@
+//! From a row of logits to the next token.
+
+use std::collections::HashMap;
+
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+use crate::request::{Logprobs, Sampling, TokenId};
+
+/// One sequence's way of choosing tokens. Holds its own random numbers and counts, so that what it chooses does not
+/// depend on the batch, nor on a preemption.
+#[derive(Debug)]
+pub struct Sampler {
+    sampling: Sampling,
+    random: StdRng,
+    /// How often each token was generated.
+    generated: HashMap<TokenId, u32>,
+    /// The prompt's tokens, where a penalty asks for them.
+    prompt: Vec<TokenId>,
+}
+
+/// The logits were not numbers.
+#[derive(Debug, PartialEq, Eq)]
+pub struct NotANumber;
+
+/// What was chosen.
+#[derive(Debug, PartialEq)]
+pub struct Sample {
+    pub token: TokenId,
+    pub logprobs: Option<Logprobs>,
+}
+
+impl Sampler {
+    pub fn new(sampling: Sampling, prompt: &[TokenId]) -> Self {
+        let mut penalised = Vec::new();
+        if sampling.repetition_penalty != 1.0 {
+            penalised.extend_from_slice(prompt);
+            penalised.sort_unstable();
+            penalised.dedup();
+        }
+        let random = StdRng::seed_from_u64(sampling.seed);
+        Self {
+            sampling,
+            random,
+            generated: HashMap::new(),
+            prompt: penalised,
+        }
+    }
+
+    pub fn sampling(&self) -> &Sampling {
+        &self.sampling
+    }
+
+    /// Chooses the next token from `logits` (one for each token of the vocabulary), which it changes.
+    pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sample, NotANumber> {
+        if !logits.iter().fold(true, |finite, logit| finite & logit.is_finite()) {
+            return Err(NotANumber);
+        }
+        // Reported probabilities are the model's own.
+        let normalizer = self.sampling.logprobs.map(|_| log_sum_exp(logits));
+        let top = self.sampling.logprobs.map(|count| likeliest(logits, count));
+        let unchanged = normalizer.map(|_| logits.to_vec());
+        self.penalise(logits);
+        let token = if self.sampling.temperature == 0.0 {
+            greedy(logits)
+        } else {
+            self.draw(logits)
+        };
+        *self.generated.entry(token).or_default() += 1;
+        let logprobs = match (normalizer, top, unchanged) {
+            (Some(normalizer), Some(top), Some(unchanged)) => Some(Logprobs {
+                chosen: unchanged[token as usize] - normalizer,
+                top: top
+                    .into_iter()
+                    .map(|(token, logit)| (token, logit - normalizer))
+                    .collect(),
+            }),
+            _ => None,
+        };
+        Ok(Sample { token, logprobs })
+    }
+
+    fn penalise(&self, logits: &mut [f32]) {
+        let Sampling {
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            ..
+        } = self.sampling;
+        if repetition_penalty != 1.0 {
+            let only_generated = self
+                .generated
+                .keys()
+                .filter(|token| self.prompt.binary_search(token).is_err());
+            for &token in self.prompt.iter().chain(only_generated) {
+                if let Some(logit) = logits.get_mut(token as usize) {
+                    *logit = if *logit > 0.0 {
+                        *logit / repetition_penalty
+                    } else {
+                        *logit * repetition_penalty
+                    };
+                }
+            }
+        }
+        if presence_penalty != 0.0 || frequency_penalty != 0.0 {
+            for (&token, &count) in &self.generated {
+                logits[token as usize] -= presence_penalty + frequency_penalty * count as f32;
+            }
+        }
+        for &(token, bias) in &self.sampling.logit_bias {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit += bias;
+            }
+        }
+    }
+
+    /// Draws from the softmax of `logits / temperature`, cut by top-k, then top-p, then min-p (each by the
+    /// probabilities that the whole vocabulary gives).
+    fn draw(&mut self, logits: &[f32]) -> TokenId {
+        let Sampling {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            ..
+        } = self.sampling;
+        let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let weight = |logit: f32| ((logit - highest) / temperature).exp();
+        let point = self.random.random::<f32>();
+        if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
+            let total: f32 = logits.iter().map(|&logit| weight(logit)).sum();
+            return pick(logits.iter().map(|&logit| weight(logit)).enumerate(), point * total);
+        }
+        let total: f32 = logits.iter().map(|&logit| weight(logit)).sum();
+        let limit = if top_k == 0 {
+            logits.len()
+        } else {
+            top_k.min(logits.len())
+        };
+        // Nearly all the mass is in few tokens, so a short list is tried before a longer one.
+        let mut count = 64.min(limit);
+        loop {
+            let mut kept = Vec::new();
+            let mut mass = 0.0;
+            for (token, logit) in likeliest(logits, count) {
+                let share = weight(logit);
+                // The likeliest token has weight 1.
+                if mass >= top_p * total || share < min_p {
+                    break;
+                }
+                kept.push((token as usize, share));
+                mass += share;
+            }
+            if kept.len() < count || count == limit {
+                return pick(kept.into_iter(), point * mass);
+            }
+            count = (count * 8).min(limit);
+        }
+    }
+}
+
+/// The largest logit's token, the lower one on a tie.
+fn greedy(logits: &[f32]) -> TokenId {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|&logit| logit == highest).unwrap_or(0) as TokenId
+}
+
+/// The token in whose share of the running sum `point` lies; the last one if rounding puts it beyond.
+fn pick(shares: impl Iterator<Item = (usize, f32)>, point: f32) -> TokenId {
+    let mut sum = 0.0;
+    let mut last = 0;
+    for (token, share) in shares {
+        if share > 0.0 {
+            sum += share;
+            last = token;
+            if sum > point {
+                break;
+            }
+        }
+    }
+    last as TokenId
+}
+
+/// The `count` largest logits with their tokens, largest first, the lower token first on a tie.
+fn likeliest(logits: &[f32], count: usize) -> Vec<(TokenId, f32)> {
+    let mut all: Vec<_> = logits
+        .iter()
+        .enumerate()
+        .map(|(token, &logit)| (token as TokenId, logit))
+        .collect();
+    let order = |a: &(TokenId, f32), b: &(TokenId, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    if count < all.len() {
+        all.select_nth_unstable_by(count, order);
+        all.truncate(count);
+    }
+    all.sort_unstable_by(order);
+    all
+}
+
+fn log_sum_exp(logits: &[f32]) -> f32 {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - highest).exp()).sum();
+    highest + sum.ln() as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sampler(sampling: Sampling) -> Sampler {
+        Sampler::new(sampling, &[])
+    }
+
+    fn draws(sampling: Sampling, logits: &[f32], count: usize) -> Vec<TokenId> {
+        let mut sampler = sampler(sampling);
+        (0..count)
+            .map(|_| sampler.sample(&mut logits.to_vec()).unwrap().token)
+            .collect()
+    }
+
+    #[test]
+    fn greedy_takes_the_lower_token_on_a_tie() {
+        let sampling = Sampling {
+            temperature: 0.0,
+            ..Sampling::default()
+        };
+        assert_eq!(draws(sampling, &[1.0, 3.0, 3.0, 2.0], 2), [1, 1]);
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax() {
+        let logits = [0.0, 1.0f32.ln(), 2.0f32.ln(), 5.0f32.ln()]; // 1 : 1 : 2 : 5
+        let draws = draws(
+            Sampling {
+                seed: 3,
+                ..Sampling::default()
+            },
+            &logits,
+            9000,
+        );
+        for (token, expected) in [1000.0, 1000.0, 2000.0, 5000.0].into_iter().enumerate() {
+            let seen = draws.iter().filter(|&&drawn| drawn as usize == token).count() as f64;
+            assert!(
+                (seen - expected).abs() < 5.0 * f64::sqrt(expected),
+                "token {token}: {seen} of 9000"
+            );
+        }
+    }
+
+    #[test]
+    fn the_cuts_cut() {
+        let logits: Vec<f32> = [8.0f32, 4.0, 2.0, 1.0, 1.0].iter().map(|share| share.ln()).collect();
+        let seen = |sampling| draws(sampling, &logits, 500).into_iter().collect::<HashSet<_>>();
+        assert_eq!(
+            seen(Sampling {
+                top_k: 2,
+                ..Sampling::default()
+            }),
+            HashSet::from([0, 1])
+        );
+        assert_eq!(
+            seen(Sampling {
+                top_p: 0.7,
+                ..Sampling::default()
+            }),
+            HashSet::from([0, 1])
+        );
+        assert_eq!(
+            seen(Sampling {
+                min_p: 0.25,
+                ..Sampling::default()
+            }),
+            HashSet::from([0, 1, 2])
+        );
+        assert_eq!(
+            seen(Sampling {
+                top_p: 0.01,
+                ..Sampling::default()
+            }),
+            HashSet::from([0])
+        );
+    }
+
+    #[test]
+    fn top_p_reaches_beyond_the_short_list() {
+        let draws = draws(
+            Sampling {
+                top_p: 0.9,
+                ..Sampling::default()
+            },
+            &[0.0; 1000],
+            5000,
+        );
+        let distinct: HashSet<_> = draws.iter().collect();
+        assert!(
+            distinct.len() > 850 && draws.iter().all(|&token| token < 900),
+            "{} distinct",
+            distinct.len()
+        );
+    }
+
+    #[test]
+    fn penalties_and_bias_move_logits() {
+        let sampling = Sampling {
+            temperature: 0.0,
+            ..Sampling::default()
+        };
+        let presence = Sampling {
+            presence_penalty: 1.5,
+            ..sampling.clone()
+        };
+        assert_eq!(draws(presence, &[2.0, 1.0], 3), [0, 1, 0]);
+        let frequency = Sampling {
+            frequency_penalty: 0.6,
+            ..sampling.clone()
+        };
+        assert_eq!(draws(frequency, &[2.0, 1.0], 4), [0, 0, 1, 0]);
+        let bias = Sampling {
+            logit_bias: vec![(1, 5.0), (99, 1.0)],
+            ..sampling.clone()
+        };
+        assert_eq!(draws(bias, &[2.0, 1.0], 1), [1]);
+        let repetition = Sampling {
+            repetition_penalty: 4.0,
+            ..sampling
+        };
+        let mut sampler = Sampler::new(repetition, &[0]);
+        assert_eq!(
+            sampler.sample(&mut [2.0, 1.0]).unwrap().token,
+            1,
+            "the prompt's token is penalised"
+        );
+        assert_eq!(sampler.sample(&mut [2.0, 1.0]).unwrap().token, 0, "both are");
+    }
+
+    #[test]
+    fn reports_the_models_own_probabilities() {
+        let sampling = Sampling {
+            temperature: 0.0,
+            logit_bias: vec![(0, -10.0)],
+            logprobs: Some(2),
+            ..Sampling::default()
+        };
+        let logits = [3.0f32.ln(), 1.0f32.ln()];
+        let logprobs = sampler(sampling)
+            .sample(&mut logits.to_vec())
+            .unwrap()
+            .logprobs
+            .unwrap();
+        assert!((logprobs.chosen - 0.25f32.ln()).abs() < 1e-6);
+        assert_eq!(logprobs.top.iter().map(|top| top.0).collect::<Vec<_>>(), [0, 1]);
+        assert!((logprobs.top[0].1 - 0.75f32.ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn refuses_what_is_not_a_number() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            assert_eq!(sampler(Sampling::default()).sample(&mut [1.0, bad]), Err(NotANumber));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_same_seed_draws_the_same(seed in any::<u64>(), logits in prop::collection::vec(-5f32..5.0, 2..300)) {
+            let sampling = Sampling { seed, top_p: 0.95, ..Sampling::default() };
+            prop_assert_eq!(draws(sampling.clone(), &logits, 20), draws(sampling, &logits, 20));
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! What the engine counts. Names, meanings and units stand here once; the metrics page is made from them.
+
+use prometheus::{
+    Counter, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, core::Collector,
+};
+
+/// Upper bounds in seconds: from a window's milliseconds to a long generation.
+const SECONDS: [f64; 16] = [
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0,
+];
+const COUNTS: [f64; 11] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 100.0, 256.0, 1024.0, 4096.0];
+
+/// The engine's counters. Cheap to update from the engine thread; read by whoever asks for `/metrics`.
+#[derive(Debug)]
+pub struct EngineMetrics {
+    pub busy_seconds: Counter,
+    pub step_seconds: Histogram,
+    pub step_tokens: Histogram,
+    pub prefill_tokens: IntCounter,
+    pub decode_tokens: IntCounter,
+    pub cached_tokens: IntCounter,
+    pub batches: IntCounter,
+    pub batch_requests: Histogram,
+    /// By layout: `packed` (as it is) and `padded` (as it would be).
+    pub prefill_positions: IntCounterVec,
+    pub window_seconds: Histogram,
+    pub queue_seconds: Histogram,
+    pub waiting: Gauge,
+    pub running: Gauge,
+    pub max_batch: Gauge,
+    pub occupancy_steps: Counter,
+    /// By state: `free`, `held`, `cached`.
+    pub kv_blocks: GaugeVec,
+    pub preemptions: IntCounter,
+    /// By outcome: `stop`, `length`, `cancelled`, `expired`, `failed`.
+    pub sequences: IntCounterVec,
+}
+
+/// The ways in which a sequence ends.
+pub const OUTCOMES: [&str; 5] = ["stop", "length", "cancelled", "expired", "failed"];
+
+impl EngineMetrics {
+    /// Makes the metrics and registers them; an error means that a name was taken.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let make = Maker(registry);
+        let metrics = Self {
+            busy_seconds: make.seconds("sconce_busy_seconds_total", "Seconds in which the device ran a step")?,
+            step_seconds: make.histogram("sconce_step_seconds", "Duration of a step", &SECONDS)?,
+            step_tokens: make.histogram("sconce_step_tokens", "Tokens that a step ran", &COUNTS)?,
+            prefill_tokens: make.counter("sconce_prefill_tokens_total", "Prompt tokens computed")?,
+            decode_tokens: make.counter("sconce_decode_tokens_total", "Tokens computed one at a time")?,
+            cached_tokens: make.counter("sconce_cached_tokens_total", "Prompt tokens found in the prefix cache")?,
+            batches: make.counter("sconce_batches_total", "Batches that the window closed")?,
+            batch_requests: make.histogram("sconce_batch_requests", "Requests in a closed batch", &COUNTS)?,
+            prefill_positions: make.counters(
+                "sconce_prefill_positions_total",
+                "Prompt positions of closed batches, as computed (packed) and as a padded layout would (padded)",
+                "layout",
+                &["packed", "padded"],
+            )?,
+            window_seconds: make.histogram(
+                "sconce_window_seconds",
+                "Wait of a request for its batch window",
+                &SECONDS,
+            )?,
+            queue_seconds: make.histogram(
+                "sconce_queue_seconds",
+                "Wait of a request for room, window aside",
+                &SECONDS,
+            )?,
+            waiting: make.gauge("sconce_waiting", "Sequences that wait for a batch")?,
+            running: make.gauge("sconce_running", "Sequences admitted and not ended")?,
+            max_batch: make.gauge("sconce_max_batch", "The most sequences that may run at once")?,
+            occupancy_steps: make.seconds(
+                "sconce_occupancy_steps_total",
+                "Sum over steps of the share of max-batch that ran; over the number of steps it is the mean occupancy",
+            )?,
+            kv_blocks: make.gauges("sconce_kv_blocks", "KV blocks", "state", &["free", "held", "cached"])?,
+            preemptions: make.counter(
+                "sconce_preemptions_total",
+                "Sequences that lost their blocks for a while",
+            )?,
+            sequences: make.counters("sconce_sequences_total", "Sequences that ended", "outcome", &OUTCOMES)?,
+        };
+        Ok(metrics)
+    }
+}
+
+/// Makes metrics in a registry, with every label value present from the start.
+struct Maker<'a>(&'a Registry);
+
+impl Maker<'_> {
+    fn register<M: Collector + Clone + 'static>(&self, metric: M) -> Result<M, prometheus::Error> {
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+        self.register(IntCounter::new(name, help)?)
+    }
+
+    fn seconds(&self, name: &str, help: &str) -> Result<Counter, prometheus::Error> {
+        self.register(Counter::new(name, help)?)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Result<Gauge, prometheus::Error> {
+        self.register(Gauge::new(name, help)?)
+    }
+
+    fn histogram(&self, name: &str, help: &str, bounds: &[f64]) -> Result<Histogram, prometheus::Error> {
+        self.register(Histogram::with_opts(
+            HistogramOpts::new(name, help).buckets(bounds.to_vec()),
+        )?)
+    }
+
+    fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: &[&str],
+    ) -> Result<IntCounterVec, prometheus::Error> {
+        let metric = self.register(IntCounterVec::new(Opts::new(name, help), &[label])?)?;
+        for value in values {
+            metric.with_label_values(&[*value]);
+        }
+        Ok(metric)
+    }
+
+    fn gauges(&self, name: &str, help: &str, label: &str, values: &[&str]) -> Result<GaugeVec, prometheus::Error> {
+        let metric = self.register(GaugeVec::new(Opts::new(name, help), &[label])?)?;
+        for value in values {
+            metric.with_label_values(&[*value]);
+        }
+        Ok(metric)
+    }
+}

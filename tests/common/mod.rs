@@ -1,0 +1,182 @@
+//! A running server and what the tests ask of it. Everything goes through the program and its socket.
+#![allow(dead_code)] // each test program uses its own part
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use reqwest::blocking::{Client, Response};
+use serde_json::{Value, json};
+
+/// A server process on a free port, with the default model unless the arguments say otherwise. Killed when dropped.
+pub struct Server {
+    child: Child,
+    base: String,
+    client: Client,
+}
+
+impl Server {
+    /// Starts `sconce serve --port 0` with more arguments and waits until the model answers.
+    pub fn start(arguments: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_sconce"))
+            .args(["serve", "--port", "0"])
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the program starts");
+        let mut lines = BufReader::new(child.stdout.take().expect("stdout is a pipe")).lines();
+        let base = loop {
+            let line = lines.next().expect("the server prints its address").expect("as text");
+            if let Some(start) = line.find("http://") {
+                break line[start..].split_whitespace().next().unwrap_or_default().to_owned();
+            }
+        };
+        // Whatever else it prints must not fill the pipe.
+        thread::spawn(move || lines.for_each(drop));
+        let client = Client::builder()
+            .timeout(Duration::from_secs(240))
+            .build()
+            .expect("a client");
+        let server = Self { child, base, client };
+        server.wait_until("the model is loaded", Duration::from_secs(300), || {
+            server
+                .try_get("/ready")
+                .is_some_and(|response| response.status() == 200)
+        });
+        server
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
+    /// `host:port`, for a raw socket.
+    pub fn address(&self) -> &str {
+        self.base.trim_start_matches("http://")
+    }
+
+    fn try_get(&self, path: &str) -> Option<Response> {
+        self.client.get(self.url(path)).send().ok()
+    }
+
+    pub fn get(&self, path: &str) -> Response {
+        self.try_get(path).expect("the server answers")
+    }
+
+    pub fn post(&self, path: &str, body: &Value) -> Response {
+        self.client
+            .post(self.url(path))
+            .json(body)
+            .send()
+            .expect("the server answers")
+    }
+
+    pub fn post_raw(&self, path: &str, body: impl Into<reqwest::blocking::Body>) -> Response {
+        let request = self
+            .client
+            .post(self.url(path))
+            .header("content-type", "application/json");
+        request.body(body).send().expect("the server answers")
+    }
+
+    /// Posts and expects success.
+    pub fn ask(&self, path: &str, body: &Value) -> Value {
+        let response = self.post(path, body);
+        let status = response.status();
+        let value: Value = response.json().expect("a JSON body");
+        assert_eq!(status, 200, "{value}");
+        value
+    }
+
+    /// Posts with `"stream": true` and gives the events' data, `[DONE]` left out.
+    pub fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
+        let mut body = body.clone();
+        body["stream"] = json!(true);
+        let response = self.post(path, &body);
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        let text = response.text().expect("the stream ends well");
+        let mut events: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+        assert_eq!(events.pop(), Some("[DONE]"));
+        events
+            .iter()
+            .map(|event| serde_json::from_str(event).expect("JSON events"))
+            .collect()
+    }
+
+    /// A metric's value, its labels written as Prometheus does: `name{label="value"}`.
+    pub fn metric(&self, name: &str) -> f64 {
+        let text = self.get("/metrics").text().expect("text");
+        let line = text
+            .lines()
+            .find(|line| line.rsplit_once(' ').is_some_and(|(found, _)| found == name));
+        let value = line
+            .unwrap_or_else(|| panic!("no metric {name} in:\n{text}"))
+            .rsplit_once(' ')
+            .expect("a value")
+            .1;
+        value.parse().expect("a number")
+    }
+
+    pub fn wait_until(&self, what: &str, limit: Duration, condition: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed() < limit, "waited too long until {what}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Asks the process to end and gives its exit status.
+    pub fn terminate(mut self) -> std::process::ExitStatus {
+        let id = self.child.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args(["-TERM", &id])
+                .status()
+                .expect("kill runs")
+                .success()
+        );
+        self.child.wait().expect("the server ends")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A greedy chat request with one user message.
+pub fn chat(content: &str, max_tokens: usize) -> Value {
+    json!({"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": max_tokens})
+}
+
+/// A completion request on token ids.
+pub fn completion(prompt: &[u64], max_tokens: usize) -> Value {
+    json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true})
+}
+
+/// The first choice's text, of a chat or a completion.
+pub fn text(answer: &Value) -> String {
+    let choice = &answer["choices"][0];
+    choice["message"]["content"]
+        .as_str()
+        .or(choice["text"].as_str())
+        .expect("a text")
+        .to_owned()
+}
+
+/// Runs all of the work at once, each in a thread of its own, and gives the results in order.
+pub fn all_at_once<T: Send>(work: Vec<impl FnOnce() -> T + Send>) -> Vec<T> {
+    thread::scope(|scope| {
+        let threads: Vec<_> = work.into_iter().map(|work| scope.spawn(work)).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("no panic"))
+            .collect()
+    })
+}
