@@ -232,19 +232,23 @@ impl Stripe<'_> {
             match self.epilogue {
                 Epilogue::Write { bias: None } => out.copy_from_slice(sums_row),
                 Epilogue::Write { bias: Some(bias) } => {
-                    let bias = &bias[column..][..columns];
-                    out.iter_mut()
-                        .zip(sums_row)
-                        .zip(bias)
-                        .for_each(|((to, sum), bias)| *to = sum + bias);
+                    for ((to, sum), bias) in out.iter_mut().zip(sums_row).zip(&bias[column..][..columns]) {
+                        *to = sum + bias;
+                    }
                 }
-                Epilogue::Add => out.iter_mut().zip(sums_row).for_each(|(to, sum)| *to += sum),
+                Epilogue::Add => {
+                    for (to, sum) in out.iter_mut().zip(sums_row) {
+                        *to += sum;
+                    }
+                }
                 Epilogue::SwiGlu => {
-                    let up = &sums[up_at + row * width..][..columns];
-                    out.iter_mut()
+                    for ((to, &gate), up) in out
+                        .iter_mut()
                         .zip(sums_row)
-                        .zip(up)
-                        .for_each(|((to, &gate), up)| *to = math::silu(gate) * up);
+                        .zip(&sums[up_at + row * width..][..columns])
+                    {
+                        *to = math::silu(gate) * up;
+                    }
                 }
             }
         }
