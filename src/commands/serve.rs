@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use prometheus::Registry;
+use prometheus::{Registry, process_collector::ProcessCollector};
 use tokio::{net::TcpListener, signal, sync::oneshot};
 
 use super::{device, model_files, model_files::PullError};
@@ -17,7 +17,7 @@ use crate::{
     batching,
     config::Serve,
     engine::{self, Engine, LoadError},
-    telemetry::EngineMetrics,
+    telemetry::{self, EngineMetrics},
     text::{ChatTemplate, TextError, Tokenizer},
 };
 
@@ -59,21 +59,27 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     let listener = TcpListener::bind(&address).await.map_err(failed)?;
     let local = listener.local_addr()?;
     let registry = Registry::new();
+    // The process's own CPU time and memory, under Prometheus' usual names.
+    registry.register(Box::new(ProcessCollector::for_self()))?;
     let metrics = Arc::new(EngineMetrics::new(&registry)?);
-    let server = Arc::new(api::Server::new(api_settings(&settings), registry)?);
+    let observer = api::Observer::register(&registry)?;
+    let server = Arc::new(api::Server::new(api_settings(&settings), observer, move || {
+        telemetry::exposition(&registry)
+    }));
     println!("sconce listens on http://{local} and loads {}", settings.choice.model);
 
     let (failure, failed) = oneshot::channel();
     let loading = server.clone();
     tokio::task::spawn_blocking(move || match load(&settings, metrics) {
         Ok(model) => {
-            print_example(local, model.name());
-            loading.set_model(model);
+            let name = model.names[0].clone();
+            loading.serve_model(model);
+            print_example(local, &name);
         }
         // Nobody waits for the reason once the server is going down.
         Err(error) => drop(failure.send(error)),
     });
-    let serving = axum::serve(listener, api::router(server)).with_graceful_shutdown(told_to_end());
+    let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(told_to_end(server));
     tokio::select! {
         served = serving.into_future() => Ok(served?),
         Ok(error) = failed => Err(error),
@@ -81,8 +87,9 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
 }
 
 /// Ends at SIGTERM or Ctrl-C; what runs is then finished. A second signal ends the process at once.
-async fn told_to_end() {
+async fn told_to_end(server: Arc<api::Server>) {
     signalled().await;
+    server.stop_accepting();
     tracing::info!("ending once the requests that run are answered; signal again to end at once");
     tokio::spawn(async {
         signalled().await;
@@ -105,8 +112,9 @@ async fn signalled() {
 
 fn api_settings(settings: &Serve) -> ApiSettings {
     ApiSettings {
-        max_body: settings.http.max_body as usize,
-        request_timeout: settings.http.request_timeout,
+        max_body_bytes: settings.http.max_body as usize,
+        request_timeout: Some(settings.http.request_timeout),
+        max_choices: settings.batching.queue.min(ApiSettings::default().max_choices),
     }
 }
 
@@ -129,12 +137,15 @@ fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<api::Model, Ser
     tracing::info!(
         path = %path.display(), seconds = started.elapsed().as_secs_f64(), max_model_len, kv_tokens, "model loaded"
     );
-    let name = settings
-        .http
-        .served_model_name
-        .clone()
-        .unwrap_or_else(|| settings.choice.model.clone());
-    Ok(api::Model::new(name, max_model_len, tokenizer, template, handle))
+    let name = settings.http.served_model_name.clone();
+    let submit = Box::new(move |requests| handle.submit(requests));
+    Ok(api::Model {
+        names: vec![name.unwrap_or_else(|| settings.choice.model.clone())],
+        max_model_len,
+        tokenizer,
+        template,
+        submit,
+    })
 }
 
 /// The engine's part of the settings.

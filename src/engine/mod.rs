@@ -67,11 +67,18 @@ impl Handle {
         let mut places = self.places.clone().try_acquire_many_owned(wanted).map_err(|_| full)?;
         for request in requests {
             let Some(place) = places.split(1) else { break };
-            self.queue
-                .send(Queued { request, place })
-                .map_err(|_| Refused::ShuttingDown)?;
+            let message = Message::Request(Queued { request, place });
+            self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
         }
         Ok(())
+    }
+
+    /// Changes batching settings while the engine runs, and gives those now in force.
+    pub async fn configure(&self, change: Change) -> Result<Config, ConfigureError> {
+        let (reply, replied) = oneshot::channel();
+        let message = Message::Configure(change, reply);
+        self.queue.send(message).map_err(|_| ConfigureError::ShuttingDown)?;
+        Ok(replied.await.map_err(|_| ConfigureError::ShuttingDown)??)
     }
 }
 
