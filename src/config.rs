@@ -209,6 +209,10 @@ pub struct Http {
     /// The largest request body
     #[arg(long, value_name = "BYTES", default_value = "4MiB", value_parser = |s: &str| values::bytes(s, 1 << 10, 1 << 30))]
     pub max_body: u64,
+    /// Let clients change batching settings through `/admin/batching`; only with a `--host` that is a loopback address
+    #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, value_parser = BoolishValueParser::new())]
+    pub admin: bool,
 }
 
 /// What every command takes.

@@ -4,6 +4,7 @@
 //! and comes back through `choice` (tokens to text) and `shape` (text to JSON) as one body or, in `stream`, as
 //! server-sent events.
 
+mod admin;
 mod body;
 mod chat;
 mod choice;
@@ -34,7 +35,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::engine::Refused;
+use crate::engine::{Handle, Refused};
 use crate::request::Request;
 use crate::text::{ChatTemplate, Tokenizer};
 use error::ApiError;
@@ -79,6 +80,8 @@ pub struct Model {
 /// All that the handlers share. It exists before the model is loaded, so that `/health` answers meanwhile.
 pub struct Server {
     model: OnceLock<Model>,
+    /// Set where `/admin` is allowed.
+    admin: OnceLock<Handle>,
     stopping: AtomicBool,
     settings: ApiSettings,
     observer: Observer,
@@ -96,6 +99,7 @@ impl Server {
     ) -> Self {
         Self {
             model: OnceLock::new(),
+            admin: OnceLock::new(),
             stopping: AtomicBool::new(false),
             settings,
             observer,
@@ -108,6 +112,11 @@ impl Server {
     pub fn serve_model(&self, model: Model) {
         // A second model would have nowhere to go; the first stays.
         let _ = self.model.set(model);
+    }
+
+    /// Lets clients change this engine's settings under `/admin`, which is otherwise unknown.
+    pub fn allow_admin(&self, engine: Handle) {
+        let _ = self.admin.set(engine);
     }
 
     /// From now on `/ready` answers 503 and new requests are refused; running ones go on.
@@ -147,6 +156,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/health", get(service::health))
         .route("/ready", get(service::ready))
         .route("/metrics", get(service::metrics))
+        .route("/admin/batching", get(admin::show).post(admin::change))
         .fallback(service::unknown_path)
         .method_not_allowed_fallback(service::wrong_method)
         .layer(DefaultBodyLimit::max(server.settings.max_body_bytes))

@@ -8,6 +8,7 @@ use std::{
     time::Instant,
 };
 
+use axum::serve::ListenerExt;
 use prometheus::{Registry, process_collector::ProcessCollector};
 use tokio::{net::TcpListener, signal, sync::oneshot};
 
@@ -26,6 +27,8 @@ use crate::{
 pub enum ServeError {
     #[error("cannot listen on {address}: {source}; choose another `--port` or `--host`")]
     Listen { address: String, source: io::Error },
+    #[error("--admin lets clients change settings, so it needs a loopback address; {0} is none")]
+    AdminInPublic(SocketAddr),
     #[error(transparent)]
     Pull(#[from] PullError),
     #[error("{}: {source}", path.display())]
@@ -58,6 +61,9 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     };
     let listener = TcpListener::bind(&address).await.map_err(failed)?;
     let local = listener.local_addr()?;
+    if settings.http.admin && !local.ip().is_loopback() {
+        return Err(ServeError::AdminInPublic(local));
+    }
     let registry = Registry::new();
     // The process's own CPU time and memory, under Prometheus' usual names.
     registry.register(Box::new(ProcessCollector::for_self()))?;
@@ -71,7 +77,10 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     let (failure, failed) = oneshot::channel();
     let loading = server.clone();
     tokio::task::spawn_blocking(move || match load(&settings, metrics) {
-        Ok(model) => {
+        Ok((model, engine)) => {
+            if settings.http.admin {
+                loading.allow_admin(engine);
+            }
             let name = model.names[0].clone();
             loading.serve_model(model);
             print_example(local, &name);
@@ -79,6 +88,8 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
         // Nobody waits for the reason once the server is going down.
         Err(error) => drop(failure.send(error)),
     });
+    // Tokens go out as they come, however small their packets.
+    let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
     let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(told_to_end(server));
     tokio::select! {
         served = serving.into_future() => Ok(served?),
@@ -119,7 +130,7 @@ fn api_settings(settings: &Serve) -> ApiSettings {
 }
 
 /// Fetches the model if need be, loads it, and starts the engine.
-fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<api::Model, ServeError> {
+fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<(api::Model, engine::Handle), ServeError> {
     let path = model_files::resolve(&settings.choice.model)?;
     let started = Instant::now();
     let text_error = |source| ServeError::Text {
@@ -138,14 +149,15 @@ fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<api::Model, Ser
         path = %path.display(), seconds = started.elapsed().as_secs_f64(), max_model_len, kv_tokens, "model loaded"
     );
     let name = settings.http.served_model_name.clone();
-    let submit = Box::new(move |requests| handle.submit(requests));
-    Ok(api::Model {
+    let queue = handle.clone();
+    let model = api::Model {
         names: vec![name.unwrap_or_else(|| settings.choice.model.clone())],
         max_model_len,
         tokenizer,
         template,
-        submit,
-    })
+        submit: Box::new(move |requests| queue.submit(requests)),
+    };
+    Ok((model, handle))
 }
 
 /// The engine's part of the settings.
