@@ -16,6 +16,6 @@ mod weights;
 
 pub use config::{Config, Rope, RopeScaling};
 pub use decoder::Decoder;
-pub use error::ModelError;
+pub use error::{ModelError, without_backtrace};
 pub use kv::KvCache;
 pub use step::{Span, Step};

@@ -40,10 +40,10 @@ pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
         let path = Some(e.path().to_string())
             .filter(|path| path != "." && e.inner().is_data())
             .unwrap_or_default();
-        let what = if e.inner().is_data() {
-            "has a wrong value"
-        } else {
-            "is not valid JSON"
+        let what = match (e.inner().is_data(), path.as_str()) {
+            (false, _) => "is not valid JSON".to_string(),
+            (true, "") => "has a wrong value".to_string(),
+            (true, path) => format!("has a wrong value for `{path}`"),
         };
         ApiError::invalid(path, format!("The body {what}: {}.", e.inner()))
     })?;

@@ -1,12 +1,6 @@
 //! `sconce serve`: the port first, then the model, then answers until it is told to end.
 
-use std::{
-    io,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Instant,
-};
+use std::{io, net::SocketAddr, panic::resume_unwind, path::Path, sync::Arc, thread, time::Instant};
 
 use axum::serve::ListenerExt;
 use prometheus::{Registry, process_collector::ProcessCollector};
@@ -31,10 +25,10 @@ pub enum ServeError {
     AdminInPublic(SocketAddr),
     #[error(transparent)]
     Pull(#[from] PullError),
-    #[error("{}: {source}", path.display())]
-    Load { path: PathBuf, source: LoadError },
-    #[error("{}: {source}", path.display())]
-    Text { path: PathBuf, source: TextError },
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Text(#[from] TextError),
     #[error(transparent)]
     Device(#[from] device::DeviceError),
     #[error("cannot start: {0}")]
@@ -133,15 +127,12 @@ fn api_settings(settings: &Serve) -> ApiSettings {
 fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<(api::Model, engine::Handle), ServeError> {
     let path = model_files::resolve(&settings.choice.model)?;
     let started = Instant::now();
-    let text_error = |source| ServeError::Text {
-        path: path.clone(),
-        source,
-    };
-    let tokenizer = Tokenizer::open(&path).map_err(text_error)?;
-    let template = ChatTemplate::open(&path).map_err(text_error)?;
-    let engine = Engine::load(&engine_settings(settings, &path)?, metrics).map_err(|source| ServeError::Load {
-        path: path.clone(),
-        source,
+    // The vocabulary takes a moment of its own, on one core.
+    let (engine, tokenizer, template) = thread::scope(|scope| {
+        let text = scope.spawn(|| Ok::<_, TextError>((Tokenizer::open(&path)?, ChatTemplate::open(&path)?)));
+        let engine = Engine::load(&engine_settings(settings, &path)?, metrics)?;
+        let (tokenizer, template) = text.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+        Ok::<_, ServeError>((engine, tokenizer, template))
     })?;
     let (max_model_len, kv_tokens) = (engine.max_model_len(), engine.kv_tokens());
     let (handle, _) = engine.start(settings.batching.queue)?;

@@ -205,6 +205,7 @@ impl Runner {
                 self.sample(plan, logits);
             }
             Err(error) => {
+                let error = sconce_models::without_backtrace(error);
                 tracing::error!(%error, sequences = plan.rows.len(), "a step failed");
                 for row in &plan.rows {
                     self.end(row.id, "failed", Some(Event::Failed(Failure::Step(error.to_string()))));
