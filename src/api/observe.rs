@@ -35,6 +35,8 @@ impl Observer {
             &["route", "status"],
         )?;
         registry.register(Box::new(requests.clone()))?;
+        // A counter that a client can see from the start, at zero.
+        requests.with_label_values(&["/v1/chat/completions", "200"]);
         Ok(Self {
             requests,
             first_token: histogram(

@@ -3,7 +3,7 @@
 use std::{io, net::SocketAddr, panic::resume_unwind, path::Path, sync::Arc, thread, time::Instant};
 
 use axum::serve::ListenerExt;
-use prometheus::{Registry, process_collector::ProcessCollector};
+use prometheus::Registry;
 use tokio::{net::TcpListener, signal, sync::oneshot};
 
 use super::{device, model_files, model_files::PullError};
@@ -58,11 +58,7 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     if settings.http.admin && !local.ip().is_loopback() {
         return Err(ServeError::AdminInPublic(local));
     }
-    let registry = Registry::new();
-    // The process's own CPU time and memory, under Prometheus' usual names.
-    registry.register(Box::new(ProcessCollector::for_self()))?;
-    let metrics = Arc::new(EngineMetrics::new(&registry)?);
-    let observer = api::Observer::register(&registry)?;
+    let (registry, metrics, observer) = metrics()?;
     let server = Arc::new(api::Server::new(api_settings(&settings), observer, move || {
         telemetry::exposition(&registry)
     }));
@@ -89,6 +85,17 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
         served = serving.into_future() => Ok(served?),
         Ok(error) = failed => Err(error),
     }
+}
+
+/// Everything that `/metrics` shows.
+fn metrics() -> Result<(Registry, Arc<EngineMetrics>, api::Observer), prometheus::Error> {
+    let registry = Registry::new();
+    // The process's own CPU time and memory, under Prometheus' usual names; the library reads them on Linux only.
+    #[cfg(target_os = "linux")]
+    registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+    let metrics = Arc::new(EngineMetrics::new(&registry)?);
+    let observer = api::Observer::register(&registry)?;
+    Ok((registry, metrics, observer))
 }
 
 /// Ends at SIGTERM or Ctrl-C; what runs is then finished. A second signal ends the process at once.
@@ -179,4 +186,23 @@ fn print_example(address: SocketAddr, model: &str) {
         "{model} is ready. Try:\n\n  curl http://{address}/v1/chat/completions -H 'content-type: application/json' \\\n    \
          -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'\n"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_page_is_up_to_date() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/metrics.md");
+        let page = telemetry::page(&metrics().unwrap().0);
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(path, &page).unwrap();
+        }
+        let written = std::fs::read_to_string(path).unwrap();
+        assert!(
+            written == page,
+            "docs/metrics.md is old: run UPDATE_DOCS=1 cargo test metrics_page"
+        );
+    }
 }
