@@ -10,8 +10,8 @@ use super::panels::Panels;
 use super::tile::{for_row_tiles, multiply};
 use super::{Stripes, math, slice, slice_mut};
 
-/// Inputs that are multiplied before the next panel's turn: what keeps a block of a panel in the first-level cache.
-const DEPTH_BLOCK: usize = 256;
+/// Most inputs that are multiplied before the next rows' turn, so that a block of a panel stays in the first-level cache.
+const DEPTH_BLOCK: usize = 384;
 /// Activations, in floats, that a thread works on at a time: a quarter of a usual second-level cache.
 const ROW_BLOCK: usize = 32 * 1024;
 
@@ -181,18 +181,20 @@ impl WithSimd for Stripe<'_> {
         let block = (ROW_BLOCK / depth).clamp(24, 96).min(self.rows);
         let mut sums = vec![0.0; per_unit * block * width];
         let mut buffer = Vec::new();
+        // Blocks of nearly equal depth, so that none is hardly worth its overhead.
+        let depth_block = depth.div_ceil(depth.div_ceil(DEPTH_BLOCK));
         for first in (0..self.rows).step_by(block) {
             let rows = block.min(self.rows - first);
             let x = &self.x[first * depth..][..rows * depth];
             for unit in self.units.clone() {
                 for (index, sums) in sums.chunks_exact_mut(block * width).enumerate() {
                     let panel = unit * per_unit + index;
-                    for k in (0..depth).step_by(DEPTH_BLOCK) {
-                        let weights = self.panels.block(panel, k, DEPTH_BLOCK.min(depth - k), &mut buffer);
+                    for k in (0..depth).step_by(depth_block) {
+                        let weights = self.panels.block(panel, k, depth_block.min(depth - k), &mut buffer);
                         accumulate(simd, x, depth, k, weights, &mut sums[..rows * width]);
                     }
                 }
-                self.finish(first, rows, unit, &sums, block * width);
+                self.finish::<S>(first, rows, unit, &sums, block * width);
             }
         }
     }
@@ -221,7 +223,7 @@ fn accumulate<S: Simd>(simd: S, x: &[f32], depth: usize, k: usize, weights: &[f3
 impl Stripe<'_> {
     /// Moves finished sums to their place in the result; `up_at` is where the second panel of a pair begins.
     #[inline(always)]
-    fn finish(&self, first: usize, rows: usize, unit: usize, sums: &[f32], up_at: usize) {
+    fn finish<S: Simd>(&self, first: usize, rows: usize, unit: usize, sums: &[f32], up_at: usize) {
         let Panels { width, outputs, .. } = *self.panels;
         let column = unit * width;
         let columns = width.min(outputs - column);
@@ -230,7 +232,11 @@ impl Stripe<'_> {
             // SAFETY: each task has its own units, so its own columns; one row of them at a time is borrowed here.
             let out = unsafe { self.out.part((first + row) * outputs + column, columns) };
             match self.epilogue {
-                Epilogue::Write { bias: None } => out.copy_from_slice(sums_row),
+                Epilogue::Write { bias: None } => match (S::as_mut_simd_f32s(out).0, S::as_simd_f32s(sums_row).0) {
+                    // A whole panel, without a call.
+                    ([to, next], [sum, after]) => (*to, *next) = (*sum, *after),
+                    _ => out.copy_from_slice(sums_row),
+                },
                 Epilogue::Write { bias: Some(bias) } => {
                     for ((to, sum), bias) in out.iter_mut().zip(sums_row).zip(&bias[column..][..columns]) {
                         *to = sum + bias;
