@@ -62,8 +62,7 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
     println!("model    {} ({dtype:?} on {device:?})", settings.choice.model);
     println!(
         "ceilings copy {:.1} GB/s, matmul {:.0} GFLOP/s\n",
-        ceilings.copy,
-        ceilings.matmul
+        ceilings.copy, ceilings.matmul
     );
     println!(
         "{:<8} {:>6} {:>10} {:>10} {:>8} {:>8}",
@@ -164,17 +163,34 @@ fn work(config: &Config, batch: usize, context: usize, tokens: usize, size: usiz
 
 #[cfg(test)]
 mod tests {
+    use sconce_models::{Rope, RopeScaling};
+
     use super::*;
 
     // The figures for the default model: 106 million weights in the layers, 28 million in the vocabulary.
     #[test]
     fn a_decoded_token_costs_two_operations_a_weight() {
-        let config: Config = serde_json::from_value(serde_json::json!({
-            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152,
-            "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": true
-        }))
-        .unwrap();
+        let rope = Rope {
+            theta: 1e5,
+            scaling: RopeScaling::None,
+        };
+        let config = Config {
+            architecture: "llama".into(),
+            hidden_size: 576,
+            intermediate_size: 1536,
+            vocab_size: 49152,
+            layers: 30,
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+            rms_norm_eps: 1e-5,
+            rope,
+            max_position_embeddings: 8192,
+            sliding_window: None,
+            qkv_bias: false,
+            qk_norm: false,
+            tie_word_embeddings: true,
+        };
         let work = work(&config, 1, 0, 1, 4);
         assert!((work.flops / (2.0 * 134.5e6) - 1.0).abs() < 0.01, "{}", work.flops);
         assert!((work.bytes / (4.0 * 134.5e6) - 1.0).abs() < 0.01, "{}", work.bytes);
