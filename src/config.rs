@@ -16,6 +16,7 @@ use clap::builder::{BoolishValueParser, RangedU64ValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 pub use crate::batching::{Buckets, Schedule, WindowPolicy};
+use crate::batching::{MAX_BATCH, MAX_STEP_TOKENS};
 pub use reference::reference;
 pub use sources::{ConfigError, FileError, Invocation, Origin, Setting, parse};
 pub use values::{Device, ValueError};
@@ -162,7 +163,7 @@ pub struct Model {
 #[command(next_help_heading = "Batching")]
 pub struct Batching {
     /// The most sequences that run at once, 1 to 4096
-    #[arg(long, value_name = "SEQUENCES", default_value = "100", value_parser = count(1, 4096))]
+    #[arg(long, value_name = "SEQUENCES", default_value = "100", value_parser = count(1, MAX_BATCH))]
     pub max_batch: usize,
     /// The longest a request waits for company before its batch closes, such as `20ms` or `0`, at most `60s`
     #[arg(long, value_name = "DURATION", default_value = "20ms")]
@@ -182,7 +183,7 @@ pub struct Batching {
     )]
     pub buckets: Buckets,
     /// The most tokens in a step: long prompts run in chunks of what decodes leave of it
-    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = count(1, 1 << 20))]
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = count(1, MAX_STEP_TOKENS))]
     pub step_tokens: usize,
     /// The most requests that wait; one more is refused with status 429
     #[arg(long, value_name = "REQUESTS", default_value = "1024", value_parser = count(1, 1_000_000))]
@@ -202,7 +203,7 @@ pub struct Http {
     /// The model's name in requests and answers; unset, the name in `--model`
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    /// A request that has not ended after this long fails, unless it sets its own limit
+    /// A request that has not ended after this long fails
     #[arg(long, value_name = "DURATION", default_value = "10m")]
     #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(1), Duration::from_secs(7 * 24 * 3600)))]
     pub request_timeout: Duration,

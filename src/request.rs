@@ -129,6 +129,4 @@ pub enum Failure {
     NotANumber,
     #[error("the step that ran this request failed: {0}")]
     Step(String),
-    #[error("the server is shutting down")]
-    ShuttingDown,
 }

@@ -320,6 +320,32 @@ fn a_full_queue_refuses_at_once() {
 #[test]
 fn ends_on_request_with_what_runs_finished() {
     let server = Server::start(&[]);
-    let status = server.terminate();
-    assert!(status.success(), "{status}");
+    let mut body = chat("Count to a hundred.", 60);
+    body["ignore_eos"] = json!(true);
+    let (stream, refused) = std::thread::scope(|scope| {
+        let streaming = scope.spawn(|| server.stream("/v1/chat/completions", &body));
+        server.wait_until("it runs", Duration::from_secs(20), || {
+            server.metric("sconce_running") == 1.0
+        });
+        server.signal("-TERM");
+        server.wait_until("nobody is let in", Duration::from_secs(20), || {
+            server.try_get("/ready").is_none_or(|response| response.status() == 503)
+        });
+        let refused = server
+            .try_post("/v1/chat/completions", &chat("Hi", 1))
+            .is_none_or(|response| response.status() == 503);
+        (streaming.join().expect("the stream ends with [DONE]"), refused)
+    });
+    assert!(refused);
+    assert_eq!(stream.last().expect("events")["choices"][0]["finish_reason"], "length");
+    assert!(server.wait().success());
+}
+
+#[test]
+fn a_request_past_its_time_is_ended() {
+    let server = Server::start(&["--request-timeout", "300ms"]);
+    let mut body = chat("Count to a thousand.", 2000);
+    body["ignore_eos"] = json!(true);
+    refused(&server, "/v1/chat/completions", &body, 504, "deadline");
+    assert_eq!(server.metric("sconce_sequences_total{outcome=\"expired\"}"), 1.0);
 }

@@ -34,6 +34,13 @@ impl KvCache {
         if blocks == 0 || block_size == 0 {
             bail!("KV cache: {blocks} blocks of {block_size} positions hold nothing")
         }
+        if device.is_cpu() {
+            // A vector that cannot be had ends the process; a reservation that cannot be had is an error.
+            let bytes = blocks.saturating_mul(Self::bytes_per_block(config, block_size, dtype));
+            if Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
+                bail!("KV cache: {bytes} bytes cannot be had")
+            }
+        }
         let (heads, dim) = (config.kv_heads, config.head_dim);
         let pools = |_| {
             let keys = zeros(&[blocks, heads, dim, block_size], dtype, device)?;

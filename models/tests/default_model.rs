@@ -28,7 +28,7 @@ struct Prompt {
 }
 
 fn reference() -> Vec<Prompt> {
-    let text = include_str!("fixtures/smollm2-135m-instruct-q4_1.json");
+    let text = include_str!("../../tests/fixtures/smollm2-135m-instruct-q4_1.json");
     serde_json::from_str::<Reference>(text).unwrap().prompts
 }
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::ApiError;
 use super::{Server, body};
-use crate::batching::{Change, Config, Schedule, WindowPolicy};
+use crate::batching::{Change, Config, MAX_BATCH, MAX_STEP_TOKENS, Schedule, WindowPolicy};
 use crate::engine::{ConfigureError, Handle};
 
 #[derive(Debug, Deserialize)]
@@ -64,8 +64,16 @@ fn checked(body: ChangeBody) -> Result<Change, ApiError> {
             "`batch_window_ms` must be between 0 and 60000.",
         )),
     });
-    if body.max_batch == Some(0) {
-        return Err(ApiError::invalid("max_batch", "`max_batch` must be at least 1."));
+    for (name, value, most) in [
+        ("max_batch", body.max_batch, MAX_BATCH),
+        ("step_tokens", body.step_tokens, MAX_STEP_TOKENS),
+    ] {
+        if value.is_some_and(|value| !(1..=most).contains(&(value as u64))) {
+            return Err(ApiError::invalid(
+                name,
+                format!("`{name}` must be between 1 and {most}."),
+            ));
+        }
     }
     let ChangeBody {
         schedule,
@@ -131,6 +139,7 @@ mod tests {
         );
         assert!(change(json!({"batch_window_ms": -1})).is_err());
         assert!(change(json!({"max_batch": 0})).is_err());
+        assert!(change(json!({"max_batch": 5000})).is_err());
         assert!(serde_json::from_value::<ChangeBody>(json!({"window": 3})).is_err());
     }
 }

@@ -171,7 +171,6 @@ impl From<Failure> for ApiError {
                 Some("deadline_passed"),
                 message,
             ),
-            Failure::ShuttingDown => Self::shutting_down(),
             Failure::NotANumber | Failure::Step(_) => Self::internal(message),
         }
     }
@@ -240,7 +239,6 @@ mod tests {
     fn each_failure_has_its_status() {
         let status = |failure: Failure| ApiError::from(failure).status.as_u16();
         assert_eq!(status(Failure::DeadlinePassed), 504);
-        assert_eq!(status(Failure::ShuttingDown), 503);
         assert_eq!(status(Failure::NotANumber), 500);
         assert_eq!(status(Failure::Step("lost".into())), 500);
     }

@@ -46,6 +46,9 @@ impl Prompt {
                 "The prompt is empty; send at least one token.",
             ));
         }
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= model.vocab_size) {
+            return Err(ApiError::invalid(param, format!("{id} is no token of the model.")));
+        }
         if tokens.len() >= model.max_model_len {
             return Err(ApiError::context_length(param, tokens.len(), model.max_model_len));
         }

@@ -52,15 +52,8 @@ pub struct ApiSettings {
     pub max_choices: usize,
 }
 
-impl Default for ApiSettings {
-    fn default() -> Self {
-        Self {
-            max_body_bytes: 8 << 20,
-            request_timeout: None,
-            max_choices: 128,
-        }
-    }
-}
+/// [`ApiSettings::max_choices`] where the queue has room for more.
+pub const MAX_CHOICES: usize = 128;
 
 /// Queues all requests of one client, or none: [`crate::engine::Handle::submit`].
 pub type Submit = Box<dyn Fn(Vec<Request>) -> Result<(), Refused> + Send + Sync>;
@@ -71,6 +64,8 @@ pub struct Model {
     pub names: Vec<String>,
     /// The most tokens of a prompt and its answer together.
     pub max_model_len: usize,
+    /// Tokens that the model knows; a tokenizer may have more.
+    pub vocab_size: usize,
     pub tokenizer: Tokenizer,
     /// Base models have none; they take no chat requests.
     pub template: Option<ChatTemplate>,

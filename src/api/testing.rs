@@ -43,6 +43,7 @@ fn model_with(submit: Submit) -> Model {
     Model {
         names: vec!["smol".into(), "org/smol".into()],
         max_model_len: 8192,
+        vocab_size: 49_152,
         tokenizer: tokenizer(),
         template,
         submit,

@@ -377,7 +377,11 @@ async fn wait_for<T>(mut ready: impl FnMut() -> Option<T>) -> T {
 
 #[tokio::test]
 async fn the_server_is_alive_before_it_is_ready() {
-    let loading = unloaded(ApiSettings::default());
+    let loading = unloaded(ApiSettings {
+        max_body_bytes: 1 << 20,
+        max_choices: 8,
+        request_timeout: None,
+    });
     assert_eq!(get(&loading, "/health").await.0, 200);
     assert_eq!(error(&get(&loading, "/ready").await), (503, "model_loading"));
     assert_eq!(

@@ -14,3 +14,8 @@ pub use policy::{Schedule, WindowPolicy};
 pub use scheduler::{
     Admission, Arrival, Batch, Change, Config, ConfigError, Plan, Row, Scheduler, Sequence, SequenceId,
 };
+
+/// The most that `max_batch` may be set to.
+pub const MAX_BATCH: u64 = 4096;
+/// The most that `step_tokens` may be set to.
+pub const MAX_STEP_TOKENS: u64 = 1 << 20;

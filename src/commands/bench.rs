@@ -45,10 +45,7 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
     let most = config
         .max_position_embeddings
         .min(settings.model.max_model_len.unwrap_or(usize::MAX));
-    let prefills: Vec<_> = [128, 512, 2048, 8192]
-        .into_iter()
-        .filter(|&length| length <= most)
-        .collect();
+    let prefills: Vec<_> = [128, 512, 2048].into_iter().filter(|&length| length <= most).collect();
     let mut decodes: Vec<_> = [1, 2, 4, 8, 16, 32, 64]
         .into_iter()
         .filter(|&batch| batch < settings.batching.max_batch)

@@ -149,7 +149,8 @@ fn means(setting: &Setting, doctor: &Doctor, machine: &Machine) -> Option<String
         ("device", Some("auto")) => if gpu { "cuda:0" } else { "cpu" }.to_owned(),
         ("dtype", Some("auto")) => if gpu { "bf16" } else { "f32" }.to_owned(),
         ("threads", None) => machine.cores.to_string(),
-        ("max-model-len" | "kv-memory", None) => "chosen when the model is loaded".to_owned(),
+        ("kv-memory", None) => format!("{} MiB", crate::engine::DEFAULT_KV_MEMORY >> 20),
+        ("max-model-len", None) => "the model's limit, as far as the KV cache holds it".to_owned(),
         ("model", Some(name)) if name == SMOLLM2.name => {
             let there = model_files::models_folder().is_some_and(|folder| folder.join(SMOLLM2.file).is_file());
             if there { "in the cache" } else { "not fetched yet" }.to_owned()

@@ -1,10 +1,10 @@
 //! `sconce serve`: the port first, then the model, then answers until it is told to end.
 
-use std::{io, net::SocketAddr, panic::resume_unwind, path::Path, sync::Arc, thread, time::Instant};
+use std::{io, net::SocketAddr, panic::resume_unwind, path::Path, sync::Arc, thread, time::{Duration, Instant}};
 
 use axum::serve::ListenerExt;
 use prometheus::Registry;
-use tokio::{net::TcpListener, signal, sync::oneshot};
+use tokio::{net::TcpListener, signal};
 
 use super::{device, model_files, model_files::PullError};
 use crate::{
@@ -19,8 +19,8 @@ use crate::{
 /// Why the server could not start, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    #[error("cannot listen on {address}: {source}; choose another `--port` or `--host`")]
-    Listen { address: String, source: io::Error },
+    #[error("cannot listen on {host} port {port}: {source}; choose another `--port` or `--host`")]
+    Listen { host: String, port: u16, source: io::Error },
     #[error("--admin lets clients change settings, so it needs a loopback address; {0} is none")]
     AdminInPublic(SocketAddr),
     #[error(transparent)]
@@ -31,6 +31,10 @@ pub enum ServeError {
     Text(#[from] TextError),
     #[error(transparent)]
     Device(#[from] device::DeviceError),
+    #[error("the model could not be loaded: its file made the loader panic; fetch it again")]
+    LoadPanicked,
+    #[error("the engine ended by a panic; every waiting client was told; start the server again")]
+    EngineLost,
     #[error("cannot start: {0}")]
     Start(#[from] io::Error),
     #[error("cannot register metrics: {0}")]
@@ -41,19 +45,17 @@ pub enum ServeError {
 pub fn run(settings: Serve) -> Result<(), ServeError> {
     device::set_threads(settings.model.threads);
     // The engine and the kernels have the cores; these threads wait on sockets and cut text.
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?
-        .block_on(serve(settings))
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let served = runtime.block_on(serve(settings));
+    // A model that is still loading, or the engine, has nobody left to work for. A download cleans up behind itself.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    served
 }
 
 async fn serve(settings: Serve) -> Result<(), ServeError> {
-    let address = format!("{}:{}", settings.http.host, settings.http.port);
-    let failed = |source| ServeError::Listen {
-        address: address.clone(),
-        source,
-    };
-    let listener = TcpListener::bind(&address).await.map_err(failed)?;
+    let (host, port) = (settings.http.host.clone(), settings.http.port);
+    let bound = TcpListener::bind((host.as_str(), port)).await;
+    let listener = bound.map_err(|source| ServeError::Listen { host, port, source })?;
     let local = listener.local_addr()?;
     if settings.http.admin && !local.ip().is_loopback() {
         return Err(ServeError::AdminInPublic(local));
@@ -64,27 +66,38 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     }));
     println!("sconce listens on http://{local} and loads {}", settings.choice.model);
 
-    let (failure, failed) = oneshot::channel();
     let loading = server.clone();
-    tokio::task::spawn_blocking(move || match load(&settings, metrics) {
-        Ok((model, engine)) => {
-            if settings.http.admin {
-                loading.allow_admin(engine);
-            }
-            let name = model.names[0].clone();
-            loading.serve_model(model);
-            print_example(local, &name);
-        }
-        // Nobody waits for the reason once the server is going down.
-        Err(error) => drop(failure.send(error)),
-    });
+    let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, local));
     // Tokens go out as they come, however small their packets.
     let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-    let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(told_to_end(server));
+    let ending = told_to_end(server.clone());
+    let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(ending);
     tokio::select! {
         served = serving.into_future() => Ok(served?),
-        Ok(error) = failed => Err(error),
+        ended = engine => {
+            server.stop_accepting();
+            // Whoever waits is told by the end of their events; the answers need a moment to go out.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            ended.unwrap_or(Err(ServeError::LoadPanicked))
+        }
     }
+}
+
+/// Loads the model, lets clients in, and returns when there is no engine any more, or never was.
+fn run_engine(
+    settings: &Serve,
+    metrics: Arc<EngineMetrics>,
+    server: &api::Server,
+    address: SocketAddr,
+) -> Result<(), ServeError> {
+    let (model, engine, thread) = load(settings, metrics)?;
+    if settings.http.admin {
+        server.allow_admin(engine);
+    }
+    let name = model.names[0].clone();
+    server.serve_model(model);
+    print_example(address, &name);
+    thread.join().map_err(|_| ServeError::EngineLost)
 }
 
 /// Everything that `/metrics` shows.
@@ -126,12 +139,15 @@ fn api_settings(settings: &Serve) -> ApiSettings {
     ApiSettings {
         max_body_bytes: settings.http.max_body as usize,
         request_timeout: Some(settings.http.request_timeout),
-        max_choices: settings.batching.queue.min(ApiSettings::default().max_choices),
+        max_choices: settings.batching.queue.min(api::MAX_CHOICES),
     }
 }
 
+/// A model for the HTTP side, the way into its engine, and the engine's thread.
+type Loaded = (api::Model, engine::Handle, thread::JoinHandle<()>);
+
 /// Fetches the model if need be, loads it, and starts the engine.
-fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<(api::Model, engine::Handle), ServeError> {
+fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
     let path = model_files::resolve(&settings.choice.model)?;
     let started = Instant::now();
     // The vocabulary takes a moment of its own, on one core.
@@ -141,8 +157,8 @@ fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<(api::Model, en
         let (tokenizer, template) = text.join().unwrap_or_else(|panic| resume_unwind(panic))?;
         Ok::<_, ServeError>((engine, tokenizer, template))
     })?;
-    let (max_model_len, kv_tokens) = (engine.max_model_len(), engine.kv_tokens());
-    let (handle, _) = engine.start(settings.batching.queue)?;
+    let (max_model_len, vocab_size, kv_tokens) = (engine.max_model_len(), engine.vocab_size(), engine.kv_tokens());
+    let (handle, thread) = engine.start(settings.batching.queue)?;
     tracing::info!(
         path = %path.display(), seconds = started.elapsed().as_secs_f64(), max_model_len, kv_tokens, "model loaded"
     );
@@ -151,11 +167,12 @@ fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<(api::Model, en
     let model = api::Model {
         names: vec![name.unwrap_or_else(|| settings.choice.model.clone())],
         max_model_len,
+        vocab_size,
         tokenizer,
         template,
         submit: Box::new(move |requests| queue.submit(requests)),
     };
-    Ok((model, handle))
+    Ok((model, handle, thread))
 }
 
 /// The engine's part of the settings.

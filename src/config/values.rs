@@ -9,7 +9,7 @@ use std::time::Duration;
 pub enum ValueError {
     #[error("a device is `auto`, `cpu`, `cuda` or `cuda:N`")]
     Device,
-    #[error("this build has no CUDA: use `cpu`, or build with `--features cuda`")]
+    #[error("this build computes on the CPU only: use `cpu`")]
     NoCuda,
     #[error("a duration is a number and a unit (us, ms, s, m, h), such as `20ms` or `1.5s`")]
     Duration,

@@ -102,6 +102,11 @@ impl Engine {
         self.model.scheduler.config().max_model_len
     }
 
+    /// How many tokens the model knows.
+    pub fn vocab_size(&self) -> usize {
+        self.model.vocab_size()
+    }
+
     /// How many tokens the KV cache holds.
     pub fn kv_tokens(&self) -> usize {
         self.model.kv_tokens

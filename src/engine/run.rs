@@ -1,6 +1,11 @@
 //! The engine thread's loop: arrivals in, a plan, a step, tokens out.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use rayon::prelude::*;
 use tokio::{
@@ -14,7 +19,7 @@ use super::{
     sampler::{NotANumber, Sample, Sampler},
 };
 use crate::{
-    batching::{Arrival, Plan, SequenceId},
+    batching::{Arrival, Plan, Sequence, SequenceId},
     request::{Event, Failure, FinishReason, Token},
     telemetry::EngineMetrics,
 };
@@ -136,7 +141,11 @@ impl Runner {
                     tokio::time::sleep_until(wake.into()).await;
                     None
                 }
-                Some(wake) => tokio::time::timeout_at(wake.into(), inbox.recv()).await.ok(),
+                // A client that leaves meanwhile is seen before long.
+                Some(wake) => {
+                    let look = wake.min(Instant::now() + Duration::from_millis(50));
+                    tokio::time::timeout_at(look.into(), inbox.recv()).await.ok()
+                }
                 None => Some(inbox.recv().await),
             }
         });
@@ -199,6 +208,12 @@ impl Runner {
 
     fn step(&mut self, plan: &Plan) {
         let started = Instant::now();
+        let generated = |id| self.model.scheduler.sequence(id).map_or(0, Sequence::generated);
+        let decodes = plan
+            .rows
+            .iter()
+            .filter(|row| row.len == 1 && generated(row.id) > 0)
+            .count();
         match self.model.forward(plan) {
             Ok(logits) => {
                 self.model.scheduler.commit(plan);
@@ -214,7 +229,6 @@ impl Runner {
         }
         let seconds = started.elapsed().as_secs_f64();
         let tokens: usize = plan.rows.iter().map(|row| row.len).sum();
-        let decodes = plan.rows.iter().filter(|row| row.len == 1 && row.samples).count();
         self.metrics.busy_seconds.inc_by(seconds);
         self.metrics.step_seconds.observe(seconds);
         self.metrics.step_tokens.observe(tokens as f64);
@@ -234,7 +248,7 @@ impl Runner {
         let samples: Vec<_> = clients
             .par_iter_mut()
             .zip(logits.par_chunks_mut(vocabulary))
-            .map(|((_, client), logits)| client.as_mut().map(|client| client.sampler.sample(logits)))
+            .map(|((_, client), logits)| client.as_mut().map(|client| sample_one(&mut client.sampler, logits)))
             .collect();
         let at = Instant::now();
         for ((id, client), sample) in clients.into_iter().zip(samples) {
@@ -246,12 +260,13 @@ impl Runner {
     }
 
     /// Sends a sampled token and goes on with its sequence or ends it.
-    fn deliver(&mut self, id: SequenceId, sample: Result<Sample, NotANumber>, at: Instant) {
+    fn deliver(&mut self, id: SequenceId, sample: Result<Sample, Failure>, at: Instant) {
         let (Some(client), Some(sequence)) = (self.clients.get(&id), self.model.scheduler.sequence(id)) else {
             return;
         };
-        let Ok(Sample { token, logprobs }) = sample else {
-            return self.end(id, "failed", Some(Event::Failed(Failure::NotANumber)));
+        let Sample { token, logprobs } = match sample {
+            Ok(sample) => sample,
+            Err(failure) => return self.end(id, "failed", Some(Event::Failed(failure))),
         };
         let _ = client.events.send(Event::Token(Token {
             id: token,
@@ -293,5 +308,14 @@ impl Runner {
             .preemptions
             .inc_by(scheduler.preemptions() - self.preemptions);
         self.preemptions = scheduler.preemptions();
+    }
+}
+
+/// Samples one sequence; whatever goes wrong is that sequence's alone.
+fn sample_one(sampler: &mut Sampler, logits: &mut [f32]) -> Result<Sample, Failure> {
+    // A sampler that panicked is not used again: its sequence ends with this failure.
+    match catch_unwind(AssertUnwindSafe(|| sampler.sample(logits))) {
+        Ok(sample) => sample.map_err(|NotANumber| Failure::NotANumber),
+        Err(_) => Err(Failure::Step("choosing a token failed".into())),
     }
 }

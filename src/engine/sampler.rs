@@ -113,8 +113,7 @@ impl Sampler {
         }
     }
 
-    /// Draws from the softmax of `logits / temperature`, cut by top-k, then top-p, then min-p (each by the
-    /// probabilities that the whole vocabulary gives).
+    /// Draws from the softmax of `logits / temperature`, cut by top-k, then top-p among those, then min-p.
     fn draw(&mut self, logits: &[f32]) -> TokenId {
         let Sampling {
             temperature,
@@ -130,11 +129,13 @@ impl Sampler {
             let total: f32 = logits.iter().map(|&logit| weight(logit)).sum();
             return pick(logits.iter().map(|&logit| weight(logit)).enumerate(), point * total);
         }
-        let total: f32 = logits.iter().map(|&logit| weight(logit)).sum();
-        let limit = if top_k == 0 {
-            logits.len()
-        } else {
-            top_k.min(logits.len())
+        // The mass of what top-k leaves is what top-p takes its share of.
+        let (limit, total): (_, f32) = match top_k {
+            0 => (logits.len(), logits.iter().map(|&logit| weight(logit)).sum()),
+            k => {
+                let kept = likeliest(logits, k);
+                (kept.len(), kept.iter().map(|&(_, logit)| weight(logit)).sum())
+            }
         };
         // Nearly all the mass is in few tokens, so a short list is tried before a longer one.
         let mut count = 64.min(limit);
@@ -264,6 +265,15 @@ mod tests {
         assert_eq!(
             seen(Sampling {
                 top_p: 0.7,
+                ..Sampling::default()
+            }),
+            HashSet::from([0, 1])
+        );
+        // Of the three likeliest (8 : 4 : 2), the first two have 6/7 of the mass, of all only 3/4.
+        assert_eq!(
+            seen(Sampling {
+                top_k: 3,
+                top_p: 0.85,
                 ..Sampling::default()
             }),
             HashSet::from([0, 1])

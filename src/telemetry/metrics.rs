@@ -44,17 +44,23 @@ impl EngineMetrics {
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let make = Maker(registry);
         let metrics = Self {
-            busy_seconds: make.seconds("sconce_busy_seconds_total", "Seconds in which the device ran a step")?,
+            busy_seconds: make.seconds(
+                "sconce_busy_seconds_total",
+                "Seconds in which a step ran, sampling included",
+            )?,
             step_seconds: make.histogram("sconce_step_seconds", "Duration of a step", &SECONDS)?,
             step_tokens: make.histogram("sconce_step_tokens", "Tokens that a step ran", &COUNTS)?,
-            prefill_tokens: make.counter("sconce_prefill_tokens_total", "Prompt tokens computed")?,
+            prefill_tokens: make.counter(
+                "sconce_prefill_tokens_total",
+                "Tokens computed in prefill chunks: prompts, and what a preempted sequence computes again",
+            )?,
             decode_tokens: make.counter("sconce_decode_tokens_total", "Tokens computed one at a time")?,
             cached_tokens: make.counter("sconce_cached_tokens_total", "Prompt tokens found in the prefix cache")?,
             batches: make.counter("sconce_batches_total", "Batches that the window closed")?,
             batch_requests: make.histogram("sconce_batch_requests", "Requests in a closed batch", &COUNTS)?,
             prefill_positions: make.counters(
                 "sconce_prefill_positions_total",
-                "Prompt positions of closed batches, as computed (packed) and as a padded layout would (padded)",
+                "Prompt positions of closed batches, cached or not, in a packed and in a padded layout",
                 "layout",
                 &["packed", "padded"],
             )?,
@@ -80,7 +86,12 @@ impl EngineMetrics {
                 "sconce_preemptions_total",
                 "Sequences that lost their blocks for a while",
             )?,
-            sequences: make.counters("sconce_sequences_total", "Sequences that ended", "outcome", &OUTCOMES)?,
+            sequences: make.counters(
+                "sconce_sequences_total",
+                "Sequences that ended; one cut at a stop string counts as cancelled, as one whose client left",
+                "outcome",
+                &OUTCOMES,
+            )?,
         };
         Ok(metrics)
     }

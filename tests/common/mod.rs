@@ -58,7 +58,8 @@ impl Server {
         self.base.trim_start_matches("http://")
     }
 
-    fn try_get(&self, path: &str) -> Option<Response> {
+    /// `None` where nobody answers.
+    pub fn try_get(&self, path: &str) -> Option<Response> {
         self.client.get(self.url(path)).send().ok()
     }
 
@@ -66,12 +67,13 @@ impl Server {
         self.try_get(path).expect("the server answers")
     }
 
+    /// `None` where nobody answers.
+    pub fn try_post(&self, path: &str, body: &Value) -> Option<Response> {
+        self.client.post(self.url(path)).json(body).send().ok()
+    }
+
     pub fn post(&self, path: &str, body: &Value) -> Response {
-        self.client
-            .post(self.url(path))
-            .json(body)
-            .send()
-            .expect("the server answers")
+        self.try_post(path, body).expect("the server answers")
     }
 
     pub fn post_raw(&self, path: &str, body: impl Into<reqwest::blocking::Body>) -> Response {
@@ -129,16 +131,20 @@ impl Server {
         }
     }
 
-    /// Asks the process to end and gives its exit status.
-    pub fn terminate(mut self) -> std::process::ExitStatus {
+    /// Sends the process a signal, such as `-TERM`.
+    pub fn signal(&self, signal: &str) {
         let id = self.child.id().to_string();
         assert!(
             Command::new("kill")
-                .args(["-TERM", &id])
+                .args([signal, &id])
                 .status()
                 .expect("kill runs")
                 .success()
         );
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn wait(mut self) -> std::process::ExitStatus {
         self.child.wait().expect("the server ends")
     }
 }

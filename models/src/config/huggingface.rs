@@ -39,8 +39,10 @@ struct Raw {
 #[derive(Deserialize, Default)]
 struct RawRope {
     rope_theta: Option<f64>,
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// What `rope_type` was called before; some files have both.
+    #[serde(rename = "type")]
+    old_type: Option<String>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
@@ -168,7 +170,7 @@ impl Raw {
         let raw = self.rope_parameters.or(self.rope_scaling).unwrap_or_default();
         let theta = raw.rope_theta.or(top).unwrap_or(10000.0);
         let need = |key: &str, value: Option<f64>| value.ok_or((format!("rope {key}"), "is missing".to_string()));
-        let scaling = match raw.rope_type.as_deref() {
+        let scaling = match raw.rope_type.or(raw.old_type).as_deref() {
             None | Some("default") => RopeScaling::None,
             Some("linear") => RopeScaling::Linear {
                 factor: need("factor", raw.factor)?,
@@ -214,6 +216,8 @@ mod tests {
         assert_eq!(old, new);
         assert_eq!((old.rope.theta, old.head_dim), (5e5, 16));
         assert!(matches!(old.rope.scaling, RopeScaling::Llama3 { factor: 8.0, .. }));
+        let both = r#""model_type": "llama", "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}"#;
+        assert_eq!(parse(both).unwrap().rope.scaling, RopeScaling::Linear { factor: 2.0 });
     }
 
     #[test]
