@@ -1,0 +1,50 @@
+//! The default model's forward pass: prefills of several lengths, and decodes of several batch sizes at position 128.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use candle_core::{DType, Device};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use sconce_models::{Decoder, KvCache, Span, Step};
+
+const BLOCK_SIZE: usize = 16;
+/// Blocks of each sequence.
+const BLOCKS: usize = 32;
+
+/// `sequences` sequences that each run `len` tokens from position `start` on.
+fn step(sequences: usize, start: usize, len: usize) -> Step {
+    let blocks = |index: usize| {
+        (index * BLOCKS..(index + 1) * BLOCKS)
+            .map(|block| block as u32)
+            .collect()
+    };
+    let spans = (0..sequences).map(|index| Span {
+        start,
+        len,
+        block_table: blocks(index),
+        logits: true,
+    });
+    Step {
+        tokens: (0..sequences * len).map(|i| i as u32 % 1000).collect(),
+        sequences: spans.collect(),
+    }
+}
+
+fn forward(c: &mut Criterion) {
+    let decoder = Decoder::load(&common::default_model(), &Device::Cpu, DType::F32).unwrap();
+    let mut cache = KvCache::new(decoder.config(), 64 * BLOCKS, BLOCK_SIZE, DType::F32, &Device::Cpu).unwrap();
+    let mut group = c.benchmark_group("forward");
+    group.sample_size(10);
+    let prefills =
+        [(1, 32), (1, 128), (4, 128), (1, 512)].map(|(n, len)| (format!("prefill {n} x {len}"), step(n, 0, len)));
+    let decodes = [1, 8, 64].map(|n| (format!("decode {n}"), step(n, 128, 1)));
+    for (name, step) in prefills.iter().chain(&decodes) {
+        group.throughput(Throughput::Elements(step.tokens.len() as u64));
+        group.bench_function(BenchmarkId::from_parameter(name), |b| {
+            b.iter(|| decoder.forward(step, &mut cache).unwrap());
+        });
+    }
+}
+
+criterion_group!(benches, forward);
+criterion_main!(benches);
