@@ -37,11 +37,25 @@ fn settings() -> Settings {
 
 fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::UnboundedReceiver<Event>) {
     let (events, receiver) = mpsc::unbounded_channel();
-    (Request { id: "test".into(), prompt, sampling, arrival: Instant::now(), deadline: None, events }, receiver)
+    (
+        Request {
+            id: "test".into(),
+            prompt,
+            sampling,
+            arrival: Instant::now(),
+            deadline: None,
+            events,
+        },
+        receiver,
+    )
 }
 
 fn greedy(max_tokens: usize) -> Sampling {
-    Sampling { temperature: 0.0, max_tokens, ..Sampling::default() }
+    Sampling {
+        temperature: 0.0,
+        max_tokens,
+        ..Sampling::default()
+    }
 }
 
 /// A request's tokens and how it ended.
@@ -70,21 +84,37 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     let tokens = |field: &str| -> Vec<TokenId> { serde_json::from_value(file["prompts"][0][field].clone()).unwrap() };
     let (prompt, expected) = (tokens("prompt_tokens"), tokens("tokens"));
 
-    let stopping = Sampling { stop_token_ids: vec![2], ..greedy(64) };
+    let stopping = Sampling {
+        stop_token_ids: vec![2],
+        ..greedy(64)
+    };
     let cases = [
         (stopping.clone(), expected.len(), FinishReason::Stop),
         (greedy(5), 5, FinishReason::Length),
         // Without its end token the answer goes on until the context is full.
-        (Sampling { ignore_eos: true, max_tokens: 1000, ..stopping }, 256 - prompt.len(), FinishReason::Length),
+        (
+            Sampling {
+                ignore_eos: true,
+                max_tokens: 1000,
+                ..stopping
+            },
+            256 - prompt.len(),
+            FinishReason::Length,
+        ),
     ];
-    let (requests, receivers): (Vec<_>, Vec<_>) =
-        cases.iter().map(|(sampling, ..)| request(prompt.clone(), sampling.clone())).unzip();
+    let (requests, receivers): (Vec<_>, Vec<_>) = cases
+        .iter()
+        .map(|(sampling, ..)| request(prompt.clone(), sampling.clone()))
+        .unzip();
     handle.submit(requests).unwrap();
     for ((_, length, reason), receiver) in cases.iter().zip(receivers) {
         let (tokens, end) = answer(receiver);
         assert_eq!(end, Some(Event::Finished(*reason)));
         assert_eq!(tokens.len(), *length);
-        assert_eq!(tokens[..expected.len().min(*length)], expected[..expected.len().min(*length)]);
+        assert_eq!(
+            tokens[..expected.len().min(*length)],
+            expected[..expected.len().min(*length)]
+        );
     }
 
     let (mut late, receiver) = request(prompt.clone(), greedy(1000));
