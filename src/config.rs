@@ -129,14 +129,14 @@ pub struct Model {
     /// Where the model runs: `auto` takes the first GPU if this build and machine have one
     #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto", value_parser = values::device)]
     pub device: Device,
-    /// The number type that the model computes in; `auto` is f32 on the CPU and bf16 on a GPU
+    /// The type of weights and KV cache; on the CPU sums stay in f32; `auto` is f32 on the CPU and bf16 on a GPU
     #[arg(long, default_value = "auto")]
     pub dtype: Dtype,
     /// The most tokens in a sequence, prompt and answer together; unset, the model's own limit as far as the KV cache
     /// holds it
     #[arg(long, value_name = "TOKENS", value_parser = count(2, 1 << 24))]
     pub max_model_len: Option<usize>,
-    /// Memory for the KV cache, such as `640MiB` or `2GiB`; unset, chosen from what is free
+    /// Memory for the KV cache, such as `640MiB` or `2GiB`; unset, 640MiB
     #[arg(long, value_name = "BYTES", value_parser = |s: &str| values::bytes(s, 1 << 20, 1 << 44))]
     pub kv_memory: Option<u64>,
     /// Tokens in a KV-cache block: a power of two, 1 to 256
@@ -173,7 +173,7 @@ pub struct Batching {
     #[arg(
         long,
         value_name = "TOKENS,...",
-        default_value = "64,128,256,512,1024,2048,4096,8192"
+        default_value_t = Buckets::default()
     )]
     pub buckets: Buckets,
     /// The most tokens in a step: long prompts run in chunks of what decodes leave of it
@@ -204,6 +204,10 @@ pub struct Http {
     /// The largest request body
     #[arg(long, value_name = "BYTES", default_value = "4MiB", value_parser = |s: &str| values::bytes(s, 1 << 10, 1 << 30))]
     pub max_body: u64,
+    /// Let clients change batching settings through `/admin/batching`; only with a `--host` that is a loopback address
+    #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, value_parser = BoolishValueParser::new())]
+    pub admin: bool,
 }
 
 /// What every command takes.

@@ -36,7 +36,7 @@ fn answers_whole_and_streamed_alike() {
     for field in ["prompt_tokens", "completion_tokens", "total_tokens"] {
         assert_eq!(last["usage"][field], whole["usage"][field], "{field}");
     }
-    let cost = &last["usage"]["sconce"];
+    let cost = &last["sconce"];
     assert!(
         ["queue_ms", "window_ms", "prefill_ms", "decode_ms"]
             .iter()

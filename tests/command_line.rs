@@ -115,6 +115,7 @@ fn what_cannot_be_served_is_said_in_one_line() {
         r#"{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}"#,
     )
     .expect("writes");
+    std::fs::write(format!("{other}/tokenizer.json"), "{}").expect("writes");
     cannot_serve(&["--model", &other], &["mamba"]);
 
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");

@@ -11,7 +11,7 @@ use crate::cpu::linear::{GateUp, Linear};
 use crate::kv::Pools;
 use crate::rope::{cos_sin, inverse_frequencies};
 use crate::weights::Weights;
-use crate::{Config, KvCache, ModelError, Step};
+use crate::{Config, KvCache, ModelError, Step, without_backtrace};
 
 /// A loaded model.
 pub struct Decoder {
@@ -325,5 +325,8 @@ impl Loader<'_> {
 
 fn built(what: &str) -> impl FnOnce(candle_core::Error) -> ModelError {
     let what = what.to_string();
-    move |source| ModelError::Tensor { what, source }
+    move |error| ModelError::Tensor {
+        what,
+        source: without_backtrace(error),
+    }
 }

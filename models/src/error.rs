@@ -48,3 +48,26 @@ pub enum ModelError {
     #[error("cannot build {what}: {source}; free memory or choose smaller settings")]
     Tensor { what: String, source: candle_core::Error },
 }
+
+/// candle's error without the backtrace that it carries where backtraces are switched on: messages are one line.
+pub fn without_backtrace(error: candle_core::Error) -> candle_core::Error {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => without_backtrace(*inner),
+        candle_core::Error::WithPath { inner, path } => without_backtrace(*inner).with_path(path),
+        error => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_one_line() {
+        let inner = Box::new(candle_core::Error::Msg("bad".into()));
+        let backtrace = Box::new(std::backtrace::Backtrace::force_capture());
+        let error = candle_core::Error::WithBacktrace { inner, backtrace };
+        assert!(error.to_string().lines().count() > 1);
+        assert_eq!(without_backtrace(error).to_string(), "bad");
+    }
+}

@@ -5,6 +5,7 @@
 //! one pass over a [`KvCache`] and answers logits for the sequences that want them. What a sequence's logits are
 //! does not depend, to the last bit, on what else is in the step or on how its prompt was cut into chunks.
 
+pub mod ceilings;
 pub mod config;
 mod cpu;
 mod decoder;
@@ -16,6 +17,6 @@ mod weights;
 
 pub use config::{Config, Rope, RopeScaling};
 pub use decoder::Decoder;
-pub use error::ModelError;
+pub use error::{ModelError, without_backtrace};
 pub use kv::KvCache;
 pub use step::{Span, Step};

@@ -11,4 +11,6 @@ mod window;
 pub use blocks::{BlockCounts, BlockId, BlockPool};
 pub use buckets::{Buckets, BucketsError};
 pub use policy::{Schedule, WindowPolicy};
-pub use scheduler::{Admission, Arrival, Batch, Config, ConfigError, Plan, Row, Scheduler, Sequence, SequenceId};
+pub use scheduler::{
+    Admission, Arrival, Batch, Change, Config, ConfigError, Plan, Row, Scheduler, Sequence, SequenceId,
+};

@@ -1,9 +1,11 @@
 //! The two choices an experiment turns: what a batch waits for, and when sequences may join one.
 
 use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 /// When a batch that is not full closes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum WindowPolicy {
     /// At the end of the window; at once when the device would stand idle or the wait would cost a deadline
     Adaptive,
@@ -14,7 +16,8 @@ pub enum WindowPolicy {
 }
 
 /// When sequences join and leave the batch that runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Schedule {
     /// At every step
     Continuous,

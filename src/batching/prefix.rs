@@ -23,7 +23,8 @@ struct Node {
 #[derive(Debug, Default)]
 pub struct PrefixTree {
     roots: HashMap<Box<[TokenId]>, BlockId>,
-    nodes: HashMap<BlockId, Node>,
+    /// By block: every block of the pool has a place, most of them without a node at first.
+    nodes: Vec<Option<Node>>,
     /// Idle nodes without children, least recently used first.
     evictable: BTreeSet<(u64, BlockId)>,
     idle: usize,
@@ -35,12 +36,20 @@ impl PrefixTree {
     pub fn child(&self, parent: Option<BlockId>, tokens: &[TokenId]) -> Option<BlockId> {
         match parent {
             None => self.roots.get(tokens).copied(),
-            Some(parent) => self.nodes.get(&parent)?.children.get(tokens).copied(),
+            Some(parent) => self.node(parent)?.children.get(tokens).copied(),
         }
     }
 
     pub fn contains(&self, block: BlockId) -> bool {
-        self.nodes.contains_key(&block)
+        self.node(block).is_some()
+    }
+
+    fn node(&self, block: BlockId) -> Option<&Node> {
+        self.nodes.get(block as usize)?.as_ref()
+    }
+
+    fn node_mut(&mut self, block: BlockId) -> Option<&mut Node> {
+        self.nodes.get_mut(block as usize)?.as_mut()
     }
 
     /// Adds a block that a sequence holds, with every block above it. The caller has seen that [`Self::child`] finds
@@ -48,7 +57,7 @@ impl PrefixTree {
     pub fn insert(&mut self, parent: Option<BlockId>, tokens: &[TokenId], block: BlockId) {
         let siblings = match parent {
             None => &mut self.roots,
-            Some(parent) => match self.nodes.get_mut(&parent) {
+            Some(parent) => match self.node_mut(parent) {
                 Some(node) => &mut node.children,
                 None => return,
             },
@@ -61,45 +70,54 @@ impl PrefixTree {
             last_used: self.clock,
             idle: false,
         };
-        self.nodes.insert(block, node);
+        let place = block as usize;
+        if self.nodes.len() <= place {
+            self.nodes.resize_with(place + 1, || None);
+        }
+        self.nodes[place] = Some(node);
     }
 
     /// A sequence took hold of an idle block.
     pub fn hold(&mut self, block: BlockId) {
-        if let Some(node) = self.nodes.get_mut(&block).filter(|node| node.idle) {
-            node.idle = false;
-            self.idle -= 1;
-            self.evictable.remove(&(node.last_used, block));
+        let Some(node) = self.node_mut(block).filter(|node| node.idle) else {
+            return;
+        };
+        node.idle = false;
+        if node.children.is_empty() {
+            let key = (node.last_used, block);
+            self.evictable.remove(&key);
         }
+        self.idle -= 1;
     }
 
     /// The last sequence that held the block let go of it.
     pub fn release(&mut self, block: BlockId) {
-        if let Some(node) = self.nodes.get_mut(&block) {
-            self.clock += 1;
-            node.last_used = self.clock;
-            node.idle = true;
-            self.idle += 1;
-            if node.children.is_empty() {
-                self.evictable.insert((node.last_used, block));
-            }
+        let now = self.clock + 1;
+        let Some(node) = self.node_mut(block) else { return };
+        node.last_used = now;
+        node.idle = true;
+        if node.children.is_empty() {
+            self.evictable.insert((now, block));
         }
+        self.clock = now;
+        self.idle += 1;
     }
 
     /// Forgets the least recently used leaf that nobody holds; its block is free. O(log n).
     pub fn evict(&mut self) -> Option<BlockId> {
         let (_, block) = self.evictable.pop_first()?;
-        let node = self.nodes.remove(&block)?;
+        let node = self.nodes.get_mut(block as usize)?.take()?;
         self.idle -= 1;
         match node.parent {
             None => {
                 self.roots.remove(&node.tokens);
             }
             Some(above) => {
-                if let Some(parent) = self.nodes.get_mut(&above) {
+                if let Some(parent) = self.node_mut(above) {
                     parent.children.remove(&node.tokens);
                     if parent.idle && parent.children.is_empty() {
-                        self.evictable.insert((parent.last_used, above));
+                        let key = (parent.last_used, above);
+                        self.evictable.insert(key);
                     }
                 }
             }

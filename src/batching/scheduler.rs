@@ -31,6 +31,48 @@ pub struct Config {
     pub max_model_len: usize,
 }
 
+/// What may change while sequences run; `None` leaves a setting as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Change {
+    pub schedule: Option<Schedule>,
+    pub window_policy: Option<WindowPolicy>,
+    pub window: Option<Duration>,
+    pub max_batch: Option<usize>,
+    pub step_tokens: Option<usize>,
+}
+
+impl Config {
+    fn with(&self, change: &Change) -> Self {
+        Self {
+            schedule: change.schedule.unwrap_or(self.schedule),
+            window_policy: change.window_policy.unwrap_or(self.window_policy),
+            window: change.window.unwrap_or(self.window),
+            max_batch: change.max_batch.unwrap_or(self.max_batch),
+            step_tokens: change.step_tokens.unwrap_or(self.step_tokens),
+            ..self.clone()
+        }
+    }
+
+    fn check(&self, blocks: &BlockPool) -> Result<(), ConfigError> {
+        let Config {
+            step_tokens,
+            max_batch,
+            max_model_len,
+            ..
+        } = *self;
+        if step_tokens < max_batch {
+            return Err(ConfigError::StepBelowBatch { step_tokens, max_batch });
+        }
+        if blocks.capacity() < max_model_len {
+            return Err(ConfigError::CacheBelowContext {
+                capacity: blocks.capacity(),
+                max_model_len,
+            });
+        }
+        Ok(())
+    }
+}
+
 /// Settings that cannot work together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
@@ -153,21 +195,7 @@ pub struct Scheduler {
 
 impl Scheduler {
     pub fn new(config: Config, blocks: BlockPool) -> Result<Self, ConfigError> {
-        let Config {
-            step_tokens,
-            max_batch,
-            max_model_len,
-            ..
-        } = config;
-        if step_tokens < max_batch {
-            return Err(ConfigError::StepBelowBatch { step_tokens, max_batch });
-        }
-        if blocks.capacity() < max_model_len {
-            return Err(ConfigError::CacheBelowContext {
-                capacity: blocks.capacity(),
-                max_model_len,
-            });
-        }
+        config.check(&blocks)?;
         Ok(Self {
             config,
             blocks,
@@ -183,6 +211,15 @@ impl Scheduler {
 
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Changes settings from the next plan on. Sequences that run go on, even where there are now more of them than a
+    /// batch may have.
+    pub fn configure(&mut self, change: &Change) -> Result<&Config, ConfigError> {
+        let config = self.config.with(change);
+        config.check(&self.blocks)?;
+        self.config = config;
+        Ok(&self.config)
     }
 
     /// Sequences that wait for a batch.
@@ -425,7 +462,7 @@ impl Scheduler {
             .filter(|(_, sequence)| decoding(sequence))
             .map(|(&id, _)| id)
             .collect();
-        for id in ids {
+        for id in ids.into_iter().take(self.config.step_tokens) {
             if self.has_block_for_next(id) {
                 let Some(sequence) = self.running.get(&id) else {
                     continue;

@@ -63,6 +63,39 @@ fn refuses_settings_that_cannot_work() {
 }
 
 #[test]
+fn a_smaller_batch_leaves_what_runs_and_admits_nobody() {
+    let now = Instant::now();
+    let mut scheduler = scheduler(
+        Config {
+            step_tokens: 12,
+            ..config()
+        },
+        20,
+    );
+    for first in 1..=4 {
+        scheduler.push(arrival(prompt(first, 3), now));
+    }
+    let plan = scheduler.plan(now);
+    run(&mut scheduler, &plan, 7);
+    let refused = scheduler.configure(&Change {
+        step_tokens: Some(2),
+        ..Change::default()
+    });
+    assert!(matches!(refused, Err(ConfigError::StepBelowBatch { .. })));
+    scheduler
+        .configure(&Change {
+            max_batch: Some(2),
+            step_tokens: Some(2),
+            ..Change::default()
+        })
+        .unwrap();
+    scheduler.push(arrival(prompt(5, 3), now));
+    let plan = scheduler.plan(now);
+    assert_eq!(plan.rows.iter().map(|row| row.id).collect::<Vec<_>>(), [0, 1]);
+    assert_eq!((scheduler.running(), scheduler.waiting()), (4, 1));
+}
+
+#[test]
 fn decodes_come_first_and_prefill_is_chunked() {
     let now = Instant::now();
     let mut scheduler = scheduler(config(), 20);

@@ -28,9 +28,9 @@ pub enum BenchError {
 
 /// The device's measured limits.
 struct Ceilings {
-    /// Bytes a second, read and written together.
+    /// GB/s, read and written together.
     copy: f64,
-    /// Floating-point operations a second in a large matmul.
+    /// GFLOP/s of a large matmul.
     matmul: f64,
 }
 
@@ -62,8 +62,8 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
     println!("model    {} ({dtype:?} on {device:?})", settings.choice.model);
     println!(
         "ceilings copy {:.1} GB/s, matmul {:.0} GFLOP/s\n",
-        ceilings.copy / 1e9,
-        ceilings.matmul / 1e9
+        ceilings.copy,
+        ceilings.matmul
     );
     println!(
         "{:<8} {:>6} {:>10} {:>10} {:>8} {:>8}",
@@ -131,8 +131,8 @@ impl Measure<'_> {
             batch * tokens,
             seconds * 1e3,
             (batch * tokens) as f64 / seconds,
-            100.0 * work.flops / seconds / self.ceilings.matmul,
-            100.0 * work.bytes / seconds / self.ceilings.copy,
+            100.0 * work.flops / 1e9 / seconds / self.ceilings.matmul,
+            100.0 * work.bytes / 1e9 / seconds / self.ceilings.copy,
         );
         Ok(())
     }

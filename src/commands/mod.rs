@@ -1,6 +1,6 @@
 //! What each command of the command line does.
 
-pub mod bench;
+//pub mod bench;
 pub mod device;
 pub mod doctor;
 pub mod loadtest;

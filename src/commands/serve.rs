@@ -1,13 +1,8 @@
 //! `sconce serve`: the port first, then the model, then answers until it is told to end.
 
-use std::{
-    io,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Instant,
-};
+use std::{io, net::SocketAddr, panic::resume_unwind, path::Path, sync::Arc, thread, time::Instant};
 
+use axum::serve::ListenerExt;
 use prometheus::Registry;
 use tokio::{net::TcpListener, signal, sync::oneshot};
 
@@ -17,7 +12,7 @@ use crate::{
     batching,
     config::Serve,
     engine::{self, Engine, LoadError},
-    telemetry::EngineMetrics,
+    telemetry::{self, EngineMetrics},
     text::{ChatTemplate, TextError, Tokenizer},
 };
 
@@ -26,12 +21,14 @@ use crate::{
 pub enum ServeError {
     #[error("cannot listen on {address}: {source}; choose another `--port` or `--host`")]
     Listen { address: String, source: io::Error },
+    #[error("--admin lets clients change settings, so it needs a loopback address; {0} is none")]
+    AdminInPublic(SocketAddr),
     #[error(transparent)]
     Pull(#[from] PullError),
-    #[error("{}: {source}", path.display())]
-    Load { path: PathBuf, source: LoadError },
-    #[error("{}: {source}", path.display())]
-    Text { path: PathBuf, source: TextError },
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Text(#[from] TextError),
     #[error(transparent)]
     Device(#[from] device::DeviceError),
     #[error("cannot start: {0}")]
@@ -58,31 +55,53 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     };
     let listener = TcpListener::bind(&address).await.map_err(failed)?;
     let local = listener.local_addr()?;
-    let registry = Registry::new();
-    let metrics = Arc::new(EngineMetrics::new(&registry)?);
-    let server = Arc::new(api::Server::new(api_settings(&settings), registry)?);
+    if settings.http.admin && !local.ip().is_loopback() {
+        return Err(ServeError::AdminInPublic(local));
+    }
+    let (registry, metrics, observer) = metrics()?;
+    let server = Arc::new(api::Server::new(api_settings(&settings), observer, move || {
+        telemetry::exposition(&registry)
+    }));
     println!("sconce listens on http://{local} and loads {}", settings.choice.model);
 
     let (failure, failed) = oneshot::channel();
     let loading = server.clone();
     tokio::task::spawn_blocking(move || match load(&settings, metrics) {
-        Ok(model) => {
-            print_example(local, model.name());
-            loading.set_model(model);
+        Ok((model, engine)) => {
+            if settings.http.admin {
+                loading.allow_admin(engine);
+            }
+            let name = model.names[0].clone();
+            loading.serve_model(model);
+            print_example(local, &name);
         }
         // Nobody waits for the reason once the server is going down.
         Err(error) => drop(failure.send(error)),
     });
-    let serving = axum::serve(listener, api::router(server)).with_graceful_shutdown(told_to_end());
+    // Tokens go out as they come, however small their packets.
+    let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
+    let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(told_to_end(server));
     tokio::select! {
         served = serving.into_future() => Ok(served?),
         Ok(error) = failed => Err(error),
     }
 }
 
+/// Everything that `/metrics` shows.
+fn metrics() -> Result<(Registry, Arc<EngineMetrics>, api::Observer), prometheus::Error> {
+    let registry = Registry::new();
+    // The process's own CPU time and memory, under Prometheus' usual names; the library reads them on Linux only.
+    #[cfg(target_os = "linux")]
+    registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+    let metrics = Arc::new(EngineMetrics::new(&registry)?);
+    let observer = api::Observer::register(&registry)?;
+    Ok((registry, metrics, observer))
+}
+
 /// Ends at SIGTERM or Ctrl-C; what runs is then finished. A second signal ends the process at once.
-async fn told_to_end() {
+async fn told_to_end(server: Arc<api::Server>) {
     signalled().await;
+    server.stop_accepting();
     tracing::info!("ending once the requests that run are answered; signal again to end at once");
     tokio::spawn(async {
         signalled().await;
@@ -105,36 +124,38 @@ async fn signalled() {
 
 fn api_settings(settings: &Serve) -> ApiSettings {
     ApiSettings {
-        max_body: settings.http.max_body as usize,
-        request_timeout: settings.http.request_timeout,
+        max_body_bytes: settings.http.max_body as usize,
+        request_timeout: Some(settings.http.request_timeout),
+        max_choices: settings.batching.queue.min(ApiSettings::default().max_choices),
     }
 }
 
 /// Fetches the model if need be, loads it, and starts the engine.
-fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<api::Model, ServeError> {
+fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<(api::Model, engine::Handle), ServeError> {
     let path = model_files::resolve(&settings.choice.model)?;
     let started = Instant::now();
-    let text_error = |source| ServeError::Text {
-        path: path.clone(),
-        source,
-    };
-    let tokenizer = Tokenizer::open(&path).map_err(text_error)?;
-    let template = ChatTemplate::open(&path).map_err(text_error)?;
-    let engine = Engine::load(&engine_settings(settings, &path)?, metrics).map_err(|source| ServeError::Load {
-        path: path.clone(),
-        source,
+    // The vocabulary takes a moment of its own, on one core.
+    let (engine, tokenizer, template) = thread::scope(|scope| {
+        let text = scope.spawn(|| Ok::<_, TextError>((Tokenizer::open(&path)?, ChatTemplate::open(&path)?)));
+        let engine = Engine::load(&engine_settings(settings, &path)?, metrics)?;
+        let (tokenizer, template) = text.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+        Ok::<_, ServeError>((engine, tokenizer, template))
     })?;
     let (max_model_len, kv_tokens) = (engine.max_model_len(), engine.kv_tokens());
     let (handle, _) = engine.start(settings.batching.queue)?;
     tracing::info!(
         path = %path.display(), seconds = started.elapsed().as_secs_f64(), max_model_len, kv_tokens, "model loaded"
     );
-    let name = settings
-        .http
-        .served_model_name
-        .clone()
-        .unwrap_or_else(|| settings.choice.model.clone());
-    Ok(api::Model::new(name, max_model_len, tokenizer, template, handle))
+    let name = settings.http.served_model_name.clone();
+    let queue = handle.clone();
+    let model = api::Model {
+        names: vec![name.unwrap_or_else(|| settings.choice.model.clone())],
+        max_model_len,
+        tokenizer,
+        template,
+        submit: Box::new(move |requests| queue.submit(requests)),
+    };
+    Ok((model, handle))
 }
 
 /// The engine's part of the settings.
@@ -165,4 +186,23 @@ fn print_example(address: SocketAddr, model: &str) {
         "{model} is ready. Try:\n\n  curl http://{address}/v1/chat/completions -H 'content-type: application/json' \\\n    \
          -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'\n"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_page_is_up_to_date() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/metrics.md");
+        let page = telemetry::page(&metrics().unwrap().0);
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(path, &page).unwrap();
+        }
+        let written = std::fs::read_to_string(path).unwrap();
+        assert!(
+            written == page,
+            "docs/metrics.md is old: run UPDATE_DOCS=1 cargo test metrics_page"
+        );
+    }
 }

@@ -6,21 +6,32 @@ mod sampler;
 
 use std::{sync::Arc, thread};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
 
-use crate::{request::Request, telemetry::EngineMetrics};
+use crate::{
+    batching::{Change, Config, ConfigError},
+    request::Request,
+    telemetry::EngineMetrics,
+};
 
 /// The way into the engine, for the HTTP side. Cheap to clone; the engine ends when the last one is dropped and all
 /// requests have ended.
 #[derive(Debug, Clone)]
 pub struct Handle {
-    queue: mpsc::UnboundedSender<Queued>,
+    queue: mpsc::UnboundedSender<Message>,
     /// One permit a place in the queue. The queue is bounded by these and not by its channel, because a request keeps
     /// its place until a batch takes it, wherever it stands until then.
     places: Arc<Semaphore>,
     limit: usize,
+}
+
+/// What reaches the engine thread.
+#[derive(Debug)]
+enum Message {
+    Request(Queued),
+    Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
 }
 
 /// A request and its place in the queue, which is free again when the place is dropped.
@@ -39,6 +50,15 @@ pub enum Refused {
     ShuttingDown,
 }
 
+/// Why settings did not change.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigureError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("the server is shutting down")]
+    ShuttingDown,
+}
+
 impl Handle {
     /// Queues all of `requests` (the choices and prompts of one client request), or none of them.
     pub fn submit(&self, requests: Vec<Request>) -> Result<(), Refused> {
@@ -47,11 +67,18 @@ impl Handle {
         let mut places = self.places.clone().try_acquire_many_owned(wanted).map_err(|_| full)?;
         for request in requests {
             let Some(place) = places.split(1) else { break };
-            self.queue
-                .send(Queued { request, place })
-                .map_err(|_| Refused::ShuttingDown)?;
+            let message = Message::Request(Queued { request, place });
+            self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
         }
         Ok(())
+    }
+
+    /// Changes batching settings while the engine runs, and gives those now in force.
+    pub async fn configure(&self, change: Change) -> Result<Config, ConfigureError> {
+        let (reply, replied) = oneshot::channel();
+        let message = Message::Configure(change, reply);
+        self.queue.send(message).map_err(|_| ConfigureError::ShuttingDown)?;
+        Ok(replied.await.map_err(|_| ConfigureError::ShuttingDown)??)
     }
 }
 

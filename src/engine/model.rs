@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use candle_core::{DType, Device};
-use sconce_models::{Decoder, KvCache, ModelError, Span, Step};
+use sconce_models::{Decoder, KvCache, ModelError, Span, Step, without_backtrace};
 
 use crate::batching::{BlockPool, Config, ConfigError, Plan, Scheduler};
 
@@ -81,8 +81,12 @@ impl Model {
         };
         let pool = BlockPool::new(blocks, settings.block_size, settings.prefix_cache);
         let scheduler = Scheduler::new(batching, pool)?;
-        let cache = KvCache::new(config, blocks, settings.block_size, dtype, &settings.device)
-            .map_err(|source| LoadError::KvCache { blocks, source })?;
+        let cache = KvCache::new(config, blocks, settings.block_size, dtype, &settings.device).map_err(|error| {
+            LoadError::KvCache {
+                blocks,
+                source: without_backtrace(error),
+            }
+        })?;
         Ok(Self {
             scheduler,
             kv_tokens,

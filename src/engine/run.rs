@@ -9,7 +9,7 @@ use tokio::{
 };
 
 use super::{
-    Queued,
+    Message, Queued,
     model::Model,
     sampler::{NotANumber, Sample, Sampler},
 };
@@ -30,7 +30,7 @@ struct Client {
 
 pub struct Runner {
     model: Model,
-    inbox: mpsc::UnboundedReceiver<Queued>,
+    inbox: mpsc::UnboundedReceiver<Message>,
     /// Gives the wait for an arrival its timeout.
     timer: Runtime,
     /// Whether anyone can still send requests.
@@ -43,7 +43,7 @@ pub struct Runner {
 impl Runner {
     pub fn new(
         model: Model,
-        inbox: mpsc::UnboundedReceiver<Queued>,
+        inbox: mpsc::UnboundedReceiver<Message>,
         timer: Runtime,
         metrics: Arc<EngineMetrics>,
     ) -> Self {
@@ -81,12 +81,27 @@ impl Runner {
     fn receive(&mut self) {
         loop {
             match self.inbox.try_recv() {
-                Ok(queued) => self.enqueue(queued),
+                Ok(message) => self.take(message),
                 Err(mpsc::error::TryRecvError::Empty) => return,
                 Err(mpsc::error::TryRecvError::Disconnected) => {
                     self.open = false;
                     return;
                 }
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Request(queued) => self.enqueue(queued),
+            Message::Configure(change, reply) => {
+                let config = self.model.scheduler.configure(&change).cloned();
+                if let Ok(config) = &config {
+                    tracing::info!(?change, "settings changed");
+                    self.metrics.max_batch.set(config.max_batch as f64);
+                }
+                // Whoever asked may have left; the change stands.
+                let _ = reply.send(config);
             }
         }
     }
@@ -126,7 +141,7 @@ impl Runner {
             }
         });
         match arrived {
-            Some(Some(queued)) => self.enqueue(queued),
+            Some(Some(message)) => self.take(message),
             Some(None) => self.open = false,
             None => {}
         }
@@ -190,6 +205,7 @@ impl Runner {
                 self.sample(plan, logits);
             }
             Err(error) => {
+                let error = sconce_models::without_backtrace(error);
                 tracing::error!(%error, sequences = plan.rows.len(), "a step failed");
                 for row in &plan.rows {
                     self.end(row.id, "failed", Some(Event::Failed(Failure::Step(error.to_string()))));

@@ -44,6 +44,7 @@ impl Metadata {
             source,
         })?;
         let content = Content::read(&mut BufReader::with_capacity(1 << 20, file))
+            .map_err(sconce_models::without_backtrace)
             .map_err(|e| TextError::format(path, format!("not a readable GGUF file: {e}")))?;
         Ok(Self {
             path: path.to_path_buf(),

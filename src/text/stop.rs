@@ -109,13 +109,11 @@ mod tests {
     /// The whole text cut where the first-ending (then longest) match begins, found the slow way.
     fn cut(text: &str, stops: &[String]) -> String {
         for end in 0..=text.len() {
-            let starts = stops.iter().filter_map(|stop| {
-                text.as_bytes()[..end]
-                    .ends_with(stop.as_bytes())
-                    .then(|| end - stop.len())
-            });
-            if let Some(start) = starts.min() {
-                return text[..start].to_string();
+            let ending = stops
+                .iter()
+                .filter(|stop| text.as_bytes()[..end].ends_with(stop.as_bytes()));
+            if let Some(stop) = ending.max_by_key(|stop| stop.len()) {
+                return text[..end - stop.len()].to_string();
             }
         }
         text.to_string()

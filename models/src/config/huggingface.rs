@@ -28,6 +28,7 @@ struct Raw {
     sliding_window: Option<usize>,
     use_sliding_window: Option<bool>,
     max_window_layers: Option<usize>,
+    layer_types: Option<Vec<String>>,
     #[serde(default)]
     attention_bias: bool,
     #[serde(default)]
@@ -144,12 +145,17 @@ impl Raw {
         match architecture {
             "mistral" => Ok(self.sliding_window),
             "qwen2" | "qwen3" if self.use_sliding_window == Some(true) => {
-                match self.max_window_layers.unwrap_or(self.num_hidden_layers) {
+                let layers = self.num_hidden_layers;
+                let full = match &self.layer_types {
+                    Some(types) => types.iter().filter(|kind| *kind == "full_attention").count(),
+                    None => self.max_window_layers.unwrap_or(layers).min(layers),
+                };
+                match full {
                     0 => Ok(self.sliding_window),
-                    full if full >= self.num_hidden_layers => Ok(None),
-                    full => Err((
-                        "max_window_layers".into(),
-                        format!("is {full}: a window in some layers only is not supported"),
+                    full if full == layers => Ok(None),
+                    _ => Err((
+                        "sliding_window".into(),
+                        "holds in some layers only, which is not supported".into(),
                     )),
                 }
             }
@@ -233,7 +239,7 @@ mod tests {
         assert!(message(r#""model_type": "llama", "mlp_bias": true"#).contains("mlp_bias"));
         assert!(
             message(r#""model_type": "qwen2", "use_sliding_window": true, "max_window_layers": 1"#)
-                .contains("some layers")
+                .contains("some layers only")
         );
     }
 }

@@ -178,13 +178,11 @@ impl<T: Element> WithSimd for Tile<'_, T> {
             self.score::<S, 1>(simd, &keys, key_data, positions, &mut scores);
         }
         scales.clear();
-        scales.extend((0..rows).map(|row| {
-            self.softmax(
-                row,
-                positions,
-                &mut scores[row * positions.stride..][..positions.stride],
-            )
-        }));
+        // Loops, not closures: a closure need not be compiled for the vector instructions chosen here.
+        for row in 0..rows {
+            let scores = &mut scores[row * positions.stride..][..positions.stride];
+            scales.push(self.softmax(row, positions, scores));
+        }
         if values.stride % (2 * lanes) == 0 {
             self.weigh::<S, 2>(simd, &values, value_data, positions, &scores, &scales);
         } else {

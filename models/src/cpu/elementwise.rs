@@ -2,27 +2,13 @@
 
 use candle_core::{CpuStorage, CustomOp1, InplaceOp2, InplaceOp3, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{slice, slice_mut};
 
 /// Rows below which waking other threads costs more than it saves.
 const ROWS_A_THREAD: usize = 16;
-
-/// Calls `work` with the index and elements of every row of `width`, on several threads where there are many rows.
-fn for_rows(data: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
-    let arch = Arch::new();
-    data.par_chunks_mut(width * ROWS_A_THREAD)
-        .enumerate()
-        .for_each(|(chunk, rows)| {
-            arch.dispatch(|| {
-                for (index, row) in rows.chunks_exact_mut(width).enumerate() {
-                    work(chunk * ROWS_A_THREAD + index, row);
-                }
-            });
-        });
-}
 
 /// Sum of squares, in 16 interleaved sums that are then added up in order.
 #[inline(always)]
@@ -44,7 +30,9 @@ fn sum_of_squares(x: &[f32]) -> f32 {
 #[inline(always)]
 fn normalise(x: &mut [f32], weight: &[f32], eps: f32) {
     let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
-    x.iter_mut().zip(weight).for_each(|(x, w)| *x = *x * scale * w);
+    for (x, weight) in x.iter_mut().zip(weight) {
+        *x = *x * scale * weight;
+    }
 }
 
 /// Root mean square layer normalisation (Zhang and Sennrich, 2019).
@@ -68,10 +56,27 @@ impl CustomOp1 for RmsNorm {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let mut out = slice::<f32>(storage, layout)?.to_vec();
-        for_rows(&mut out, self.weight.len(), |_, row| {
-            normalise(row, &self.weight, self.eps)
-        });
+        let width = self.weight.len();
+        out.par_chunks_mut(width * ROWS_A_THREAD)
+            .for_each(|rows| Arch::new().dispatch(Normalise { norm: self, rows }));
         Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+}
+
+/// Some rows to normalise.
+struct Normalise<'a> {
+    norm: &'a RmsNorm,
+    rows: &'a mut [f32],
+}
+
+impl WithSimd for Normalise<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for row in self.rows.chunks_exact_mut(self.norm.weight.len()) {
+            normalise(row, &self.norm.weight, self.norm.eps);
+        }
     }
 }
 
@@ -125,14 +130,53 @@ impl InplaceOp3 for Rotate<'_> {
     ) -> Result<()> {
         let (cos, sin) = (slice::<f32>(cos, cos_layout)?, slice::<f32>(sin, sin_layout)?);
         let (_, width) = qkv_layout.shape().dims2()?;
-        let (dim, half, heads) = (self.head_dim, self.head_dim / 2, self.query_heads + self.key_heads);
-        for_rows(slice_mut(qkv, qkv_layout)?, width, |row, qkv| {
-            let (cos, sin) = (&cos[row * half..][..half], &sin[row * half..][..half]);
-            for (index, head) in qkv.chunks_exact_mut(dim).take(heads).enumerate() {
-                self.head(index, head, cos, sin);
-            }
+        let half = self.head_dim / 2;
+        let chunks = slice_mut(qkv, qkv_layout)?.par_chunks_mut(width * ROWS_A_THREAD);
+        let angles = cos
+            .par_chunks(half * ROWS_A_THREAD)
+            .zip(sin.par_chunks(half * ROWS_A_THREAD));
+        chunks.zip(angles).for_each(|(rows, (cos, sin))| {
+            Arch::new().dispatch(RotateRows {
+                rotate: self,
+                rows,
+                width,
+                cos,
+                sin,
+            });
         });
         Ok(())
+    }
+}
+
+/// Some rows to rotate.
+struct RotateRows<'a> {
+    rotate: &'a Rotate<'a>,
+    rows: &'a mut [f32],
+    width: usize,
+    cos: &'a [f32],
+    sin: &'a [f32],
+}
+
+impl WithSimd for RotateRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Rotate {
+            query_heads,
+            key_heads,
+            head_dim,
+            ..
+        } = *self.rotate;
+        let angles = self
+            .cos
+            .chunks_exact(head_dim / 2)
+            .zip(self.sin.chunks_exact(head_dim / 2));
+        for (row, (cos, sin)) in self.rows.chunks_exact_mut(self.width).zip(angles) {
+            for (index, head) in row.chunks_exact_mut(head_dim).take(query_heads + key_heads).enumerate() {
+                self.rotate.head(index, head, cos, sin);
+            }
+        }
     }
 }
 

@@ -232,21 +232,107 @@ impl Stripe<'_> {
             match self.epilogue {
                 Epilogue::Write { bias: None } => out.copy_from_slice(sums_row),
                 Epilogue::Write { bias: Some(bias) } => {
-                    let bias = &bias[column..][..columns];
-                    out.iter_mut()
-                        .zip(sums_row)
-                        .zip(bias)
-                        .for_each(|((to, sum), bias)| *to = sum + bias);
+                    for ((to, sum), bias) in out.iter_mut().zip(sums_row).zip(&bias[column..][..columns]) {
+                        *to = sum + bias;
+                    }
                 }
-                Epilogue::Add => out.iter_mut().zip(sums_row).for_each(|(to, sum)| *to += sum),
+                Epilogue::Add => {
+                    for (to, sum) in out.iter_mut().zip(sums_row) {
+                        *to += sum;
+                    }
+                }
                 Epilogue::SwiGlu => {
-                    let up = &sums[up_at + row * width..][..columns];
-                    out.iter_mut()
+                    for ((to, &gate), up) in out
+                        .iter_mut()
                         .zip(sums_row)
-                        .zip(up)
-                        .for_each(|((to, &gate), up)| *to = math::silu(gate) * up);
+                        .zip(&sums[up_at + row * width..][..columns])
+                    {
+                        *to = math::silu(gate) * up;
+                    }
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::super::numbers;
+    use super::*;
+
+    fn dot(a: &[f32], b: &[f32]) -> f64 {
+        a.iter().zip(b).map(|(&a, &b)| a as f64 * b as f64).sum()
+    }
+
+    fn near(found: f32, exact: f64, depth: usize) {
+        assert!(
+            (found as f64 - exact).abs() < 1e-6 * depth as f64,
+            "{found} is not {exact}"
+        );
+    }
+
+    #[test]
+    fn products_of_odd_sizes_are_exact_to_rounding() {
+        for (rows, inputs, outputs) in [
+            (1, 1, 1),
+            (2, 15, 16),
+            (3, 16, 15),
+            (5, 17, 31),
+            (7, 257, 17),
+            (13, 511, 67),
+            (25, 600, 33),
+            (97, 31, 101),
+        ] {
+            let (x, weight) = (numbers(rows * inputs, 1), numbers(outputs * inputs, 2));
+            let (up, bias) = (numbers(outputs * inputs, 3), numbers(outputs, 4));
+            let input = Tensor::from_vec(x.clone(), (rows, inputs), &Device::Cpu).unwrap();
+            let linear = Linear::new(&weight, inputs, Some(bias.clone()), DType::F32).unwrap();
+            let product: Vec<Vec<f32>> = linear.forward(&input).unwrap().to_vec2().unwrap();
+            let sum = Tensor::ones((rows, outputs), DType::F32, &Device::Cpu).unwrap();
+            linear.add_to(&sum, &input).unwrap();
+            let sum: Vec<Vec<f32>> = sum.to_vec2().unwrap();
+            let gate_up = GateUp::new(&weight, &up, inputs, DType::F32).unwrap();
+            let gated: Vec<Vec<f32>> = gate_up.forward(&input).unwrap().to_vec2().unwrap();
+            for row in 0..rows {
+                let x = &x[row * inputs..][..inputs];
+                for output in 0..outputs {
+                    let exact = dot(x, &weight[output * inputs..][..inputs]);
+                    near(product[row][output], exact + bias[output] as f64, inputs + 10);
+                    near(sum[row][output], exact + 1.0, inputs + 10);
+                    let silu = exact / (1.0 + (-exact).exp());
+                    let up = dot(x, &up[output * inputs..][..inputs]);
+                    near(gated[row][output], silu * up, 20 * (inputs + 10));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_is_the_same_in_any_batch() {
+        let (inputs, outputs) = (300, 83);
+        let weight = numbers(outputs * inputs, 5);
+        let x = Tensor::from_vec(numbers(128 * inputs, 6), (128, inputs), &Device::Cpu).unwrap();
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let linear = Linear::new(&weight, inputs, None, dtype).unwrap();
+            let all: Vec<Vec<f32>> = linear.forward(&x).unwrap().to_vec2().unwrap();
+            for batch in 1..=128 {
+                let first = 128 - batch;
+                let some = linear.forward(&x.narrow(0, first, batch).unwrap()).unwrap();
+                assert!(
+                    some.to_vec2::<f32>().unwrap() == all[first..],
+                    "batch of {batch} as {dtype:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn lookup_finds_the_rows_that_were_packed() {
+        let weight = numbers(40 * 7, 7);
+        let linear = Linear::new(&weight, 7, None, DType::F32).unwrap();
+        let rows: Vec<Vec<f32>> = linear.gather(&[39, 0, 17], &Device::Cpu).unwrap().to_vec2().unwrap();
+        assert_eq!(rows, [&weight[39 * 7..], &weight[..7], &weight[17 * 7..18 * 7]]);
     }
 }

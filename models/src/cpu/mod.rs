@@ -5,6 +5,8 @@
 
 pub mod attention;
 mod attention_kernel;
+#[cfg(test)]
+mod attention_reference;
 pub(crate) mod elementwise;
 pub(crate) mod linear;
 pub(crate) mod math;
@@ -64,4 +66,17 @@ impl Stripes {
         // SAFETY: in bounds by the assertion; exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
     }
+}
+
+/// Numbers between -1 and 1 that look random.
+#[cfg(test)]
+fn numbers(len: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state as i32 as f32 / i32::MAX as f32
+    };
+    (0..len).map(|_| next()).collect()
 }

@@ -9,7 +9,7 @@ use candle_core::quantized::gguf_file::Content;
 
 use super::check_shape;
 use crate::config::{ARCHITECTURES, Metadata};
-use crate::{Config, ModelError, RopeScaling};
+use crate::{Config, ModelError, RopeScaling, without_backtrace};
 
 /// An open GGUF file.
 pub(crate) struct GgufFile {
@@ -23,7 +23,7 @@ impl GgufFile {
     /// Reads the header and the settings in it.
     pub fn open(path: &Path) -> Result<(Self, Config), ModelError> {
         let mut reader = BufReader::new(open(path)?);
-        let content = Content::read(&mut reader).map_err(|e| corrupt(path, e))?;
+        let content = Content::read(&mut reader).map_err(|e| corrupt(path, without_backtrace(e)))?;
         let metadata = Metadata { content: &content };
         let found = metadata.architecture();
         if !ARCHITECTURES.contains(&found.as_str()) {
@@ -73,7 +73,7 @@ impl GgufFile {
             let quantized = info.read(&mut file, self.content.tensor_data_offset, &Device::Cpu)?;
             quantized.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
         };
-        read().map_err(|e| corrupt(&self.path, format!("tensor {name}: {e}")))
+        read().map_err(|e| corrupt(&self.path, format!("tensor {name}: {}", without_backtrace(e))))
     }
 }
 

@@ -1,0 +1,79 @@
+//! What the device can do at most, measured: the speeds beside which a forward pass's own are put.
+
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+use rayon::prelude::*;
+
+use crate::cpu::linear::Linear;
+
+/// Bytes copied at a time: far more than the caches hold.
+const COPY_BYTES: usize = 128 << 20;
+/// Bytes that a thread copies in one piece.
+const PIECE_BYTES: usize = 1 << 20;
+/// Rows, inputs and outputs of the product.
+const SIZE: usize = 1536;
+
+/// Memory bandwidth in GB/s, bytes read and bytes written both counted: the best of the copies by all threads that fit
+/// into `budget`, at least one.
+pub fn copy_bandwidth(device: &Device, budget: Duration) -> Result<f64> {
+    cpu_only(device)?;
+    let source = vec![1u8; COPY_BYTES];
+    let mut target = vec![0u8; COPY_BYTES];
+    let seconds = best(budget, || {
+        let pieces = target.par_chunks_mut(PIECE_BYTES).zip(source.par_chunks(PIECE_BYTES));
+        pieces.for_each(|(to, from)| to.copy_from_slice(from));
+        Ok(())
+    })?;
+    Ok(2.0 * COPY_BYTES as f64 / seconds / 1e9)
+}
+
+/// Speed in GFLOP/s of a large projection with weights stored as `dtype`, through the same code as the decoder's: the
+/// best of those that fit into `budget`, at least one.
+pub fn matmul_rate(device: &Device, dtype: DType, budget: Duration) -> Result<f64> {
+    cpu_only(device)?;
+    let linear = Linear::new(&vec![0.5; SIZE * SIZE], SIZE, None, dtype)?;
+    let x = Tensor::ones((SIZE, SIZE), DType::F32, device)?;
+    let seconds = best(budget, || linear.forward(&x).map(drop))?;
+    Ok(2.0 * (SIZE as f64).powi(3) / seconds / 1e9)
+}
+
+fn cpu_only(device: &Device) -> Result<()> {
+    if !device.is_cpu() {
+        bail!(
+            "ceilings: cannot measure {:?}, this build computes on the CPU only",
+            device.location()
+        )
+    }
+    Ok(())
+}
+
+/// Shortest time of a run, in seconds. The first run, which finds cold pages, counts only if it is the only one.
+fn best(budget: Duration, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
+    let begin = Instant::now();
+    let mut shortest = f64::INFINITY;
+    loop {
+        let start = Instant::now();
+        run()?;
+        let cold = shortest.is_infinite() && begin.elapsed() < budget;
+        shortest = if cold {
+            f64::MAX
+        } else {
+            shortest.min(start.elapsed().as_secs_f64())
+        };
+        if begin.elapsed() >= budget {
+            return Ok(shortest);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn even_no_budget_measures_once() {
+        assert!(copy_bandwidth(&Device::Cpu, Duration::ZERO).unwrap() > 0.0);
+        assert!(matmul_rate(&Device::Cpu, DType::BF16, Duration::ZERO).unwrap() > 0.0);
+    }
+}

@@ -1,0 +1,204 @@
+//! Attention as its definition reads, in float64 and without a thought for speed: what the kernel is tested against.
+
+use proptest::prelude::*;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::attention::{Attention, Queries};
+use super::numbers;
+
+/// A sequence and the blocks that its keys and values lie in.
+#[derive(Debug, Clone)]
+struct Sequence {
+    start: usize,
+    len: usize,
+    block_table: Vec<u32>,
+}
+
+#[derive(Debug, Clone)]
+struct Case {
+    group: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    block_size: usize,
+    window: Option<usize>,
+    sequences: Vec<Sequence>,
+}
+
+impl Case {
+    fn attention<'a>(&self, queries: &'a [Queries<'a>]) -> Attention<'a> {
+        let Case {
+            group,
+            kv_heads,
+            head_dim,
+            window,
+            ..
+        } = *self;
+        Attention {
+            queries,
+            heads: group * kv_heads,
+            kv_heads,
+            head_dim,
+            window,
+        }
+    }
+
+    fn blocks(&self) -> usize {
+        self.sequences.iter().map(|sequence| sequence.block_table.len()).sum()
+    }
+
+    fn rows(&self) -> usize {
+        self.sequences.iter().map(|sequence| sequence.len).sum()
+    }
+
+    fn queries(&self) -> Vec<Queries<'_>> {
+        let mut row = 0;
+        let queries = self.sequences.iter().map(|sequence| {
+            row += sequence.len;
+            Queries {
+                row: row - sequence.len,
+                start: sequence.start,
+                len: sequence.len,
+                block_table: &sequence.block_table,
+            }
+        });
+        queries.collect()
+    }
+}
+
+/// Random queries (with some columns more, as keys and values would be), keys and values.
+fn tensors(case: &Case) -> [Tensor; 3] {
+    let Case {
+        group,
+        kv_heads,
+        head_dim,
+        block_size,
+        ..
+    } = *case;
+    let tensor =
+        |seed, shape: &[usize]| Tensor::from_vec(numbers(shape.iter().product(), seed), shape, &Device::Cpu).unwrap();
+    [
+        tensor(1, &[case.rows(), (group + 2) * kv_heads * head_dim]),
+        tensor(2, &[case.blocks(), kv_heads, head_dim, block_size]),
+        tensor(3, &[case.blocks(), kv_heads, block_size, head_dim]),
+    ]
+}
+
+fn reference(case: &Case, [qkv, keys, values]: &[Tensor; 3]) -> Vec<Vec<f64>> {
+    let qkv: Vec<Vec<f32>> = qkv.to_vec2().unwrap();
+    let flat = |tensor: &Tensor| {
+        tensor
+            .to_dtype(DType::F32)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap()
+    };
+    let (keys, values) = (flat(keys), flat(values));
+    let Case {
+        group,
+        kv_heads,
+        head_dim,
+        block_size,
+        window,
+        ..
+    } = *case;
+    let mut rows = Vec::new();
+    for sequence in &case.sequences {
+        for position in sequence.start..sequence.start + sequence.len {
+            let query = &qkv[rows.len()];
+            let mut row = Vec::new();
+            for head in 0..group * kv_heads {
+                let at = |position: usize, dim: usize| {
+                    let head = sequence.block_table[position / block_size] as usize * kv_heads + head / group;
+                    let within = position % block_size;
+                    (
+                        (head * head_dim + dim) * block_size + within,
+                        (head * block_size + within) * head_dim + dim,
+                    )
+                };
+                let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+                let score = |key: usize| -> f64 {
+                    let products = (0..head_dim).map(|d| query[head * head_dim + d] as f64 * keys[at(key, d).0] as f64);
+                    products.sum::<f64>() / (head_dim as f64).sqrt()
+                };
+                let weights: Vec<f64> = (first..=position).map(|key| score(key).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                row.extend((0..head_dim).map(|d| {
+                    let weighted = weights
+                        .iter()
+                        .zip(first..)
+                        .map(|(weight, key)| weight * values[at(key, d).1] as f64);
+                    weighted.sum::<f64>() / total
+                }));
+            }
+            rows.push(row);
+        }
+    }
+    rows
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let head_dim = prop_oneof![Just(2usize), Just(10), Just(16), Just(24), Just(64)];
+    let block_size = prop_oneof![Just(1usize), Just(5), Just(8), Just(16), Just(32)];
+    let window = prop_oneof![Just(None), (1usize..80).prop_map(Some)];
+    let spans = proptest::collection::vec((0usize..150, 1usize..70), 1..4);
+    (1usize..5, 1usize..4, head_dim, block_size, window, spans).prop_map(
+        |(group, kv_heads, head_dim, block_size, window, spans)| {
+            let needed = |&(start, len): &(usize, usize)| usize::div_ceil(start + len, block_size);
+            let mut left: u32 = spans.iter().map(needed).sum::<usize>() as u32;
+            // Blocks are handed out from the last to the first, so that no table lies in order.
+            let sequences = spans.iter().map(|&(start, len)| {
+                left -= needed(&(start, len)) as u32;
+                Sequence {
+                    start,
+                    len,
+                    block_table: (left..left + needed(&(start, len)) as u32).rev().collect(),
+                }
+            });
+            Case {
+                group,
+                kv_heads,
+                head_dim,
+                block_size,
+                window,
+                sequences: sequences.collect(),
+            }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn kernel_computes_attention(case in cases()) {
+        let [qkv, keys, values] = tensors(&case);
+        for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 2e-5), (DType::F16, 2e-5)] {
+            let (keys, values) = (keys.to_dtype(dtype).unwrap(), values.to_dtype(dtype).unwrap());
+            let queries = case.queries();
+            let found = case.attention(&queries).forward(&qkv, &keys, &values).unwrap().to_vec2::<f32>().unwrap();
+            let expected = reference(&case, &[qkv.clone(), keys, values]);
+            for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+                prop_assert!((*found as f64 - expected).abs() < tolerance, "{found} is not {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_query_is_the_same_alone(case in cases()) {
+        let [qkv, keys, values] = tensors(&case);
+        let queries = case.queries();
+        let together = case.attention(&queries).forward(&qkv, &keys, &values).unwrap().to_vec2::<f32>().unwrap();
+        for query in &queries {
+            for index in 0..query.len {
+                let row = query.row + index;
+                let alone = [Queries { row: 0, start: query.start + index, len: 1, block_table: query.block_table }];
+                let qkv = qkv.narrow(0, row, 1).unwrap();
+                let alone = case.attention(&alone).forward(&qkv, &keys, &values).unwrap().to_vec2::<f32>().unwrap();
+                prop_assert!(alone[0] == together[row], "row {row}");
+            }
+        }
+    }
+}

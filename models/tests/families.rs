@@ -1,0 +1,356 @@
+//! Every family on small random weights, against logits that PyTorch computed for them; the same weights as
+//! safetensors and as GGUF; and files that are not as they should be.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor};
+use sconce_models::{Config, Decoder, KvCache, ModelError, RopeScaling, Span, Step};
+use serde::Deserialize;
+use tempfile::TempDir;
+
+const FAMILIES: [&str; 7] = [
+    "llama-untied",
+    "llama-tied",
+    "llama3-scaled",
+    "llama3-scaled-old",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+];
+
+#[derive(Deserialize)]
+struct Expected {
+    tokens: Vec<u32>,
+    logits: Vec<Vec<f32>>,
+}
+
+fn folder(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(family)
+}
+
+fn expected(family: &str) -> Expected {
+    serde_json::from_str(&fs::read_to_string(folder(family).join("logits.json")).unwrap()).unwrap()
+}
+
+fn load(path: &Path) -> Result<Decoder, ModelError> {
+    Decoder::load(path, &Device::Cpu, DType::F32)
+}
+
+/// Logits of the last token of each chunk.
+fn logits(decoder: &Decoder, tokens: &[u32], chunk: usize, block_size: usize, dtype: DType) -> Vec<Vec<f32>> {
+    let blocks = tokens.len().div_ceil(block_size);
+    let mut cache = KvCache::new(decoder.config(), blocks, block_size, dtype, &Device::Cpu).unwrap();
+    // Blocks in reverse, so that nothing works by their lying in order.
+    let block_table: Vec<u32> = (0..blocks as u32).rev().collect();
+    let mut rows = Vec::new();
+    for (index, chunk_tokens) in tokens.chunks(chunk).enumerate() {
+        let (start, len) = (index * chunk, chunk_tokens.len());
+        let span = Span {
+            start,
+            len,
+            block_table: block_table.clone(),
+            logits: true,
+        };
+        let step = Step {
+            tokens: chunk_tokens.to_vec(),
+            sequences: vec![span],
+        };
+        rows.extend(decoder.forward(&step, &mut cache).unwrap().to_vec2().unwrap());
+    }
+    rows
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn logits_are_pytorchs() {
+    for family in FAMILIES {
+        let decoder = load(&folder(family)).unwrap();
+        let Expected {
+            tokens,
+            logits: expected,
+        } = expected(family);
+        let decoded = logits(&decoder, &tokens, 1, 16, DType::F32);
+        for (position, (found, expected)) in decoded.iter().zip(&expected).enumerate() {
+            let distance = distance(found, expected);
+            assert!(distance < 2e-4, "{family}, position {position}: off by {distance}");
+        }
+        for block_size in [1, 5, 8, 16, 64] {
+            for chunk in [1, 3, 10, tokens.len()] {
+                let found = logits(&decoder, &tokens, chunk, block_size, DType::F32);
+                assert!(
+                    found.last() == decoded.last(),
+                    "{family}: blocks of {block_size}, chunks of {chunk}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn half_precision_stays_near() {
+    for dtype in [DType::BF16, DType::F16] {
+        for family in ["llama-untied", "llama-tied", "qwen3"] {
+            let decoder = Decoder::load(&folder(family), &Device::Cpu, dtype).unwrap();
+            let Expected {
+                tokens,
+                logits: expected,
+            } = expected(family);
+            let whole = logits(&decoder, &tokens, tokens.len(), 16, dtype);
+            let scale = expected.last().unwrap().iter().fold(0f32, |max, x| max.max(x.abs()));
+            let distance = distance(&whole[0], expected.last().unwrap()) / scale;
+            assert!(
+                distance < if dtype == DType::BF16 { 0.1 } else { 0.01 },
+                "{family} as {dtype:?}: off by {distance}"
+            );
+            let decoded = logits(&decoder, &tokens, 1, 16, dtype);
+            assert!(decoded.last() == whole.last(), "{family} as {dtype:?}: chunks");
+        }
+    }
+}
+
+fn tensors(family: &str) -> HashMap<String, Tensor> {
+    let files = fs::read_dir(folder(family)).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+    files
+        .flat_map(|path| candle_core::safetensors::load(path, &Device::Cpu).unwrap())
+        .collect()
+}
+
+/// llama.cpp's order of the rows of Q and K: the halves of each head interleaved.
+fn interleave(weight: &Tensor, heads: usize) -> Tensor {
+    let (rows, width) = weight.dims2().unwrap();
+    let halves = weight.reshape((heads, 2, rows / heads / 2, width)).unwrap();
+    halves
+        .transpose(1, 2)
+        .unwrap()
+        .contiguous()
+        .unwrap()
+        .reshape((rows, width))
+        .unwrap()
+}
+
+fn gguf_name(name: &str) -> String {
+    let names = [
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("model.layers", "blk"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ];
+    names
+        .iter()
+        .fold(name.to_string(), |name, (from, to)| name.replace(from, to))
+}
+
+/// Metadata as llama.cpp's converter writes it.
+fn metadata(config: &Config) -> Vec<(String, Value)> {
+    let number = |key: &str, value: usize| (format!("{}.{key}", config.architecture), Value::U32(value as u32));
+    let mut metadata = vec![
+        (
+            "general.architecture".to_string(),
+            Value::String(config.architecture.clone()),
+        ),
+        number("block_count", config.layers),
+        number("context_length", config.max_position_embeddings),
+        number("embedding_length", config.hidden_size),
+        number("feed_forward_length", config.intermediate_size),
+        number("attention.head_count", config.heads),
+        number("attention.head_count_kv", config.kv_heads),
+        number("attention.key_length", config.head_dim),
+        (
+            format!("{}.attention.layer_norm_rms_epsilon", config.architecture),
+            Value::F32(config.rms_norm_eps as f32),
+        ),
+        (
+            format!("{}.rope.freq_base", config.architecture),
+            Value::F32(config.rope.theta as f32),
+        ),
+    ];
+    metadata.extend(
+        config
+            .sliding_window
+            .map(|window| number("attention.sliding_window", window)),
+    );
+    metadata
+}
+
+/// Writes a family's fixture as GGUF, `change` applied to its tensors first.
+fn write_gguf(family: &str, path: &Path, change: impl Fn(&mut HashMap<String, Tensor>)) {
+    let config = Config::from_json(&folder(family).join("config.json")).unwrap();
+    let mut tensors = tensors(family);
+    if config.architecture == "llama" || config.architecture == "mistral" {
+        for (name, tensor) in &mut tensors {
+            for (part, heads) in [("q_proj.weight", config.heads), ("k_proj.weight", config.kv_heads)] {
+                if name.ends_with(part) {
+                    *tensor = interleave(tensor, heads);
+                }
+            }
+        }
+    }
+    tensors = tensors
+        .into_iter()
+        .map(|(name, tensor)| (gguf_name(&name), tensor))
+        .collect();
+    change(&mut tensors);
+    let quantize = |tensor: &Tensor| QTensor::quantize(&tensor.to_dtype(DType::F32).unwrap(), GgmlDType::F32).unwrap();
+    let quantized: Vec<_> = tensors
+        .iter()
+        .map(|(name, tensor)| (name.as_str(), quantize(tensor)))
+        .collect();
+    let quantized: Vec<_> = quantized.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    let metadata = metadata(&config);
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    gguf_file::write(&mut fs::File::create(path).unwrap(), &metadata, &quantized).unwrap();
+}
+
+#[test]
+fn gguf_equals_its_safetensors_twin() {
+    let temporary = TempDir::new().unwrap();
+    for family in ["llama-untied", "llama-tied", "mistral-window", "qwen2", "qwen3"] {
+        let path = temporary.path().join(family);
+        write_gguf(family, &path, |_| {});
+        let tokens = expected(family).tokens;
+        let (gguf, safetensors) = (load(&path).unwrap(), load(&folder(family)).unwrap());
+        assert_eq!(gguf.config(), safetensors.config(), "{family}");
+        let run = |decoder| logits(decoder, &tokens, tokens.len(), 16, DType::F32);
+        assert!(run(&gguf) == run(&safetensors), "{family}");
+    }
+}
+
+#[test]
+fn gguf_carries_llama3_scaling_as_divisors() {
+    let family = "llama3-scaled";
+    let (
+        temporary,
+        Expected {
+            tokens,
+            logits: expected,
+        },
+    ) = (TempDir::new().unwrap(), expected(family));
+    let path = temporary.path().join("model.gguf");
+    // What llama.cpp's converter computes of factor 8, low 1, high 4, original 16, theta 500, head size 8.
+    let divisor = |i: usize| {
+        let turns = 16.0 * 500f64.powf(-(i as f64) / 4.0) / (2.0 * std::f64::consts::PI);
+        let keep = ((turns - 1.0) / 3.0).clamp(0.0, 1.0);
+        (1.0 / (keep + (1.0 - keep) / 8.0)) as f32
+    };
+    let divisors: Vec<f32> = (0..4).map(divisor).collect();
+    assert!(divisors.iter().any(|&d| d > 1.0 && d < 8.0), "no frequency is blended");
+    write_gguf(family, &path, |tensors| {
+        tensors.insert(
+            "rope_freqs.weight".into(),
+            Tensor::new(divisors.as_slice(), &Device::Cpu).unwrap(),
+        );
+    });
+    let decoder = load(&path).unwrap();
+    assert_eq!(decoder.config().rope.scaling, RopeScaling::Divisors(divisors));
+    let found = logits(&decoder, &tokens, tokens.len(), 16, DType::F32);
+    assert!(distance(&found[0], expected.last().unwrap()) < 2e-4);
+}
+
+fn refusal(path: &Path) -> String {
+    let message = load(path).err().expect("the file must be refused").to_string();
+    assert!(
+        !message.contains('\n') && message.contains(path.to_str().unwrap()),
+        "{message}"
+    );
+    message
+}
+
+#[test]
+fn a_damaged_gguf_is_refused() {
+    let temporary = TempDir::new().unwrap();
+    let path = temporary.path().join("model.gguf");
+    write_gguf("llama-tied", &path, |_| {});
+    let whole = fs::read(&path).unwrap();
+    for len in [0, 3, 20, 500, whole.len() / 2, whole.len() - 1000] {
+        fs::write(&path, &whole[..len]).unwrap();
+        assert!(refusal(&path).contains("damaged"), "{len} bytes");
+    }
+    fs::remove_file(&path).unwrap();
+    assert!(refusal(&path).contains("cannot read"));
+}
+
+#[test]
+fn a_missing_or_misshapen_tensor_is_named() {
+    let temporary = TempDir::new().unwrap();
+    let path = temporary.path().join("model.gguf");
+    write_gguf("llama-tied", &path, |tensors| {
+        drop(tensors.remove("blk.1.ffn_up.weight"))
+    });
+    assert!(refusal(&path).contains("lacks tensor blk.1.ffn_up.weight"));
+    write_gguf("llama-tied", &path, |tensors| {
+        let norm = Tensor::ones(31, DType::F32, &Device::Cpu).unwrap();
+        tensors.insert("blk.0.attn_norm.weight".into(), norm);
+    });
+    let message = refusal(&path);
+    assert!(
+        message.contains("blk.0.attn_norm.weight") && message.contains("[31]") && message.contains("[32]"),
+        "{message}"
+    );
+}
+
+#[test]
+fn an_unknown_architecture_is_refused_with_those_that_are_known() {
+    let temporary = TempDir::new().unwrap();
+    let path = temporary.path().join("model.gguf");
+    let architecture = Value::String("mamba".into());
+    gguf_file::write(
+        &mut fs::File::create(&path).unwrap(),
+        &[("general.architecture", &architecture)],
+        &[],
+    )
+    .unwrap();
+    let message = refusal(&path);
+    assert!(
+        message.contains("mamba is not supported") && message.contains("llama, mistral, qwen2, qwen3"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_damaged_folder_is_refused() {
+    let temporary = TempDir::new().unwrap();
+    let copy = |name: &str| fs::copy(folder("llama-tied").join(name), temporary.path().join(name)).unwrap();
+    assert!(refusal(temporary.path()).contains("cannot read"));
+    copy("config.json");
+    assert!(refusal(temporary.path()).contains("model.safetensors: "));
+    copy("model.safetensors");
+    assert!(load(temporary.path()).is_ok());
+    let file = temporary.path().join("model.safetensors");
+    let whole = fs::read(&file).unwrap();
+    fs::write(&file, &whole[..whole.len() - 100]).unwrap();
+    assert!(refusal(temporary.path()).contains("behind the end"));
+    fs::write(&file, &whole[..100]).unwrap();
+    assert!(refusal(temporary.path()).contains("longer than the file"));
+    fs::write(temporary.path().join("config.json"), "{").unwrap();
+    assert!(refusal(temporary.path()).contains("damaged"));
+}
+
+#[test]
+fn a_type_without_arithmetic_is_refused() {
+    let refused = Decoder::load(&folder("qwen2"), &Device::Cpu, DType::I64)
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(refused.contains("i64") && refused.contains("bf16"), "{refused}");
+}

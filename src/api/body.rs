@@ -1,0 +1,93 @@
+//! From a body's bytes to a value, and the work that must not hold up other requests.
+
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use serde::de::DeserializeOwned;
+
+use super::Server;
+use super::error::ApiError;
+
+/// Bodies larger than this are parsed, rendered and tokenized on a thread of their own: above it the work takes
+/// milliseconds.
+const LARGE: usize = 32 << 10;
+
+/// Runs `work` on the body: small bodies at once, large ones where they block nobody.
+pub(super) async fn read<T: Send + 'static>(
+    server: &Server,
+    body: Result<Bytes, BytesRejection>,
+    work: impl FnOnce(&[u8]) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let body = body.map_err(|rejection| ApiError::body_unread(&rejection, server.settings.max_body_bytes))?;
+    if body.len() <= LARGE {
+        return work(&body);
+    }
+    match tokio::task::spawn_blocking(move || work(&body)).await {
+        Ok(result) => result,
+        Err(_) => Err(ApiError::internal("The server failed to read this request.")),
+    }
+}
+
+/// Parses JSON; an error says where in the body it is, and which field it concerns.
+pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    let text = std::str::from_utf8(body).map_err(|e| {
+        ApiError::invalid(
+            "",
+            format!("The body is not valid UTF-8: the byte at {} is wrong.", e.valid_up_to()),
+        )
+    })?;
+    let mut json = serde_json::Deserializer::from_str(text);
+    let value = serde_path_to_error::deserialize(&mut json).map_err(|e| {
+        let path = Some(e.path().to_string())
+            .filter(|path| path != "." && e.inner().is_data())
+            .unwrap_or_default();
+        let what = match (e.inner().is_data(), path.as_str()) {
+            (false, _) => "is not valid JSON".to_string(),
+            (true, "") => "has a wrong value".to_string(),
+            (true, path) => format!("has a wrong value for `{path}`"),
+        };
+        ApiError::invalid(path, format!("The body {what}: {}.", e.inner()))
+    })?;
+    json.end()
+        .map_err(|e| ApiError::invalid("", format!("The body is not valid JSON: {e}.")))?;
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::types::Body;
+    use super::*;
+
+    fn error(body: &[u8]) -> serde_json::Value {
+        parse::<Body>(body).map(|_| ()).unwrap_err().body()["error"].take()
+    }
+
+    #[test]
+    fn an_error_says_where() {
+        assert!(
+            error(b"{\"a\": ")["message"]
+                .as_str()
+                .unwrap()
+                .contains("line 1 column")
+        );
+        assert!(
+            error(b"{} x")["message"]
+                .as_str()
+                .unwrap()
+                .contains("trailing characters")
+        );
+        assert!(
+            error(b"{\"prompt\": \"\xff\"}")["message"]
+                .as_str()
+                .unwrap()
+                .contains("UTF-8: the byte at 12")
+        );
+        let wrong = error(br#"{"messages": [{"role": "user"}, {"role": 7}]}"#);
+        assert_eq!(wrong["param"], "messages[1].role");
+        assert!(
+            wrong["message"]
+                .as_str()
+                .unwrap()
+                .contains("invalid type: integer `7`, expected a string")
+        );
+    }
+}

@@ -1,0 +1,53 @@
+//! `POST /v1/chat/completions`
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Extension;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
+use axum::response::Response;
+
+use super::error::ApiError;
+use super::generation::{Plan, Prompt};
+use super::middleware::RequestId;
+use super::params::{Params, asks_nothing, chat_logprobs};
+use super::respond::respond;
+use super::shape::Shape;
+use super::types::Body;
+use super::{Model, Server, body, messages};
+
+pub(super) async fn chat_completions(
+    State(server): State<Arc<Server>>,
+    Extension(id): Extension<RequestId>,
+    bytes: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let arrival = Instant::now();
+    let shared = server.clone();
+    let plan = body::read(&server, bytes, move |bytes| plan(shared.model()?, body::parse(bytes)?)).await?;
+    respond(server, plan, &id.0, arrival).await
+}
+
+fn plan(model: &Model, mut body: Body) -> Result<Plan, ApiError> {
+    let name = model.served_name(body.model.as_deref())?;
+    if body.echo == Some(true) || !asks_nothing(&body.prompt) {
+        let field = if body.echo == Some(true) { "echo" } else { "prompt" };
+        return Err(ApiError::unsupported(
+            field,
+            format!("`{field}` belongs to /v1/completions."),
+        ));
+    }
+    let logprobs = chat_logprobs(&body)?;
+    let params = Params::new(&mut body, &model.tokenizer, logprobs)?;
+    let text = messages::render(model, body.messages.take(), true)?;
+    messages::check_length(model, "messages", text.len())?;
+    let tokens = model.tokenizer.encode(&text, false)?;
+    let prompt = Prompt::new(model, "messages", tokens, String::new())?;
+    Ok(Plan {
+        shape: Shape::Chat,
+        model: name,
+        prompts: vec![prompt],
+        params,
+    })
+}

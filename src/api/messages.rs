@@ -1,0 +1,171 @@
+//! A conversation, checked, and turned into the model's prompt.
+
+use serde_json::Value;
+
+use super::Model;
+use super::error::ApiError;
+use super::params::asks_nothing;
+use super::types::MessageBody;
+use crate::text::Message;
+
+/// The prompt text for a conversation, ending where the assistant's turn begins if `add_generation_prompt`.
+pub(super) fn render(
+    model: &Model,
+    messages: Option<Vec<MessageBody>>,
+    add_generation_prompt: bool,
+) -> Result<String, ApiError> {
+    let messages = messages.filter(|messages| !messages.is_empty());
+    let messages = messages.ok_or_else(|| ApiError::invalid("messages", "`messages` is empty; send at least one."))?;
+    let bytes = messages
+        .iter()
+        .filter_map(|message| message.content.as_str())
+        .map(str::len)
+        .sum();
+    check_length(model, "messages", bytes)?;
+    let messages: Vec<Message> = messages
+        .into_iter()
+        .enumerate()
+        .map(|(i, message)| check(i, message))
+        .collect::<Result<_, _>>()?;
+    let template = model.template.as_ref().ok_or_else(|| {
+        ApiError::invalid(
+            "messages",
+            "The model has no chat template; use /v1/completions with a prompt.",
+        )
+    })?;
+    Ok(template.render(&messages, add_generation_prompt)?)
+}
+
+/// Refuses a text that is too long even if each of its tokens were the vocabulary's longest, before it costs the time
+/// to tokenize it.
+pub(super) fn check_length(model: &Model, param: &str, bytes: usize) -> Result<(), ApiError> {
+    let tokens = model.tokenizer.fewest_tokens(bytes);
+    if tokens < model.max_model_len {
+        Ok(())
+    } else {
+        Err(ApiError::context_length(param, tokens, model.max_model_len))
+    }
+}
+
+fn check(index: usize, message: MessageBody) -> Result<Message, ApiError> {
+    let at = |field: &str| format!("messages[{index}].{field}");
+    let role = match message.role.as_deref() {
+        // The newer name of the same thing, which templates do not know.
+        Some("system" | "developer") => "system",
+        Some(role @ ("user" | "assistant" | "tool")) => role,
+        Some(role) => {
+            let message = format!("`{role}` is no role; it is one of system, developer, user, assistant, tool.");
+            return Err(ApiError::invalid(at("role"), message));
+        }
+        None => return Err(ApiError::invalid(at("role"), "The message has no role.")),
+    };
+    for (field, value) in [
+        ("tool_calls", &message.tool_calls),
+        ("function_call", &message.function_call),
+    ] {
+        if !asks_nothing(value) {
+            return Err(ApiError::unsupported(
+                at(field),
+                "Tool calls are not supported by this server.",
+            ));
+        }
+    }
+    Ok(Message {
+        role: role.to_string(),
+        content: content(message.content, &at("content"))?,
+        name: message.name,
+        tool_call_id: message.tool_call_id,
+    })
+}
+
+/// A string, or a list of text parts, which are put together line by line.
+fn content(content: Value, at: &str) -> Result<String, ApiError> {
+    match content {
+        Value::String(text) => Ok(text),
+        Value::Array(parts) => {
+            let parts = parts
+                .iter()
+                .enumerate()
+                .map(|(i, part)| text_part(part, &format!("{at}[{i}]")));
+            Ok(parts.collect::<Result<Vec<_>, _>>()?.join("\n"))
+        }
+        Value::Null => Err(ApiError::invalid(at, "The message has no content.")),
+        _ => Err(ApiError::invalid(
+            at,
+            "The content must be a string or a list of text parts.",
+        )),
+    }
+}
+
+fn text_part<'a>(part: &'a Value, at: &str) -> Result<&'a str, ApiError> {
+    match part["type"].as_str() {
+        Some("text") => part["text"]
+            .as_str()
+            .ok_or_else(|| ApiError::invalid(format!("{at}.text"), "The text part has no text.")),
+        Some(kind) => Err(ApiError::unsupported(
+            at,
+            format!("Content parts of type `{kind}` are not supported; send text."),
+        )),
+        None => Err(ApiError::invalid(format!("{at}.type"), "The content part has no type.")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::model;
+    use super::*;
+    use serde_json::json;
+
+    fn rendered(messages: Value) -> Result<String, Value> {
+        let messages = serde_json::from_value(messages).unwrap();
+        render(&model(), messages, true).map_err(|e| e.body()["error"].take())
+    }
+
+    #[test]
+    fn parts_and_developers_are_what_templates_know() {
+        let parts = json!([
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+        ]);
+        let text = rendered(parts).unwrap();
+        assert_eq!(
+            text,
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n"
+        );
+    }
+
+    #[test]
+    fn what_is_no_conversation_is_refused_with_its_place() {
+        for (messages, param) in [
+            (json!(null), "messages"),
+            (json!([]), "messages"),
+            (json!([{"content": "x"}]), "messages[0].role"),
+            (
+                json!([{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}]),
+                "messages[1].role",
+            ),
+            (json!([{"role": "user"}]), "messages[0].content"),
+            (json!([{"role": "user", "content": 5}]), "messages[0].content"),
+            (
+                json!([{"role": "user", "content": [{"type": "image_url"}]}]),
+                "messages[0].content[0]",
+            ),
+            (
+                json!([{"role": "user", "content": [{"type": "text"}]}]),
+                "messages[0].content[0].text",
+            ),
+            (
+                json!([{"role": "assistant", "content": "", "tool_calls": [{}]}]),
+                "messages[0].tool_calls",
+            ),
+        ] {
+            assert_eq!(rendered(messages.clone()).unwrap_err()["param"], param, "{messages}");
+        }
+    }
+
+    #[test]
+    fn a_text_that_cannot_fit_is_refused_unread() {
+        let error = rendered(json!([{"role": "user", "content": "x".repeat(1 << 20)}])).unwrap_err();
+        assert_eq!(error["code"], "context_length_exceeded");
+    }
+}

@@ -1,0 +1,49 @@
+//! What happens around every request: its id, its count, and a panic that stays its own.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::HeaderValue;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use super::Server;
+use super::error::ApiError;
+
+const HEADER: &str = "x-request-id";
+
+/// A request's id: the client's own where it is short and plain, else a random one.
+#[derive(Debug, Clone)]
+pub(super) struct RequestId(pub String);
+
+impl RequestId {
+    fn of(request: &Request) -> Self {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
+        let given = request.headers().get(HEADER).and_then(|value| value.to_str().ok());
+        match given.filter(|id| (1..=128).contains(&id.len()) && id.bytes().all(plain)) {
+            Some(id) => Self(id.to_string()),
+            None => Self(format!("{:032x}", rand::random::<u128>())),
+        }
+    }
+}
+
+/// Gives the request its id, the response the same, and counts both.
+pub(super) async fn observe(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {
+    let id = RequestId::of(&request);
+    let header = HeaderValue::from_str(&id.0);
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    request.extensions_mut().insert(id);
+    let mut response = next.run(request).await;
+    if let Ok(header) = header {
+        response.headers_mut().insert(HEADER, header);
+    }
+    let route = route.as_ref().map_or("other", |path| path.as_str());
+    server.observer.answered(route, response.status().as_u16());
+    response
+}
+
+/// The answer of a handler that panicked. What it panicked with is logged by the panic hook, and not for the client.
+pub(super) fn panicked(_: Box<dyn Any + Send + 'static>) -> Response {
+    ApiError::internal("The server failed on this request. Please report it with its x-request-id.").into_response()
+}

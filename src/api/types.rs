@@ -1,0 +1,203 @@
+//! OpenAI's shapes: the bodies that clients send and the bodies they get.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// A request to `/v1/chat/completions` or `/v1/completions`. `null` is the same as absent; fields not listed are
+/// ignored. The fields at the end are read only to refuse them when they ask for something.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Body {
+    pub model: Option<String>,
+    pub messages: Option<Vec<MessageBody>>,
+    pub prompt: Value,
+    pub stream: Option<bool>,
+    pub stream_options: Option<StreamOptions>,
+    pub max_tokens: Option<usize>,
+    pub max_completion_tokens: Option<usize>,
+    pub temperature: Option<f32>,
+    pub top_p: Option<f32>,
+    pub top_k: Option<i64>,
+    pub min_p: Option<f32>,
+    pub repetition_penalty: Option<f32>,
+    pub presence_penalty: Option<f32>,
+    pub frequency_penalty: Option<f32>,
+    pub logit_bias: Option<BTreeMap<String, f32>>,
+    pub seed: Option<i64>,
+    pub stop: Option<Stop>,
+    pub stop_token_ids: Option<Vec<u32>>,
+    pub ignore_eos: Option<bool>,
+    pub n: Option<usize>,
+    pub logprobs: Option<LogprobsBody>,
+    pub top_logprobs: Option<usize>,
+    pub echo: Option<bool>,
+
+    pub suffix: Value,
+    pub best_of: Value,
+    pub min_tokens: Value,
+    pub prompt_logprobs: Value,
+    pub use_beam_search: Value,
+    pub tools: Value,
+    pub tool_choice: Value,
+    pub functions: Value,
+    pub function_call: Value,
+    pub response_format: Value,
+    pub structured_outputs: Value,
+    pub guided_json: Value,
+    pub guided_regex: Value,
+    pub guided_choice: Value,
+    pub guided_grammar: Value,
+    pub modalities: Value,
+    pub audio: Value,
+    pub prediction: Value,
+    pub web_search_options: Value,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct MessageBody {
+    pub role: Option<String>,
+    pub content: Value,
+    pub name: Option<String>,
+    pub tool_call_id: Option<String>,
+    pub tool_calls: Value,
+    pub function_call: Value,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct StreamOptions {
+    pub include_usage: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "expected a string or a list of strings")]
+pub(super) enum Stop {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(untagged, expecting = "expected a boolean (chat) or a whole number (completions)")]
+pub(super) enum LogprobsBody {
+    Asked(bool),
+    Top(usize),
+}
+
+/// Tokens used, counted exactly.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct Usage {
+    pub prompt_tokens: usize,
+    pub completion_tokens: usize,
+    pub total_tokens: usize,
+    pub prompt_tokens_details: PromptDetails,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct PromptDetails {
+    /// Found in the prefix cache.
+    pub cached_tokens: usize,
+}
+
+/// What batching cost the request, in milliseconds: of several choices, the longest each.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub(super) struct Timing {
+    /// In the queue, but for the window.
+    pub queue_ms: f64,
+    /// In the batch window, waiting for company.
+    pub window_ms: f64,
+    /// From leaving the queue to the first token.
+    pub prefill_ms: f64,
+    /// From the first token to the last.
+    pub decode_ms: f64,
+}
+
+/// A whole response, or one chunk of a stream.
+#[derive(Debug, Serialize)]
+pub(super) struct Envelope<'a, C> {
+    pub id: &'a str,
+    pub object: &'static str,
+    pub created: u64,
+    pub model: &'a str,
+    pub choices: &'a [C],
+    /// `Some(None)` is `null`, as in the chunks before the one with the usage.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sconce: Option<Timing>,
+}
+
+/// A choice of a whole chat response.
+#[derive(Debug, Serialize)]
+pub(super) struct ChatChoice {
+    pub index: usize,
+    pub message: AssistantMessage,
+    pub logprobs: Option<ChatLogprobs>,
+    pub finish_reason: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct AssistantMessage {
+    pub role: &'static str,
+    pub content: String,
+    /// Always `null`; clients expect the field.
+    pub refusal: Option<String>,
+}
+
+/// A choice of a chat chunk.
+#[derive(Debug, Serialize)]
+pub(super) struct ChatDelta {
+    pub index: usize,
+    pub delta: DeltaBody,
+    pub logprobs: Option<ChatLogprobs>,
+    pub finish_reason: Option<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct DeltaBody {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+}
+
+/// A choice of a completion, whole or streamed.
+#[derive(Debug, Serialize)]
+pub(super) struct TextChoice {
+    pub index: usize,
+    pub text: String,
+    pub logprobs: Option<TextLogprobs>,
+    pub finish_reason: Option<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct ChatLogprobs {
+    pub content: Vec<ChatTokenLogprob>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct ChatTokenLogprob {
+    #[serde(flatten)]
+    pub token: TokenLogprob,
+    pub top_logprobs: Vec<TokenLogprob>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct TokenLogprob {
+    pub token: String,
+    pub logprob: f32,
+    /// The token's own bytes, where `token` cannot show half a character.
+    pub bytes: Vec<u8>,
+}
+
+/// The older shape of `/v1/completions`: lists side by side.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct TextLogprobs {
+    pub tokens: Vec<String>,
+    pub token_logprobs: Vec<f32>,
+    pub top_logprobs: Vec<BTreeMap<String, f32>>,
+    /// Where each token begins, in characters of the choice's text.
+    pub text_offset: Vec<usize>,
+}

@@ -1,0 +1,52 @@
+//! `docs/metrics.md`, written from the metrics themselves.
+
+use std::fmt::Write;
+
+use prometheus::{Registry, proto::MetricFamily};
+
+const INTRODUCTION: &str = "\
+<!-- Written from the code. After a change there: UPDATE_DOCS=1 cargo test metrics_page -->
+# Metrics
+
+`GET /metrics` answers in Prometheus' text format. Counters count from the server's start, so two readings give what
+happened between them: `sconce_busy_seconds_total` over the seconds between is the share of time in which the device ran
+a step; `sconce_occupancy_steps_total` over `sconce_step_seconds_count` is the mean occupancy; one less the ratio of the
+packed to the padded `sconce_prefill_positions_total` is the padding waste that packing saved.
+
+| metric | type | labels | meaning |
+| --- | --- | --- | --- |
+";
+
+/// The page's text: one row a metric that the registry holds.
+pub fn page(registry: &Registry) -> String {
+    let mut page = INTRODUCTION.to_owned();
+    for family in registry.gather() {
+        let kind = format!("{:?}", family.get_field_type()).to_lowercase();
+        let meaning = family.help().trim_end_matches('.');
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            page,
+            "| `{}` | {kind} | {} | {meaning} |",
+            family.name(),
+            labels(&family)
+        );
+    }
+    page
+}
+
+/// A family's labels with the values seen.
+fn labels(family: &MetricFamily) -> String {
+    let Some(first) = family.get_metric().first() else {
+        return String::new();
+    };
+    let names = first.get_label().iter().map(|label| label.name());
+    let with_values = names.map(|name| {
+        let pairs = family.get_metric().iter().flat_map(|metric| metric.get_label());
+        let values: Vec<_> = pairs
+            .filter(|pair| pair.name() == name)
+            .map(|pair| format!("`{}`", pair.value()))
+            .collect();
+        format!("{name}: {}", values.join(", "))
+    });
+    with_values.collect::<Vec<_>>().join("; ")
+}
