@@ -88,6 +88,7 @@ fn target(part: &str) -> Option<Target> {
 pub fn seconds(text: &str) -> Option<Duration> {
     let (number, unit) = match () {
         () if text.ends_with("us") => (text.strip_suffix("us")?, 1e-6),
+        () if text.ends_with("µs") => (text.strip_suffix("µs")?, 1e-6),
         () if text.ends_with("ms") => (text.strip_suffix("ms")?, 1e-3),
         () if text.ends_with('m') => (text.strip_suffix('m')?, 60.0),
         () => (text.strip_suffix('s')?, 1.0),

@@ -1,5 +1,6 @@
 //! What a run or a rubric found, in the shape of the JSON report (`docs/loadtest.md` describes it).
 
+mod charts;
 pub mod compare;
 pub mod html;
 pub mod table;
