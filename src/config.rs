@@ -17,7 +17,7 @@ use clap::builder::{BoolishValueParser, RangedU64ValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 pub use crate::batching::{Buckets, Schedule, WindowPolicy};
-pub use load::Loadtest;
+pub use load::{Loadtest, Tune};
 pub use reference::reference;
 pub use sources::{ConfigError, FileError, Invocation, Origin, Setting, parse};
 pub use values::{Device, ValueError};
@@ -71,13 +71,6 @@ pub struct Serve {
 pub struct Pull {
     #[command(flatten)]
     pub choice: ModelChoice,
-    #[command(flatten)]
-    pub common: Common,
-}
-
-/// Settings of `sconce tune`.
-#[derive(Debug, Clone, Args)]
-pub struct Tune {
     #[command(flatten)]
     pub common: Common,
 }

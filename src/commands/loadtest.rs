@@ -57,7 +57,7 @@ pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
     if let Some(LoadtestAction::Compare { reports, save_html }) = &settings.action {
         return compare(reports, save_html.as_deref());
     }
-    let (workload, arrivals) = wanted(&settings.workload, &settings.load, settings.asked.api)?;
+    let (workload, arrivals) = wanted(&settings)?;
     let load = load_of(&settings.load, arrivals)?;
     let loads = loads_of(&settings.load)?;
     prepare_folders(&settings)?;
@@ -79,11 +79,30 @@ pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
 }
 
 /// The workload and the arrivals, with the files that they name.
-pub fn wanted(
-    settings: &load::Workload,
-    load: &load::Load,
-    api: Option<Api>,
-) -> Result<(Workload, Arrivals), LoadtestError> {
+fn wanted(settings: &Loadtest) -> Result<(Workload, Arrivals), LoadtestError> {
+    let mut workload = workload(&settings.workload, settings.asked.api)?;
+    let load = &settings.load;
+    let arrivals = match load.arrivals {
+        _ if load.rate.is_infinite() => Arrivals::Burst,
+        ArrivalKind::Poisson => Arrivals::Poisson { rate: load.rate },
+        ArrivalKind::Constant => Arrivals::Constant { rate: load.rate },
+        ArrivalKind::Gamma => Arrivals::Gamma {
+            rate: load.rate,
+            burstiness: load.burstiness,
+        },
+        ArrivalKind::Burst => Arrivals::Burst,
+        ArrivalKind::Steps => {
+            const NEEDED: &str = "step arrivals need `--steps`, such as `--steps 1:30s,4:30s`";
+            Arrivals::Steps(load.steps.clone().ok_or(LoadtestError::Settings(NEEDED))?.0)
+        }
+        ArrivalKind::Trace => trace_arrivals(load, &mut workload)?,
+    };
+    recorded(&mut workload, &settings.workload)?;
+    Ok((workload, arrivals))
+}
+
+/// The workload that the settings name and change, with its file of prompts.
+pub fn workload(settings: &load::Workload, api: Option<Api>) -> Result<Workload, LoadtestError> {
     let mut workload = settings.workload.workload();
     workload.api = api.unwrap_or(workload.api);
     workload.prompt = settings.prompt_tokens.unwrap_or(workload.prompt);
@@ -95,40 +114,26 @@ pub fn wanted(
         workload.lines = trace::read(path)?;
         workload.name = path.display().to_string();
     }
-    let arrivals = match load.arrivals {
-        _ if load.rate.is_infinite() => Arrivals::Burst,
-        ArrivalKind::Poisson => Arrivals::Poisson { rate: load.rate },
-        ArrivalKind::Constant => Arrivals::Constant { rate: load.rate },
-        ArrivalKind::Gamma => Arrivals::Gamma {
-            rate: load.rate,
-            burstiness: load.burstiness,
-        },
-        ArrivalKind::Burst => Arrivals::Burst,
-        ArrivalKind::Steps => Arrivals::Steps(
-            load.steps
-                .clone()
-                .ok_or(LoadtestError::Settings(
-                    "step arrivals need `--steps`, such as `--steps 1:30s,4:30s`",
-                ))?
-                .0,
-        ),
-        ArrivalKind::Trace => trace_arrivals(load, &mut workload)?,
-    };
-    let has = |kind: fn(&trace::Line) -> bool| workload.lines.iter().any(kind);
-    if workload.api == Api::Completions && has(|line| line.messages.is_some()) {
+    if workload.api == Api::Chat && workload.token_ids {
+        const CHAT: &str = "token ids need `--api completions`; choose another workload for a chat";
+        return Err(LoadtestError::Settings(CHAT));
+    }
+    recorded(&mut workload, settings)?;
+    Ok(workload)
+}
+
+/// Recorded prompts have their own beginnings and ends.
+fn recorded(workload: &mut Workload, settings: &load::Workload) -> Result<(), LoadtestError> {
+    let conversations = workload.lines.iter().any(|line| line.messages.is_some());
+    if workload.api == Api::Completions && conversations {
         return Err(LoadtestError::Settings("conversations (`messages`) need `--api chat`"));
     }
-    if workload.api == Api::Chat && workload.token_ids {
-        return Err(LoadtestError::Settings(
-            "token ids need `--api completions`; choose another workload for a chat",
-        ));
-    }
-    let recorded = has(|line| line.prompt.is_some() || line.messages.is_some());
+    let recorded = conversations || workload.lines.iter().any(|line| line.prompt.is_some());
     workload.ignore_eos = settings.ignore_eos.unwrap_or(!recorded);
     if recorded {
         workload.shared_prefix = settings.shared_prefix.unwrap_or(0);
     }
-    Ok((workload, arrivals))
+    Ok(())
 }
 
 /// A trace brings the times and, unless another file does, what is asked.
@@ -145,7 +150,7 @@ fn trace_arrivals(load: &load::Load, workload: &mut Workload) -> Result<Arrivals
 }
 
 /// How much is sent.
-pub fn load_of(settings: &load::Load, arrivals: Arrivals) -> Result<Load, LoadtestError> {
+fn load_of(settings: &load::Load, arrivals: Arrivals) -> Result<Load, LoadtestError> {
     if !settings.warmup.is_zero() && !arrivals.is_stationary() {
         return Err(LoadtestError::Settings(
             "a warm-up goes with poisson, constant and gamma arrivals",

@@ -10,7 +10,7 @@ use sconce_loadtest::client::Api;
 use sconce_loadtest::slo::Slo;
 use sconce_loadtest::workload::{Lengths, Preset};
 
-use super::{Common, values};
+use super::{Common, ModelChoice, count, values};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -43,6 +43,54 @@ pub enum LoadtestAction {
         #[arg(long, value_name = "PATH")]
         save_html: Option<PathBuf>,
     },
+}
+
+/// Settings of `sconce tune`.
+#[derive(Debug, Clone, Args)]
+pub struct Tune {
+    #[command(flatten)]
+    pub choice: ModelChoice,
+    #[command(flatten)]
+    pub workload: Workload,
+    #[command(flatten)]
+    pub experiments: Experiments,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// How settings are tried.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Experiments")]
+pub struct Experiments {
+    /// A server to tune that was started with `--admin`; unset, one is started with `--model`
+    #[arg(long)]
+    pub url: Option<String>,
+    /// What is promised, such as `e2e.p99=2s,ttft.p99=500ms`; goodput counts the requests that keep it
+    #[arg(long, value_name = "PROMISES", required = true)]
+    pub slo: Slo,
+    /// Requests a second in every experiment
+    #[arg(long, value_name = "REQUESTS/S", default_value = "2", value_parser = positive)]
+    pub rate: f64,
+    /// For how long an experiment sends
+    #[arg(long, value_name = "DURATION", default_value = "20s")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(100), DAY))]
+    pub duration: Duration,
+    /// For how long requests go at the same rate before those that are measured
+    #[arg(long, value_name = "DURATION", default_value = "2s")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::ZERO, DAY))]
+    pub warmup: Duration,
+    /// The most experiments; the first ten compare schedules and windows
+    #[arg(long, value_name = "EXPERIMENTS", default_value = "24", value_parser = count(1, 1000))]
+    pub max_experiments: usize,
+    /// Seed of arrivals, lengths and prompts: every experiment sends the same load
+    #[arg(long, default_value = "1")]
+    pub seed: u64,
+    /// Write the recommended settings as TOML for `serve --config`
+    #[arg(long, value_name = "PATH")]
+    pub save_toml: Option<PathBuf>,
+    /// Write the experiments as one HTML file with a chart
+    #[arg(long, value_name = "PATH")]
+    pub save_html: Option<PathBuf>,
 }
 
 /// Which server is asked, and how.

@@ -65,6 +65,27 @@ pub fn cloud(series: &[Series], x: Axis, y: Axis) -> Option<String> {
     })
 }
 
+/// Points with a line through those of the front, both axes linear.
+pub fn front(series: &[Series], front: &Series, x: Axis, y: Axis) -> Option<String> {
+    draw(series, |root| {
+        let (across, up) = (range(series, |point| point.0), range(series, |point| point.1));
+        let chart = &mut builder(root).build_cartesian_2d(across, up).ok()?;
+        axes(chart, x, y)?;
+        let grey = COLOURS[COLOURS.len() - 1];
+        let line = LineSeries::new(front.points.iter().copied(), grey.mix(0.6).stroke_width(2));
+        named(chart.draw_series(line).ok()?, front, grey);
+        for (index, series) in series.iter().enumerate() {
+            let colour = COLOURS[index % COLOURS.len()];
+            let dots = series
+                .points
+                .iter()
+                .map(|&point| Circle::new(point, 4, colour.filled()));
+            named(chart.draw_series(dots).ok()?, series, colour);
+        }
+        legend(chart)
+    })
+}
+
 /// Lines over time; the shares have an axis of their own on the right, from 0 to 1.
 pub fn timeline(counts: &[Series], shares: &[Series], x: Axis, y: Axis) -> Option<String> {
     draw(counts, |root| {

@@ -196,7 +196,8 @@ fn over_time(run: &Run) -> Option<String> {
     timeline(&counts, shares, axis("seconds"), axis("requests"))
 }
 
-fn escaped(text: &str) -> String {
+/// Text as HTML shows it.
+pub(crate) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")

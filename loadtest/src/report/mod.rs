@@ -1,9 +1,11 @@
 //! What a run or a rubric found, in the shape of the JSON report (`docs/loadtest.md` describes it).
 
-mod charts;
+pub(crate) mod charts;
 pub mod compare;
 pub mod html;
 pub mod table;
+
+pub(crate) use html::escaped;
 
 use std::{collections::BTreeMap, time::UNIX_EPOCH};
 

@@ -59,7 +59,7 @@ fn at(run: &Run, metric: Metric, pick: fn(&Summary) -> f64) -> Option<String> {
 }
 
 /// A time with its unit, to three digits.
-fn milliseconds(value: f64) -> String {
+pub(crate) fn milliseconds(value: f64) -> String {
     match value {
         v if v >= 10_000.0 => format!("{:.1} s", v / 1e3),
         v if v >= 1000.0 => format!("{:.2} s", v / 1e3),
@@ -69,7 +69,7 @@ fn milliseconds(value: f64) -> String {
     }
 }
 
-fn short(value: f64) -> String {
+pub(crate) fn short(value: f64) -> String {
     match value {
         v if v == 0.0 => "0".to_owned(),
         v if v.abs() >= 100.0 => format!("{v:.0}"),
