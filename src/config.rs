@@ -5,6 +5,7 @@
 //! help text and the line in `docs/settings.md`. A flag outranks a variable, which outranks the file, which outranks
 //! the default; [`parse`] applies that order.
 
+pub mod load;
 mod reference;
 mod sources;
 mod values;
@@ -17,6 +18,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 pub use crate::batching::{Buckets, Schedule, WindowPolicy};
 use crate::batching::{MAX_BATCH, MAX_STEP_TOKENS};
+pub use load::{Loadtest, Tune};
 pub use reference::reference;
 pub use sources::{ConfigError, FileError, Invocation, Origin, Setting, parse};
 pub use values::{Device, ValueError};
@@ -70,20 +72,6 @@ pub struct Serve {
 pub struct Pull {
     #[command(flatten)]
     pub choice: ModelChoice,
-    #[command(flatten)]
-    pub common: Common,
-}
-
-/// Settings of `sconce loadtest`.
-#[derive(Debug, Clone, Args)]
-pub struct Loadtest {
-    #[command(flatten)]
-    pub common: Common,
-}
-
-/// Settings of `sconce tune`.
-#[derive(Debug, Clone, Args)]
-pub struct Tune {
     #[command(flatten)]
     pub common: Common,
 }

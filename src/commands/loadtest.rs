@@ -1,11 +1,298 @@
-//! `sconce loadtest`.
+//! `sconce loadtest`: reads what is asked for, refuses what cannot be run, runs it, and writes the reports.
 
-use crate::config::Loadtest;
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use sconce_loadtest::{
+    Live,
+    arrivals::{ArrivalKind, Arrivals},
+    check::{self, CheckError},
+    client::{Api, Form, Target},
+    report::{self, Report, compare::ReportError},
+    rubric::{Loads, Plan, execute},
+    run::{Asked, Load},
+    tokens::{TokenizerError, Tokens},
+    trace::{self, TraceError},
+    workload::{Vocabulary, Workload},
+};
+use tokio::sync::watch;
+
+use crate::config::load::{self, Loadtest, LoadtestAction};
+
+/// For how long requests are sent where neither a number nor a duration is given.
+const USUAL: Duration = Duration::from_secs(30);
+
+/// Why a load test was not run, or its report not written.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadtestError {
+    #[error(transparent)]
+    Check(#[from] CheckError),
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    #[error("{0}")]
+    Settings(&'static str),
+    #[error("no rate from {0} requests/s down keeps the SLO: there is no highest rate to refer to")]
+    NoRate(f64),
+    #[error("no request was answered; see the errors above")]
+    NoAnswer,
+    #[error("cannot write {}: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("cannot start: {0}")]
+    Start(#[from] io::Error),
+}
 
 /// Runs the command.
 ///
 /// # Errors
-/// What went wrong, in one line.
-pub fn run(_settings: Loadtest) -> Result<(), String> {
-    Err("this build does not have the `loadtest` command".to_owned())
+/// [`LoadtestError`]; bad input is refused before any load is sent.
+pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
+    if let Some(LoadtestAction::Compare { reports, save_html }) = &settings.action {
+        return compare(reports, save_html.as_deref());
+    }
+    let (workload, arrivals) = wanted(&settings)?;
+    let load = load_of(&settings.load, arrivals)?;
+    let loads = loads_of(&settings.load)?;
+    prepare_folders(&settings)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let report = runtime.block_on(async {
+        let plan = plan(&settings, workload, load, loads).await?;
+        let mut stop = stop_at_signal();
+        Ok::<_, LoadtestError>(execute(&plan, &mut Live::new(), &mut stop).await)
+    })?;
+    print!("{}", report::table::text(&report));
+    write_reports(&settings.reports, &report)?;
+    if report.runs.is_empty() && !report.interrupted {
+        return Err(LoadtestError::NoRate(settings.load.rate));
+    }
+    match report.runs.iter().any(|run| run.requests.answered > 0) || report.interrupted {
+        true => Ok(()),
+        false => Err(LoadtestError::NoAnswer),
+    }
+}
+
+/// The workload and the arrivals, with the files that they name.
+fn wanted(settings: &Loadtest) -> Result<(Workload, Arrivals), LoadtestError> {
+    let mut workload = workload(&settings.workload, settings.asked.api)?;
+    let load = &settings.load;
+    let arrivals = match load.arrivals {
+        _ if load.rate.is_infinite() => Arrivals::Burst,
+        ArrivalKind::Poisson => Arrivals::Poisson { rate: load.rate },
+        ArrivalKind::Constant => Arrivals::Constant { rate: load.rate },
+        ArrivalKind::Gamma => Arrivals::Gamma {
+            rate: load.rate,
+            burstiness: load.burstiness,
+        },
+        ArrivalKind::Burst => Arrivals::Burst,
+        ArrivalKind::Steps => {
+            const NEEDED: &str = "step arrivals need `--steps`, such as `--steps 1:30s,4:30s`";
+            Arrivals::Steps(load.steps.clone().ok_or(LoadtestError::Settings(NEEDED))?.0)
+        }
+        ArrivalKind::Trace => trace_arrivals(load, &mut workload)?,
+    };
+    recorded(&mut workload, &settings.workload)?;
+    Ok((workload, arrivals))
+}
+
+/// The workload that the settings name and change, with its file of prompts.
+pub fn workload(settings: &load::Workload, api: Option<Api>) -> Result<Workload, LoadtestError> {
+    let mut workload = settings.workload.workload();
+    workload.api = api.unwrap_or(workload.api);
+    workload.prompt = settings.prompt_tokens.unwrap_or(workload.prompt);
+    workload.output = settings.output_tokens.unwrap_or(workload.output);
+    workload.shared_prefix = settings.shared_prefix.unwrap_or(workload.shared_prefix);
+    workload.turns = settings.turns;
+    workload.think_time = settings.think_time;
+    if let Some(path) = &settings.prompts {
+        workload.lines = trace::read(path)?;
+        workload.name = path.display().to_string();
+    }
+    if workload.api == Api::Chat && workload.token_ids {
+        const CHAT: &str = "token ids need `--api completions`; choose another workload for a chat";
+        return Err(LoadtestError::Settings(CHAT));
+    }
+    recorded(&mut workload, settings)?;
+    Ok(workload)
+}
+
+/// Recorded prompts have their own beginnings and ends.
+fn recorded(workload: &mut Workload, settings: &load::Workload) -> Result<(), LoadtestError> {
+    let conversations = workload.lines.iter().any(|line| line.messages.is_some());
+    if workload.api == Api::Completions && conversations {
+        return Err(LoadtestError::Settings("conversations (`messages`) need `--api chat`"));
+    }
+    let recorded = conversations || workload.lines.iter().any(|line| line.prompt.is_some());
+    workload.ignore_eos = settings.ignore_eos.unwrap_or(!recorded);
+    if recorded {
+        workload.shared_prefix = settings.shared_prefix.unwrap_or(0);
+    }
+    Ok(())
+}
+
+/// A trace brings the times and, unless another file does, what is asked.
+fn trace_arrivals(load: &load::Load, workload: &mut Workload) -> Result<Arrivals, LoadtestError> {
+    let path = load.trace.as_ref();
+    let path = path.ok_or(LoadtestError::Settings("trace arrivals need a file: `--trace PATH`"))?;
+    let mut lines = trace::read(path)?;
+    let times = trace::times(path, &mut lines)?;
+    if workload.lines.is_empty() {
+        workload.lines = lines;
+        workload.name = path.display().to_string();
+    }
+    Ok(Arrivals::Trace(times))
+}
+
+/// How much is sent.
+fn load_of(settings: &load::Load, arrivals: Arrivals) -> Result<Load, LoadtestError> {
+    if !settings.warmup.is_zero() && !arrivals.is_stationary() {
+        return Err(LoadtestError::Settings(
+            "a warm-up goes with poisson, constant and gamma arrivals",
+        ));
+    }
+    if matches!(arrivals, Arrivals::Burst) && settings.requests.is_none() {
+        return Err(LoadtestError::Settings("all at once needs a number: `--requests N`"));
+    }
+    let endless = arrivals.is_stationary() && settings.requests.is_none();
+    Ok(Load {
+        arrivals,
+        requests: settings.requests,
+        duration: settings.duration.or(endless.then_some(USUAL)),
+        warmup: settings.warmup,
+        seed: settings.seed,
+    })
+}
+
+fn loads_of(settings: &load::Load) -> Result<Loads, LoadtestError> {
+    match (settings.rubric, settings.target_qps, &settings.slo) {
+        (false, None, _) => Ok(Loads::One),
+        (false, Some(_), _) => Err(LoadtestError::Settings("`--target-qps` goes with `--rubric`")),
+        (true, _, _) if settings.rate.is_infinite() || settings.arrivals == ArrivalKind::Burst => {
+            Err(LoadtestError::Settings("a rubric needs arrivals with a rate"))
+        }
+        (true, Some(rate), _) => Ok(Loads::Target(rate)),
+        (true, None, Some(_)) => Ok(Loads::Highest),
+        (true, None, None) => Err(LoadtestError::Settings(
+            "a rubric needs `--target-qps`, or an `--slo` to search the highest rate with",
+        )),
+    }
+}
+
+async fn plan(settings: &Loadtest, workload: Workload, load: Load, loads: Loads) -> Result<Plan, LoadtestError> {
+    let (asked, token_counts) = asked(&settings.asked, workload, settings.workload.tokenizer.as_deref()).await?;
+    Ok(Plan {
+        asked,
+        load,
+        slo: settings.load.slo.clone(),
+        loads,
+        token_counts,
+    })
+}
+
+/// The server, checked, and the words to ask it with; also how their lengths were counted.
+pub async fn asked(
+    settings: &load::Asked,
+    workload: Workload,
+    tokenizer: Option<&Path>,
+) -> Result<(Asked, String), LoadtestError> {
+    check::url(&settings.url)?;
+    let target = Target::new(&settings.url, settings.api_key.clone(), settings.timeout).map_err(CheckError::from)?;
+    let model = check::model(&target, settings.served_model_name.as_deref()).await?;
+    let form = Form {
+        model,
+        stream: !settings.no_stream,
+        ignore_eos: workload.ignore_eos,
+    };
+    let tokens = Tokens::find(tokenizer, &target, &form.model).await?;
+    let vocabulary = Vocabulary::measured(&tokens, &target, &form.model).await;
+    check::probe(&target, workload.api, &form).await?;
+    let asked = Asked {
+        target,
+        form,
+        workload: Arc::new(workload),
+        vocabulary: Arc::new(vocabulary),
+    };
+    Ok((asked, tokens.describe().to_owned()))
+}
+
+/// Turns true at Ctrl-C; a second one ends the process.
+pub fn stop_at_signal() -> watch::Receiver<bool> {
+    let (sender, receiver) = watch::channel(false);
+    tokio::spawn(async move {
+        while tokio::signal::ctrl_c().await.is_ok() {
+            if sender.send_replace(true) {
+                std::process::exit(130);
+            }
+        }
+    });
+    receiver
+}
+
+/// A folder that cannot be written is found out before the load, not after it.
+fn prepare_folders(settings: &Loadtest) -> Result<(), LoadtestError> {
+    let reports = &settings.reports;
+    let files = [&reports.save_json, &reports.save_html, &reports.save_hdr];
+    let parents = files.into_iter().flatten().filter_map(|path| path.parent());
+    let folders = reports.output_dir.as_deref().into_iter().chain(parents);
+    for folder in folders.filter(|folder| !folder.as_os_str().is_empty()) {
+        fs::create_dir_all(folder).map_err(|source| LoadtestError::Write {
+            path: folder.into(),
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn write_reports(settings: &load::Reports, report: &Report) -> Result<(), LoadtestError> {
+    let in_folder = |name: &str| settings.output_dir.as_ref().map(|folder| folder.join(name));
+    // A report is plain data: numbers, strings and maps with string keys.
+    let json = serde_json::to_string_pretty(report).expect("plain data");
+    for path in [settings.save_json.clone(), in_folder("report.json")]
+        .into_iter()
+        .flatten()
+    {
+        write(&path, &json)?;
+    }
+    let page = report::html::page(std::slice::from_ref(report));
+    for path in [settings.save_html.clone(), in_folder("report.html")]
+        .into_iter()
+        .flatten()
+    {
+        write(&path, &page)?;
+    }
+    if let Some(path) = &settings.save_hdr {
+        let logs: Vec<&str> = report.runs.iter().map(|run| run.hdr_log.as_str()).collect();
+        write(path, &logs.concat())?;
+    }
+    for (index, run) in report.runs.iter().enumerate() {
+        if let Some(path) = in_folder(&format!("load-{}.hlog", index + 1)) {
+            write(&path, &run.hdr_log)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes a file and says so.
+pub fn write(path: &Path, text: &str) -> Result<(), LoadtestError> {
+    fs::write(path, text).map_err(|source| LoadtestError::Write {
+        path: path.into(),
+        source,
+    })?;
+    println!("wrote {}", path.display());
+    Ok(())
+}
+
+fn compare(paths: &[PathBuf], save_html: Option<&Path>) -> Result<(), LoadtestError> {
+    let reports = report::compare::read(paths)?;
+    print!("{}", report::compare::text(&reports));
+    match save_html {
+        Some(path) => write(path, &report::html::page(&reports)),
+        None => Ok(()),
+    }
 }

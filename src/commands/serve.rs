@@ -1,6 +1,14 @@
 //! `sconce serve`: the port first, then the model, then answers until it is told to end.
 
-use std::{io, net::SocketAddr, panic::resume_unwind, path::Path, sync::Arc, thread, time::{Duration, Instant}};
+use std::{
+    io,
+    net::SocketAddr,
+    panic::resume_unwind,
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use axum::serve::ListenerExt;
 use prometheus::Registry;

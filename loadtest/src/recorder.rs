@@ -1,0 +1,177 @@
+//! What was measured: histograms of latencies, one short record a request, errors by kind.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::{Duration, Instant},
+};
+
+use hdrhistogram::Histogram;
+
+use crate::{
+    client::{Answer, Failure},
+    slo::Metric,
+};
+
+/// Latencies from a microsecond to two hours, to three significant digits.
+const HIGHEST: u64 = 2 * 3600 * 1_000_000;
+/// How far back the live view's percentiles look.
+const ROLLING: Duration = Duration::from_secs(10);
+
+/// One answered request. Times are in microseconds, counted from its intended time.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Record {
+    /// The intended time, from the start of the run.
+    pub at: u64,
+    pub e2e: u64,
+    /// `None` for a whole answer.
+    pub ttft: Option<u64>,
+    /// `None` for a whole answer and for answers of one token.
+    pub tpot: Option<u64>,
+    pub longest_gap: Option<u64>,
+    pub prompt_tokens: u32,
+    pub output_tokens: u32,
+}
+
+/// Collects a run.
+#[derive(Debug)]
+pub struct Recorder {
+    pub ttft: Histogram<u64>,
+    pub tpot: Histogram<u64>,
+    pub itl: Histogram<u64>,
+    pub e2e: Histogram<u64>,
+    /// How much later than intended the generator sent.
+    pub lateness: Histogram<u64>,
+    pub records: Vec<Record>,
+    pub failures: BTreeMap<String, u64>,
+    pub sent: u64,
+    /// Sent, and ended neither with an answer nor a failure when the run was cut short.
+    pub unfinished: u64,
+    /// When the last request ended.
+    pub last_end: Option<Instant>,
+    recent: VecDeque<(Instant, u64)>,
+}
+
+impl Default for Recorder {
+    fn default() -> Self {
+        // The bounds are constants that hdrhistogram accepts.
+        let histogram = || Histogram::new_with_bounds(1, HIGHEST, 3).expect("valid bounds");
+        Self {
+            ttft: histogram(),
+            tpot: histogram(),
+            itl: histogram(),
+            e2e: histogram(),
+            lateness: histogram(),
+            records: Vec::new(),
+            failures: BTreeMap::new(),
+            sent: 0,
+            unfinished: 0,
+            last_end: None,
+            recent: VecDeque::new(),
+        }
+    }
+}
+
+impl Recorder {
+    /// A request was handed to the HTTP client this much after its intended time.
+    pub fn sent(&mut self, lateness: Duration) {
+        self.sent += 1;
+        self.lateness.saturating_record(micros(lateness).max(1));
+    }
+
+    /// A request that should have been sent at `intended`, in a run that began at `start`, ended.
+    pub fn ended(&mut self, start: Instant, intended: Instant, outcome: &Result<Answer, Failure>) {
+        let now = Instant::now();
+        match outcome {
+            Ok(answer) => self.answered(start, intended, answer),
+            Err(failure) => *self.failures.entry(failure.to_string()).or_default() += 1,
+        }
+        self.last_end = Some(now);
+    }
+
+    fn answered(&mut self, start: Instant, intended: Instant, answer: &Answer) {
+        let since = |instant: Instant| micros(instant.saturating_duration_since(intended)).max(1);
+        let streamed = answer.tokens.map(|(first, last)| (since(first), micros(last - first)));
+        let record = Record {
+            at: micros(intended.saturating_duration_since(start)),
+            e2e: since(answer.end),
+            ttft: streamed.map(|(first, _)| first),
+            tpot: streamed
+                .filter(|_| answer.output_tokens > 1)
+                .map(|(_, span)| span / u64::from(answer.output_tokens - 1)),
+            longest_gap: answer.gaps.iter().max().map(|&gap| micros(gap)),
+            prompt_tokens: answer.prompt_tokens,
+            output_tokens: answer.output_tokens,
+        };
+        self.e2e.saturating_record(record.e2e);
+        if let Some(ttft) = record.ttft {
+            self.ttft.saturating_record(ttft);
+        }
+        if let Some(tpot) = record.tpot {
+            self.tpot.saturating_record(tpot.max(1));
+        }
+        for &gap in &answer.gaps {
+            self.itl.saturating_record(micros(gap).max(1));
+        }
+        self.recent.push_back((answer.end, record.e2e));
+        self.records.push(record);
+    }
+
+    /// Requests that ended in a failure.
+    pub fn failed(&self) -> u64 {
+        self.failures.values().sum()
+    }
+
+    pub fn histogram(&self, metric: Metric) -> &Histogram<u64> {
+        match metric {
+            Metric::Ttft => &self.ttft,
+            Metric::Tpot => &self.tpot,
+            Metric::Itl => &self.itl,
+            Metric::E2e => &self.e2e,
+        }
+    }
+
+    /// The 99th percentile of E2E over the last seconds, for the live view.
+    pub fn rolling_p99(&mut self) -> Option<Duration> {
+        let now = Instant::now();
+        while self.recent.front().is_some_and(|(end, _)| now - *end > ROLLING) {
+            self.recent.pop_front();
+        }
+        let mut values: Vec<u64> = self.recent.iter().map(|(_, e2e)| *e2e).collect();
+        values.sort_unstable();
+        let index = (values.len() * 99).div_ceil(100).checked_sub(1)?;
+        Some(Duration::from_micros(values[index]))
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    duration.as_micros() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latencies_count_from_the_intended_time() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let answer = Answer {
+            tokens: Some((at(300), at(500))),
+            gaps: vec![Duration::from_millis(50), Duration::from_millis(150)],
+            end: at(510),
+            output_tokens: 5,
+            prompt_tokens: 9,
+            text: String::new(),
+        };
+        let mut recorder = Recorder::default();
+        recorder.sent(Duration::from_millis(2));
+        recorder.ended(start, at(100), &Ok(answer));
+        recorder.ended(start, at(100), &Err(Failure::Status(503)));
+        let record = recorder.records[0];
+        assert_eq!((record.at, record.ttft, record.e2e), (100_000, Some(200_000), 410_000));
+        assert_eq!((record.tpot, record.longest_gap), (Some(50_000), Some(150_000)));
+        assert_eq!(recorder.itl.len(), 2);
+        assert_eq!(recorder.failures, BTreeMap::from([("status_503".to_owned(), 1)]));
+        assert_eq!(recorder.e2e.len(), 1);
+    }
+}

@@ -1,0 +1,264 @@
+//! What a run or a rubric found, in the shape of the JSON report (`docs/loadtest.md` describes it).
+
+pub(crate) mod charts;
+pub mod compare;
+pub mod html;
+pub mod table;
+
+pub(crate) use html::escaped;
+
+use std::{collections::BTreeMap, time::UNIX_EPOCH};
+
+use hdrhistogram::{
+    Histogram,
+    serialization::{
+        V2DeflateSerializer,
+        interval_log::{IntervalLogWriterBuilder, Tag},
+    },
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    recorder::Recorder,
+    run::{Measured, Sample},
+    slo::{Metric, Slo},
+    utilisation::Utilisation,
+};
+
+/// The version of the report's shape; a change that breaks a reader raises it.
+pub const SCHEMA: u32 = 1;
+/// Points of a scatter at most.
+const SCATTER: usize = 2000;
+/// A run is marked where the generator's P99 lateness exceeds this, or this share of the median E2E.
+const LATE_MS: f64 = 10.0;
+const LATE_SHARE: f64 = 0.01;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    pub schema: u32,
+    pub generator: String,
+    /// Seconds since 1970.
+    pub began: f64,
+    pub url: String,
+    pub model: String,
+    pub workload: String,
+    /// How prompt lengths were made.
+    pub token_counts: String,
+    pub arrivals: String,
+    pub stream: bool,
+    pub seed: u64,
+    pub slo: Option<String>,
+    /// The rate that the rubric's shares refer to.
+    pub target_rate: Option<f64>,
+    /// The loads that the search for the highest rate tried, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub search: Vec<Probe>,
+    pub interrupted: bool,
+    pub runs: Vec<Run>,
+}
+
+/// A load that the search tried.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Probe {
+    pub rate: f64,
+    pub slo_kept: bool,
+}
+
+/// One load. Rates are a second; latencies count from the intended time of sending.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    pub label: String,
+    /// The arrival process's mean rate; absent where all came at once.
+    pub offered_rate: Option<f64>,
+    /// Answered requests over `seconds`.
+    pub achieved_rate: f64,
+    /// From the start of the measured part to the end of its last request.
+    pub seconds: f64,
+    pub requests: Requests,
+    pub tokens: Tokens,
+    /// By metric: `ttft`, `tpot`, `itl`, `e2e`; a metric that was not measured is absent.
+    pub latency_ms: BTreeMap<Metric, Summary>,
+    /// How much later than intended requests went out.
+    pub lateness_ms: Option<Summary>,
+    /// The lateness was large enough to matter.
+    pub late: bool,
+    pub slo_kept: Option<bool>,
+    /// Requests a second that kept every limit of the SLO.
+    pub goodput: Option<f64>,
+    pub utilisation: Utilisation,
+    pub timeline: Vec<Sample>,
+    /// By metric: pairs of percentile and milliseconds.
+    pub curves: BTreeMap<Metric, Vec<[f64; 2]>>,
+    /// Pairs of TTFT and TPOT in milliseconds, of at most 2000 requests.
+    pub scatter: Vec<[f64; 2]>,
+    pub interrupted: bool,
+    /// The histograms as an interval log.
+    #[serde(skip)]
+    pub hdr_log: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Requests {
+    pub sent: u64,
+    pub answered: u64,
+    pub failed: u64,
+    /// Still running when the run was cut short.
+    pub unfinished: u64,
+    /// By kind: `refused`, `timed_out`, `status_429` and so on, `broken_stream`, `bad_json`, `error_event`,
+    /// `connection`.
+    pub errors: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Tokens {
+    pub prompt: u64,
+    pub output: u64,
+    pub output_per_second: f64,
+    pub total_per_second: f64,
+}
+
+/// Milliseconds.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    pub count: u64,
+    pub mean: f64,
+    pub p50: f64,
+    pub p90: f64,
+    pub p99: f64,
+    pub p999: f64,
+    pub max: f64,
+}
+
+impl Summary {
+    fn of(histogram: &Histogram<u64>) -> Option<Self> {
+        let at = |quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
+        (!histogram.is_empty()).then(|| Summary {
+            count: histogram.len(),
+            mean: histogram.mean() / 1e3,
+            p50: at(0.5),
+            p90: at(0.9),
+            p99: at(0.99),
+            p999: at(0.999),
+            max: histogram.max() as f64 / 1e3,
+        })
+    }
+}
+
+impl Run {
+    /// Sums a run up.
+    pub fn of(label: &str, offered_rate: Option<f64>, measured: Measured, slo: Option<&Slo>) -> Self {
+        let hdr_log = hdr_log(label, &measured);
+        let recorder = &measured.recorder;
+        let seconds = measured.length.as_secs_f64().max(1e-9);
+        let answered = recorder.records.len() as u64;
+        let prompt: u64 = recorder
+            .records
+            .iter()
+            .map(|record| u64::from(record.prompt_tokens))
+            .sum();
+        let output: u64 = recorder
+            .records
+            .iter()
+            .map(|record| u64::from(record.output_tokens))
+            .sum();
+        let by_metric = Metric::ALL
+            .into_iter()
+            .map(|metric| (metric, recorder.histogram(metric)));
+        let lateness_ms = Summary::of(&recorder.lateness);
+        let lateness = lateness_ms.as_ref().map_or(0.0, |summary| summary.p99);
+        let median = recorder.e2e.value_at_quantile(0.5) as f64 / 1e3;
+        let good = |slo: &Slo| recorder.records.iter().filter(|record| slo.kept_by(record)).count();
+        Run {
+            label: label.to_owned(),
+            offered_rate,
+            achieved_rate: answered as f64 / seconds,
+            seconds,
+            requests: Requests {
+                sent: recorder.sent,
+                answered,
+                failed: recorder.failed(),
+                unfinished: recorder.unfinished,
+                errors: recorder.failures.clone(),
+            },
+            tokens: Tokens {
+                prompt,
+                output,
+                output_per_second: output as f64 / seconds,
+                total_per_second: (prompt + output) as f64 / seconds,
+            },
+            latency_ms: by_metric
+                .clone()
+                .filter_map(|(metric, h)| Some((metric, Summary::of(h)?)))
+                .collect(),
+            late: lateness > LATE_MS || (answered > 0 && lateness > LATE_SHARE * median),
+            lateness_ms,
+            slo_kept: slo.map(|slo| slo.holds(&recorder.records, recorder.failed()) && !measured.gave_up),
+            goodput: slo.map(|slo| good(slo) as f64 / seconds),
+            curves: by_metric
+                .filter(|(_, h)| !h.is_empty())
+                .map(|(metric, h)| (metric, curve(h)))
+                .collect(),
+            scatter: scatter(recorder),
+            utilisation: measured.utilisation,
+            timeline: measured.samples,
+            interrupted: measured.interrupted,
+            hdr_log,
+        }
+    }
+}
+
+/// Percentiles that come closer to 100 with each step, as far as the sample has values for.
+fn curve(histogram: &Histogram<u64>) -> Vec<[f64; 2]> {
+    let mut points = Vec::new();
+    let mut left = 1.0;
+    while left * histogram.len() as f64 >= 0.5 {
+        for part in [1.0, 0.9, 0.8, 0.7, 0.6] {
+            let quantile = 1.0 - left * part;
+            points.push([quantile * 100.0, histogram.value_at_quantile(quantile) as f64 / 1e3]);
+        }
+        left /= 2.0;
+    }
+    points.push([100.0, histogram.max() as f64 / 1e3]);
+    points
+}
+
+fn scatter(recorder: &Recorder) -> Vec<[f64; 2]> {
+    let every = recorder.records.len().div_ceil(SCATTER).max(1);
+    let records = recorder.records.iter().step_by(every);
+    records
+        .filter_map(|record| Some([record.ttft? as f64 / 1e3, record.tpot? as f64 / 1e3]))
+        .collect()
+}
+
+/// The histograms in microseconds, one line a metric, as HdrHistogram's log readers take them.
+fn hdr_log(label: &str, measured: &Measured) -> String {
+    let mut log = Vec::new();
+    let mut serializer = V2DeflateSerializer::new();
+    let mut write = || {
+        let mut writer = IntervalLogWriterBuilder::new()
+            .add_comment(&format!("{label}; values in microseconds, maxima in milliseconds"))
+            .with_start_time(measured.began)
+            .with_base_time(measured.began)
+            .with_max_value_divisor(1e3)
+            .begin_log_with(&mut log, &mut serializer)
+            .ok()?;
+        let (lateness, mut entries) = (&measured.recorder.lateness, Vec::new());
+        entries.extend(Metric::ALL.map(|metric| (metric.name(), measured.recorder.histogram(metric))));
+        entries.push(("lateness", lateness));
+        for (name, histogram) in entries.into_iter().filter(|(_, histogram)| !histogram.is_empty()) {
+            let tag = Tag::new(name);
+            writer
+                .write_histogram(histogram, std::time::Duration::ZERO, measured.length, tag)
+                .ok()?;
+        }
+        Some(())
+    };
+    // Writing into memory does not fail.
+    let _ = write();
+    String::from_utf8(log).unwrap_or_default()
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_seconds(time: std::time::SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}

@@ -1,0 +1,160 @@
+//! Files of requests, one JSON object a line: traces with times, and prompts or conversations to send.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::Deserialize;
+
+/// One line of a file. Unknown fields are passed over, so that production logs can be used as they are.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+pub struct Line {
+    /// Seconds from any origin.
+    pub timestamp: Option<f64>,
+    /// Milliseconds from any origin, instead of `timestamp`.
+    pub timestamp_ms: Option<f64>,
+    pub prompt: Option<String>,
+    pub messages: Option<Vec<Message>>,
+    /// The prompt's length where the line has no text.
+    #[serde(alias = "input_length")]
+    pub prompt_tokens: Option<u32>,
+    #[serde(alias = "output_length", alias = "max_tokens")]
+    pub output_tokens: Option<u32>,
+}
+
+/// A chat message of OpenAI's API.
+#[derive(Debug, Clone, PartialEq, Deserialize, serde::Serialize)]
+pub struct Message {
+    pub role: String,
+    pub content: String,
+}
+
+/// Why a file of requests cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceError {
+    #[error("cannot read {}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}, line {line}: {message}", path.display())]
+    Line {
+        path: PathBuf,
+        line: usize,
+        message: String,
+    },
+    #[error("{}: the file has no requests", path.display())]
+    Empty { path: PathBuf },
+}
+
+/// Reads a file of requests; empty lines are passed over.
+///
+/// # Errors
+/// [`TraceError`], which names the line.
+pub fn read(path: &Path) -> Result<Vec<Line>, TraceError> {
+    let text = std::fs::read_to_string(path).map_err(|source| TraceError::Read {
+        path: path.into(),
+        source,
+    })?;
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let lines: Vec<Line> = lines
+        .map(|(index, text)| {
+            let line: Result<Line, String> = serde_json::from_str(text).map_err(|error| error.to_string());
+            line.and_then(checked).map_err(|message| TraceError::Line {
+                path: path.into(),
+                line: index + 1,
+                message,
+            })
+        })
+        .collect::<Result<_, _>>()?;
+    if lines.is_empty() {
+        return Err(TraceError::Empty { path: path.into() });
+    }
+    Ok(lines)
+}
+
+fn checked(line: Line) -> Result<Line, String> {
+    let time = line.timestamp.or(line.timestamp_ms);
+    if time.is_some_and(|time| !time.is_finite() || time < 0.0) {
+        return Err("the timestamp is not a number of seconds from 0".to_owned());
+    }
+    if line.prompt_tokens == Some(0) || line.output_tokens == Some(0) {
+        return Err("a length of 0 tokens".to_owned());
+    }
+    if let Some(messages) = &line.messages
+        && !messages.iter().any(|message| message.role == "user")
+    {
+        return Err("the conversation has no message of role `user`".to_owned());
+    }
+    Ok(line)
+}
+
+impl Line {
+    fn seconds(&self) -> Option<f64> {
+        self.timestamp.or(self.timestamp_ms.map(|time| time / 1e3))
+    }
+}
+
+/// The lines' times from the first, in ascending order, with the lines put into the same order.
+///
+/// # Errors
+/// [`TraceError`] names the first line without a time, counting lines that hold a request.
+pub fn times(path: &Path, lines: &mut [Line]) -> Result<Vec<Duration>, TraceError> {
+    if let Some(index) = lines.iter().position(|line| line.seconds().is_none()) {
+        return Err(TraceError::Line {
+            path: path.into(),
+            line: index + 1,
+            message: "a trace needs `timestamp` (seconds) or `timestamp_ms` in every line".to_owned(),
+        });
+    }
+    let seconds = |line: &Line| line.seconds().unwrap_or_default();
+    lines.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+    let first = lines.first().map(seconds).unwrap_or_default();
+    Ok(lines
+        .iter()
+        .map(|line| Duration::from_secs_f64(seconds(line) - first))
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(name: &str, text: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("sconce-trace-{}-{name}", std::process::id()));
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    #[test]
+    fn reads_times_prompts_and_lengths() {
+        let path = file(
+            "good",
+            "{\"timestamp_ms\": 2500, \"input_length\": 7, \"output_length\": 3, \"hash_ids\": [1]}\n\n\
+             {\"timestamp\": 1.0, \"prompt\": \"hello\"}\n",
+        );
+        let mut lines = read(&path).unwrap();
+        assert_eq!(
+            times(&path, &mut lines).unwrap(),
+            [Duration::ZERO, Duration::from_millis(1500)]
+        );
+        assert_eq!(lines[0].prompt.as_deref(), Some("hello"));
+        assert_eq!((lines[1].prompt_tokens, lines[1].output_tokens), (Some(7), Some(3)));
+    }
+
+    #[test]
+    fn names_the_line_that_is_wrong() {
+        for (name, text) in [
+            ("syntax", "{\"timestamp\": 1}\n{\"timestamp\":\n"),
+            ("negative", "{\"timestamp\": 1}\n{\"timestamp\": -4}\n"),
+            ("type", "{\"timestamp\": 1}\n{\"timestamp\": \"noon\"}\n"),
+            ("zero", "{\"timestamp\": 1}\n{\"timestamp\": 2, \"output_tokens\": 0}\n"),
+        ] {
+            let message = read(&file(name, text)).unwrap_err().to_string();
+            assert!(message.contains("line 2"), "{message}");
+        }
+        let path = file("timeless", "{\"timestamp\": 1}\n{\"prompt\": \"when?\"}\n");
+        let message = times(&path, &mut read(&path).unwrap()).unwrap_err().to_string();
+        assert!(message.contains("line 2"), "{message}");
+        assert!(matches!(read(&file("empty", "\n\n")), Err(TraceError::Empty { .. })));
+    }
+}

@@ -1,0 +1,456 @@
+//! Where a tuner looks next, what it found, and what it recommends. Pure: running an experiment is the caller's.
+//!
+//! The search begins with the schedules at four windows, then walks from setting to neighbouring setting along the
+//! Pareto front of goodput against P99, and so spends its experiments where the front is.
+
+use serde::{Deserialize, Serialize};
+
+use crate::report::{
+    Run, charts, escaped,
+    table::{markdown, milliseconds, short},
+};
+
+const SCHEDULES: [&str; 3] = ["sequential", "dynamic", "continuous"];
+const POLICIES: [&str; 3] = ["none", "adaptive", "fixed"];
+const WINDOWS_MS: [f64; 5] = [0.0, 5.0, 20.0, 50.0, 100.0];
+/// Windows of the opening experiments, each with every schedule that has batches.
+const OPENING_WINDOWS_MS: [f64; 4] = [0.0, 5.0, 20.0, 50.0];
+const MAX_BATCHES: [usize; 6] = [4, 8, 16, 32, 64, 100];
+const STEP_TOKENS: [usize; 5] = [128, 256, 512, 1024, 2048];
+/// Goodputs that differ by less than this share are alike, and the P99 decides.
+const ALIKE: f64 = 0.03;
+
+/// The settings that can change while the server runs, as its admin route writes them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Knobs {
+    pub schedule: String,
+    pub window_policy: String,
+    pub batch_window_ms: f64,
+    pub max_batch: usize,
+    pub step_tokens: usize,
+}
+
+/// One experiment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Experiment {
+    pub knobs: Knobs,
+    /// Requests a second that kept the SLO.
+    pub goodput: f64,
+    /// Of E2E; absent where nothing was answered.
+    pub p99_ms: Option<f64>,
+    pub run: Run,
+}
+
+impl Experiment {
+    pub fn of(knobs: Knobs, run: Run) -> Self {
+        Self {
+            knobs,
+            goodput: run.goodput.unwrap_or(0.0),
+            p99_ms: run.latency_ms.get(&crate::slo::Metric::E2e).map(|summary| summary.p99),
+            run,
+        }
+    }
+
+    fn p99(&self) -> f64 {
+        self.p99_ms.unwrap_or(f64::INFINITY)
+    }
+
+    /// As good in both respects, and better in one.
+    fn dominates(&self, other: &Experiment) -> bool {
+        let as_good = self.goodput >= other.goodput && self.p99() <= other.p99();
+        as_good && (self.goodput > other.goodput || self.p99() < other.p99())
+    }
+}
+
+/// A search and what it has found so far.
+#[derive(Debug)]
+pub struct Search {
+    start: Knobs,
+    budget: usize,
+    pub tried: Vec<Experiment>,
+}
+
+impl Search {
+    /// A search from a server's settings, of at most `budget` experiments.
+    pub fn new(start: Knobs, budget: usize) -> Self {
+        Self {
+            start,
+            budget,
+            tried: Vec::new(),
+        }
+    }
+
+    /// The settings to try next; `None` when the budget is spent or the front has no untried neighbours.
+    pub fn next(&self) -> Option<Knobs> {
+        if self.tried.len() >= self.budget {
+            return None;
+        }
+        let opening = self.opening();
+        let around = self
+            .front()
+            .into_iter()
+            .flat_map(|experiment| neighbours(&experiment.knobs));
+        opening.into_iter().chain(around).find(|knobs| !self.was_tried(knobs))
+    }
+
+    pub fn tell(&mut self, experiment: Experiment) {
+        self.tried.push(experiment);
+    }
+
+    fn was_tried(&self, knobs: &Knobs) -> bool {
+        self.tried.iter().any(|experiment| same(&experiment.knobs, knobs))
+    }
+
+    fn opening(&self) -> Vec<Knobs> {
+        let mut opening = vec![self.start.clone()];
+        opening.push(Knobs {
+            schedule: "sequential".to_owned(),
+            ..self.start.clone()
+        });
+        for schedule in ["dynamic", "continuous"] {
+            opening.extend(OPENING_WINDOWS_MS.map(|batch_window_ms| Knobs {
+                schedule: schedule.to_owned(),
+                window_policy: "fixed".to_owned(),
+                batch_window_ms,
+                ..self.start.clone()
+            }));
+        }
+        opening
+    }
+
+    /// The experiments that no other dominates, the highest goodput first.
+    pub fn front(&self) -> Vec<&Experiment> {
+        let undominated = |one: &&Experiment| !self.tried.iter().any(|other| other.dominates(one));
+        let mut front: Vec<&Experiment> = self.tried.iter().filter(undominated).collect();
+        front.sort_by(|a, b| b.goodput.total_cmp(&a.goodput));
+        front
+    }
+
+    /// Of the experiments whose goodput is alike the highest, the one with the lowest P99.
+    pub fn best(&self) -> Option<&Experiment> {
+        let highest = self
+            .tried
+            .iter()
+            .map(|experiment| experiment.goodput)
+            .reduce(f64::max)?;
+        let good = self
+            .tried
+            .iter()
+            .filter(|experiment| experiment.goodput >= highest * (1.0 - ALIKE));
+        good.min_by(|a, b| a.p99().total_cmp(&b.p99()))
+    }
+
+    /// What each other tried value of one setting alone would have given.
+    pub fn reasons(&self) -> Vec<String> {
+        let Some(best) = self.best() else { return Vec::new() };
+        let others = self.tried.iter().filter_map(|other| {
+            let change = only_change(&best.knobs, &other.knobs)?;
+            Some(format!(
+                "{change} gave goodput {} instead of {}, P99 {} instead of {}",
+                short(other.goodput),
+                short(best.goodput),
+                milliseconds(other.p99()),
+                milliseconds(best.p99()),
+            ))
+        });
+        others.collect()
+    }
+}
+
+/// Settings that the server would not tell apart: without batches or with policy `none` there is no window.
+fn same(a: &Knobs, b: &Knobs) -> bool {
+    let plain = |knobs: &Knobs| {
+        let mut knobs = knobs.clone();
+        if knobs.schedule == "sequential" {
+            knobs.max_batch = 1;
+            knobs.window_policy = "none".to_owned();
+        }
+        if knobs.window_policy == "none" || knobs.batch_window_ms == 0.0 {
+            knobs.window_policy = "none".to_owned();
+            knobs.batch_window_ms = 0.0;
+        }
+        knobs
+    };
+    plain(a) == plain(b)
+}
+
+/// The settings one step away along one axis.
+fn neighbours(knobs: &Knobs) -> Vec<Knobs> {
+    let with = |change: &dyn Fn(&mut Knobs)| {
+        let mut changed = knobs.clone();
+        change(&mut changed);
+        changed
+    };
+    let mut found = Vec::new();
+    for value in beside(&MAX_BATCHES, knobs.max_batch) {
+        found.push(with(&|knobs| knobs.max_batch = value));
+    }
+    for value in beside(&STEP_TOKENS, knobs.step_tokens) {
+        found.push(with(&|knobs| knobs.step_tokens = value));
+    }
+    for value in beside(&WINDOWS_MS, knobs.batch_window_ms) {
+        found.push(with(&|knobs| knobs.batch_window_ms = value));
+    }
+    for value in POLICIES {
+        found.push(with(&|knobs| knobs.window_policy = value.to_owned()));
+    }
+    for value in SCHEDULES {
+        found.push(with(&|knobs| knobs.schedule = value.to_owned()));
+    }
+    found.retain(|other| other != knobs);
+    found
+}
+
+/// The values of an axis just below and above this one.
+fn beside<T: PartialOrd + Copy>(axis: &[T], value: T) -> Vec<T> {
+    let below = axis.iter().rev().find(|&&other| other < value);
+    let above = axis.iter().find(|&&other| other > value);
+    below.into_iter().chain(above).copied().collect()
+}
+
+/// How the second differs from the first, if in one setting alone.
+fn only_change(from: &Knobs, to: &Knobs) -> Option<String> {
+    let mut changes = Vec::new();
+    let mut change = |name: &str, from: String, to: String| {
+        if from != to {
+            changes.push(format!("{name} {to} instead of {from}"));
+        }
+    };
+    change("schedule", from.schedule.clone(), to.schedule.clone());
+    change("window-policy", from.window_policy.clone(), to.window_policy.clone());
+    change("batch-window", window(from), window(to));
+    change("max-batch", from.max_batch.to_string(), to.max_batch.to_string());
+    change("step-tokens", from.step_tokens.to_string(), to.step_tokens.to_string());
+    if changes.len() == 1 { changes.pop() } else { None }
+}
+
+fn window(knobs: &Knobs) -> String {
+    format!("{}ms", knobs.batch_window_ms)
+}
+
+/// The settings as a file that `serve --config` takes.
+pub fn toml(knobs: &Knobs) -> String {
+    format!(
+        "schedule = \"{}\"\nwindow-policy = \"{}\"\nbatch-window = \"{}\"\nmax-batch = {}\nstep-tokens = {}\n",
+        knobs.schedule,
+        knobs.window_policy,
+        window(knobs),
+        knobs.max_batch,
+        knobs.step_tokens
+    )
+}
+
+/// Every experiment, those on the front first, as a Markdown table.
+pub fn table(search: &Search) -> String {
+    let front = search.front();
+    let is_on_front = |experiment: &&Experiment| front.iter().any(|other| std::ptr::eq(*other, *experiment));
+    let mut order: Vec<&Experiment> = front.clone();
+    order.extend(search.tried.iter().filter(|experiment| !is_on_front(experiment)));
+    let rows: Vec<Vec<String>> = order
+        .iter()
+        .map(|experiment| {
+            let knobs = &experiment.knobs;
+            vec![
+                knobs.schedule.clone(),
+                knobs.window_policy.clone(),
+                window(knobs),
+                knobs.max_batch.to_string(),
+                knobs.step_tokens.to_string(),
+                short(experiment.goodput),
+                short(experiment.run.achieved_rate),
+                experiment.p99_ms.map_or("-".to_owned(), milliseconds),
+                if is_on_front(experiment) { "yes" } else { "" }.to_owned(),
+            ]
+        })
+        .collect();
+    let titles = [
+        "schedule",
+        "policy",
+        "window",
+        "max batch",
+        "step tokens",
+        "goodput/s",
+        "achieved/s",
+        "E2E P99",
+        "front",
+    ];
+    markdown(&titles, &rows)
+}
+
+/// The chart, the table and the recommendation as one HTML file.
+pub fn page(search: &Search) -> String {
+    let points = |experiments: &[&Experiment]| {
+        let pairs = experiments
+            .iter()
+            .filter_map(|experiment| Some((experiment.p99_ms?, experiment.goodput)));
+        pairs.collect::<Vec<_>>()
+    };
+    let mut series: Vec<charts::Series> = SCHEDULES
+        .iter()
+        .map(|&schedule| {
+            let of: Vec<&Experiment> = search
+                .tried
+                .iter()
+                .filter(|one| one.knobs.schedule == schedule)
+                .collect();
+            charts::Series {
+                name: schedule.to_owned(),
+                points: points(&of),
+            }
+        })
+        .collect();
+    series.retain(|series| !series.points.is_empty());
+    let axis = |title, format| charts::Axis { title, format };
+    let front = charts::Series {
+        name: "front".to_owned(),
+        points: points(&search.front()),
+    };
+    let chart = charts::front(
+        &series,
+        &front,
+        axis("E2E P99", charts::milliseconds),
+        axis("goodput, requests/s", charts::number),
+    );
+    let toml = search.best().map(|best| toml(&best.knobs)).unwrap_or_default();
+    let reasons: String = search
+        .reasons()
+        .iter()
+        .map(|reason| format!("<li>{}</li>", escaped(reason)))
+        .collect();
+    format!(
+        "<!doctype html>\n<html lang=en><meta charset=utf-8><title>Tuning</title>\
+         <style>body{{font:15px/1.45 system-ui,sans-serif;max-width:900px;margin:2em auto;padding:0 1em}}\
+         svg{{max-width:100%;height:auto}}pre{{background:#f5f5f5;padding:1em;overflow-x:auto}}</style>\n\
+         <body><h1>Goodput against P99</h1>\n{}\n<h2>Experiments</h2>\n<pre>{}</pre>\n<h2>Recommended</h2>\n\
+         <pre>{}</pre>\n<ul>{reasons}</ul></body></html>\n",
+        chart.unwrap_or_default(),
+        escaped(&table(search)),
+        escaped(&toml),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start() -> Knobs {
+        Knobs {
+            schedule: "continuous".to_owned(),
+            window_policy: "adaptive".to_owned(),
+            batch_window_ms: 20.0,
+            max_batch: 100,
+            step_tokens: 512,
+        }
+    }
+
+    fn experiment(knobs: Knobs, goodput: f64, p99_ms: f64) -> Experiment {
+        let report = serde_json::json!({"label": "", "offered_rate": null, "achieved_rate": goodput, "seconds": 1.0,
+            "requests": {"sent": 1, "answered": 1, "failed": 0, "unfinished": 0, "errors": {}},
+            "tokens": {"prompt": 1, "output": 1, "output_per_second": 1.0, "total_per_second": 1.0},
+            "latency_ms": {}, "lateness_ms": null, "late": false, "slo_kept": true, "goodput": goodput,
+            "utilisation": {}, "timeline": [], "curves": {}, "scatter": [], "interrupted": false});
+        Experiment {
+            knobs,
+            goodput,
+            p99_ms: Some(p99_ms),
+            run: serde_json::from_value(report).unwrap(),
+        }
+    }
+
+    /// A made-up server: continuous is best, smaller windows and a step budget of 256 lower the P99.
+    fn respond(knobs: &Knobs) -> (f64, f64) {
+        let goodput = match knobs.schedule.as_str() {
+            "continuous" => 10.0,
+            "dynamic" => 6.0,
+            _ => 2.0,
+        };
+        let window = if knobs.window_policy == "none" {
+            0.0
+        } else {
+            knobs.batch_window_ms
+        };
+        let p99 = 500.0 + window + (knobs.step_tokens as f64 - 256.0).abs() + knobs.max_batch.abs_diff(32) as f64;
+        (goodput, p99)
+    }
+
+    fn search(budget: usize) -> Search {
+        let mut search = Search::new(start(), budget);
+        while let Some(knobs) = search.next() {
+            let (goodput, p99) = respond(&knobs);
+            search.tell(experiment(knobs, goodput, p99));
+        }
+        search
+    }
+
+    #[test]
+    fn the_search_climbs_to_the_best_settings() {
+        let search = search(30);
+        let best = &search.best().unwrap().knobs;
+        assert_eq!(
+            (best.schedule.as_str(), best.step_tokens, best.max_batch),
+            ("continuous", 256, 32)
+        );
+        assert!(best.window_policy == "none" || best.batch_window_ms == 0.0, "{best:?}");
+        assert!(search.tried.len() <= 30);
+        assert!(!search.reasons().is_empty());
+    }
+
+    #[test]
+    fn the_opening_compares_schedules_and_windows() {
+        let search = search(10);
+        for schedule in ["dynamic", "continuous"] {
+            let of = search
+                .tried
+                .iter()
+                .filter(|one| one.knobs.schedule == schedule && one.knobs.window_policy == "fixed");
+            let mut windows: Vec<f64> = of.map(|one| one.knobs.batch_window_ms).collect();
+            windows.sort_by(f64::total_cmp);
+            assert_eq!(windows, OPENING_WINDOWS_MS);
+        }
+        assert_eq!(
+            search
+                .tried
+                .iter()
+                .filter(|one| one.knobs.schedule == "sequential")
+                .count(),
+            1
+        );
+    }
+
+    #[test]
+    fn nothing_is_tried_twice_and_the_front_is_undominated() {
+        let search = search(60);
+        for (index, one) in search.tried.iter().enumerate() {
+            assert!(
+                !search.tried[..index].iter().any(|other| same(&one.knobs, &other.knobs)),
+                "{:?}",
+                one.knobs
+            );
+        }
+        let front = search.front();
+        assert!(
+            !front
+                .iter()
+                .any(|one| search.tried.iter().any(|other| other.dominates(one)))
+        );
+        assert!(page(&search).contains("<svg"));
+    }
+
+    #[test]
+    fn failed_experiments_are_never_recommended() {
+        let mut search = Search::new(start(), 2);
+        search.tell(experiment(start(), 1.0, 900.0));
+        let mut broken = experiment(
+            Knobs {
+                max_batch: 4,
+                ..start()
+            },
+            0.0,
+            0.0,
+        );
+        broken.p99_ms = None;
+        search.tell(broken);
+        assert_eq!(search.best().unwrap().knobs, start());
+        assert_eq!(search.front().len(), 1);
+    }
+}

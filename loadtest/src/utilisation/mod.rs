@@ -1,0 +1,215 @@
+//! What the server did with its time during a run: from its `/metrics`, its process, and the GPU.
+//!
+//! A background task scrapes, so that a slow metrics page holds up nothing. What cannot be had is absent.
+
+mod gpu;
+mod process;
+mod scrape;
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
+
+use crate::client::Target;
+use gpu::Gpu;
+use process::Process;
+use scrape::Page;
+
+/// How often the server is asked. Gauges are means over these samples.
+const SCRAPING: Duration = Duration::from_millis(500);
+
+/// Shares are from 0 to 1, times in milliseconds, memory in bytes; all over the measured part of a run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Utilisation {
+    /// Share of wall time in which the device ran a step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub busy: Option<f64>,
+    /// Sequences in a step over the most allowed, mean over steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub occupancy: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_depth_mean: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_depth_max: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub running_mean: Option<f64>,
+    /// Prompt positions that would be padding in a padded layout.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub padding_waste: Option<f64>,
+    /// Share of the KV blocks that sequences held, mean.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_use: Option<f64>,
+    /// Share of prompt tokens found in the prefix cache.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefix_hits: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preemptions: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window_wait_mean_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_wait_mean_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step_mean_ms: Option<f64>,
+    /// CPU seconds a second of the server's process and its children.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_cores: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_max_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_memory_max_bytes: Option<u64>,
+}
+
+/// Gauges at an instant.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Gauges {
+    pub waiting: Option<f64>,
+    pub running: Option<f64>,
+    pub occupancy: Option<f64>,
+    pub kv_use: Option<f64>,
+}
+
+/// What was seen since the measured part began.
+#[derive(Debug, Default)]
+struct Seen {
+    /// The page and the processor time at the beginning, and now.
+    first: Option<Moment>,
+    last: Option<Moment>,
+    gauges: Vec<Gauges>,
+    memory: u64,
+    gpu: Vec<(f64, u64)>,
+}
+
+#[derive(Debug, Clone)]
+struct Moment {
+    at: tokio::time::Instant,
+    page: Page,
+    cpu: Option<f64>,
+}
+
+/// Watches the server from a task of its own.
+pub struct Observer {
+    target: Target,
+    process: Option<Process>,
+    seen: Arc<Mutex<Seen>>,
+    task: JoinHandle<()>,
+}
+
+impl Observer {
+    /// Begins to watch.
+    pub async fn new(target: Target) -> Self {
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        let process = Process::of(target.url());
+        let gpu = process.as_ref().and_then(|_| Gpu::open());
+        let task = tokio::spawn(watch(target.clone(), process.clone(), gpu, seen.clone()));
+        Self {
+            target,
+            process,
+            seen,
+            task,
+        }
+    }
+
+    /// The measured part begins now: what was seen before is dropped.
+    pub fn begin(&mut self) {
+        *lock(&self.seen) = Seen::default();
+        self.task.abort();
+        let gpu = self.process.as_ref().and_then(|_| Gpu::open());
+        self.task = tokio::spawn(watch(self.target.clone(), self.process.clone(), gpu, self.seen.clone()));
+    }
+
+    /// The gauges as they were last read.
+    pub fn sample(&mut self) -> Gauges {
+        lock(&self.seen).gauges.last().copied().unwrap_or_default()
+    }
+
+    /// Looks a last time and sums up.
+    pub async fn end(self) -> Utilisation {
+        self.task.abort();
+        let last = moment(&self.target, self.process.as_ref()).await;
+        let mut seen = std::mem::take(&mut *lock(&self.seen));
+        seen.last = Some(last);
+        seen.sum_up()
+    }
+}
+
+fn lock(seen: &Mutex<Seen>) -> std::sync::MutexGuard<'_, Seen> {
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn watch(target: Target, process: Option<Process>, gpu: Option<Gpu>, seen: Arc<Mutex<Seen>>) {
+    let mut ticks = tokio::time::interval(SCRAPING);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    loop {
+        ticks.tick().await;
+        let now = moment(&target, process.as_ref()).await;
+        let memory = process
+            .as_ref()
+            .and_then(Process::memory)
+            .or(now.page.memory())
+            .unwrap_or(0);
+        let device = gpu.as_ref().and_then(Gpu::read);
+        let mut seen = lock(&seen);
+        seen.gauges.push(now.page.gauges());
+        seen.memory = seen.memory.max(memory);
+        seen.gpu.extend(device);
+        seen.first.get_or_insert_with(|| now.clone());
+        seen.last = Some(now);
+    }
+}
+
+async fn moment(target: &Target, process: Option<&Process>) -> Moment {
+    let page = match target.get("/metrics").await {
+        Ok(response) if response.status().is_success() => response.text().await.unwrap_or_default(),
+        _ => String::new(),
+    };
+    let page = Page::read(&page);
+    Moment {
+        at: tokio::time::Instant::now(),
+        cpu: process.and_then(Process::cpu_seconds).or(page.cpu_seconds()),
+        page,
+    }
+}
+
+impl Seen {
+    fn sum_up(self) -> Utilisation {
+        let (Some(first), Some(last)) = (&self.first, &self.last) else {
+            return Utilisation::default();
+        };
+        let seconds = (last.at - first.at).as_secs_f64().max(1e-9);
+        let mean = |pick: fn(&Gauges) -> Option<f64>| {
+            let values: Vec<f64> = self.gauges.iter().filter_map(pick).collect();
+            (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+        };
+        let mut utilisation = scrape::between(&first.page, &last.page, seconds);
+        utilisation.queue_depth_mean = mean(|gauges| gauges.waiting);
+        utilisation.queue_depth_max = self.gauges.iter().filter_map(|gauges| gauges.waiting).reduce(f64::max);
+        utilisation.running_mean = mean(|gauges| gauges.running);
+        utilisation.kv_use = mean(|gauges| gauges.kv_use);
+        utilisation.cpu_cores = last.cpu.zip(first.cpu).map(|(last, first)| (last - first) / seconds);
+        utilisation.memory_max_bytes = (self.memory > 0).then_some(self.memory);
+        utilisation.gpu = (!self.gpu.is_empty())
+            .then(|| self.gpu.iter().map(|(share, _)| share).sum::<f64>() / self.gpu.len() as f64);
+        utilisation.gpu_memory_max_bytes = self.gpu.iter().map(|&(_, memory)| memory).max();
+        utilisation
+    }
+}
+
+/// Waits until the server says that nothing waits or runs, at most so long; a moment where it says nothing of it.
+pub async fn settle(target: &Target, most: Duration) {
+    let deadline = tokio::time::Instant::now() + most;
+    loop {
+        tokio::time::sleep(SCRAPING).await;
+        let gauges = moment(target, None).await.page.gauges();
+        let left = gauges.waiting.unwrap_or(0.0) + gauges.running.unwrap_or(0.0);
+        if left == 0.0 || tokio::time::Instant::now() > deadline {
+            return;
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! A server of known behaviour: a thread a connection, because a thread's sleep is exact to some ten microseconds.
+#![allow(dead_code)] // each test program uses its own part
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::{TcpListener, TcpStream},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use sconce_loadtest::{
+    Live,
+    arrivals::Arrivals,
+    client::{Api, Form, Target},
+    run::{Asked, Load, Measured, run},
+    workload::{Preset, Vocabulary},
+};
+
+/// What a generation request gets.
+pub struct Reply {
+    pub wait: Duration,
+    pub status: u16,
+    /// Pieces of the body with the pause before each.
+    pub parts: Vec<(Duration, String)>,
+    /// Does the body end as HTTP wants it, or does the connection break?
+    pub whole: bool,
+}
+
+/// An event of a stream with one token.
+pub fn token(text: &str) -> String {
+    format!("data: {{\"choices\":[{{\"index\":0,\"text\":\"{text}\",\"finish_reason\":null}}]}}\n\n")
+}
+
+pub const END: &str = "data: {\"choices\":[{\"index\":0,\"text\":\"\",\"finish_reason\":\"length\"}]}\n\n\
+    data: {\"choices\":[],\"usage\":{\"prompt_tokens\":5,\"completion_tokens\":2,\"total_tokens\":7}}\n\ndata: [DONE]\n\n";
+
+impl Reply {
+    /// Two tokens at once, after a wait.
+    pub fn after(wait: Duration) -> Self {
+        Self::stream(wait, vec![(Duration::ZERO, token(" a") + &token(" b") + END)])
+    }
+
+    pub fn stream(wait: Duration, parts: Vec<(Duration, String)>) -> Self {
+        Self {
+            wait,
+            status: 200,
+            parts,
+            whole: true,
+        }
+    }
+
+    pub fn status(status: u16) -> Self {
+        Self {
+            status,
+            ..Self::stream(Duration::ZERO, vec![(Duration::ZERO, "{\"error\":{}}".to_owned())])
+        }
+    }
+}
+
+pub struct Mock {
+    pub url: String,
+    /// The bodies of generation requests, in the order in which they came.
+    pub bodies: Arc<Mutex<Vec<String>>>,
+}
+
+impl Mock {
+    /// Answers the n-th generation request (from 0) with `reply(n)`, called when the request has been read.
+    pub fn start(reply: impl Fn(usize) -> Reply + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (reply, count) = (Arc::new(reply), Arc::new(AtomicUsize::new(0)));
+        let bodies = Arc::new(Mutex::new(Vec::new()));
+        let kept = bodies.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (reply, count, bodies) = (reply.clone(), count.clone(), kept.clone());
+                thread::spawn(move || connection(stream, &*reply, &count, &bodies));
+            }
+        });
+        Self { url, bodies }
+    }
+
+    pub fn asked(&self, timeout: Duration) -> Asked {
+        let mut workload = Preset::Completion.workload();
+        workload.api = Api::Completions;
+        Asked {
+            target: Target::new(&self.url, None, timeout).unwrap(),
+            form: Form {
+                model: "mock".to_owned(),
+                stream: true,
+                ignore_eos: true,
+            },
+            workload: Arc::new(workload),
+            vocabulary: Arc::new(Vocabulary::estimated()),
+        }
+    }
+}
+
+/// One server that takes requests in the order in which they come, each for its service time.
+pub struct Queue {
+    free_at: Mutex<Instant>,
+    service: Box<dyn Fn(usize) -> Duration + Send + Sync>,
+}
+
+impl Queue {
+    pub fn new(service: impl Fn(usize) -> Duration + Send + Sync + 'static) -> Self {
+        Self {
+            free_at: Mutex::new(Instant::now()),
+            service: Box::new(service),
+        }
+    }
+
+    pub fn reply(&self, index: usize) -> Reply {
+        let now = Instant::now();
+        let mut free_at = self.free_at.lock().unwrap();
+        *free_at = now.max(*free_at) + (self.service)(index);
+        Reply::after(*free_at - now)
+    }
+}
+
+/// Sends requests and waits for all answers.
+pub fn drive(asked: &Asked, arrivals: Arrivals, requests: u64) -> Measured {
+    let load = Load {
+        arrivals,
+        requests: Some(requests),
+        duration: None,
+        warmup: Duration::ZERO,
+        seed: 11,
+    };
+    let (_sender, mut stop) = tokio::sync::watch::channel(false);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(run(asked, &load, &mut Live::new(), &mut stop, None))
+}
+
+fn connection(stream: TcpStream, reply: &dyn Fn(usize) -> Reply, count: &AtomicUsize, bodies: &Mutex<Vec<String>>) {
+    stream.set_nodelay(true).unwrap();
+    let mut writer = stream.try_clone().unwrap();
+    let mut reader = BufReader::new(stream);
+    while let Some((path, body)) = request(&mut reader) {
+        let done = match path.as_str() {
+            "/v1/completions" | "/v1/chat/completions" => {
+                let reply = reply(count.fetch_add(1, Ordering::SeqCst));
+                bodies.lock().unwrap().push(body);
+                answer(&mut writer, reply)
+            }
+            "/v1/models" => answer(&mut writer, page("{\"data\":[{\"id\":\"mock\"}]}")),
+            _ => answer(&mut writer, Reply::status(404)),
+        };
+        if done.is_none() {
+            return;
+        }
+    }
+}
+
+fn page(text: &str) -> Reply {
+    Reply::stream(Duration::ZERO, vec![(Duration::ZERO, text.to_owned())])
+}
+
+/// The path and the body; `None` when the client has gone.
+fn request(reader: &mut BufReader<TcpStream>) -> Option<(String, String)> {
+    let mut line = String::new();
+    reader.read_line(&mut line).ok().filter(|&read| read > 0)?;
+    let path = line.split_whitespace().nth(1)?.to_owned();
+    let mut length = 0;
+    loop {
+        let mut header = String::new();
+        reader.read_line(&mut header).ok().filter(|&read| read > 0)?;
+        if header.trim().is_empty() {
+            break;
+        }
+        if let Some(value) = header.to_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().ok()?;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    Some((path, String::from_utf8(body).ok()?))
+}
+
+fn answer(writer: &mut TcpStream, reply: Reply) -> Option<()> {
+    thread::sleep(reply.wait);
+    let mut bytes = format!("HTTP/1.1 {} X\r\ntransfer-encoding: chunked\r\n\r\n", reply.status).into_bytes();
+    for (pause, part) in &reply.parts {
+        if !pause.is_zero() {
+            writer.write_all(&std::mem::take(&mut bytes)).ok()?;
+            thread::sleep(*pause);
+        }
+        bytes.extend(format!("{:x}\r\n{part}\r\n", part.len()).bytes());
+    }
+    if reply.whole {
+        bytes.extend(b"0\r\n\r\n");
+    }
+    writer.write_all(&bytes).ok()?;
+    reply.whole.then_some(())
+}
