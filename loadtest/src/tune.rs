@@ -55,10 +55,10 @@ impl Experiment {
         self.p99_ms.unwrap_or(f64::INFINITY)
     }
 
-    /// As good in both respects, and better in one.
+    /// A lower P99 at a goodput that is alike, or a higher goodput at the same P99.
     fn dominates(&self, other: &Experiment) -> bool {
-        let as_good = self.goodput >= other.goodput && self.p99() <= other.p99();
-        as_good && (self.goodput > other.goodput || self.p99() < other.p99())
+        let faster = self.p99() < other.p99() && self.goodput >= other.goodput * (1.0 - ALIKE);
+        faster || (self.p99() == other.p99() && self.goodput > other.goodput)
     }
 }
 

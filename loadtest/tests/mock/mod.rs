@@ -136,7 +136,9 @@ pub fn drive(asked: &Asked, arrivals: Arrivals, requests: u64) -> Measured {
         .enable_all()
         .build()
         .unwrap();
-    runtime.block_on(run(asked, &load, &mut Live::new(), &mut stop, None))
+    let asked = asked.clone();
+    let task = runtime.spawn(async move { run(&asked, &load, &mut Live::new(), &mut stop, None).await });
+    runtime.block_on(task).unwrap()
 }
 
 fn connection(stream: TcpStream, reply: &dyn Fn(usize) -> Reply, count: &AtomicUsize, bodies: &Mutex<Vec<String>>) {
