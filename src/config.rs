@@ -42,7 +42,7 @@ pub enum Command {
     /// Fetch a model into the cache and print where it lies
     Pull(Pull),
     /// Send a server requests as its users would and report what they would feel
-    Loadtest(Loadtest),
+    Loadtest(Box<Loadtest>),
     /// Find the settings that hold the most requests a second within a latency target
     Tune(Tune),
     /// Measure the model without HTTP, beside what the device can do

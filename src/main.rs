@@ -33,7 +33,7 @@ fn run(invocation: Invocation) -> Result<(), Box<dyn std::error::Error>> {
     match invocation.command {
         Command::Serve(settings) => commands::serve::run(settings)?,
         Command::Pull(settings) => commands::pull::run(&settings)?,
-        Command::Loadtest(settings) => commands::loadtest::run(settings)?,
+        Command::Loadtest(settings) => commands::loadtest::run(*settings)?,
         Command::Tune(settings) => commands::tune::run(settings)?,
         Command::Bench(settings) => {
             let _ = settings;
