@@ -2,7 +2,7 @@
 
 use plotters::{
     chart::{ChartBuilder, ChartContext},
-    coord::{CoordTranslate, ranged1d::ValueFormatter},
+    coord::ranged1d::ValueFormatter,
     prelude::*,
 };
 
@@ -19,7 +19,9 @@ pub struct Axis {
     pub format: fn(&f64) -> String,
 }
 
-const SIZE: (u32, u32) = (760, 380);
+const SIZE: (u32, u32) = (900, 380);
+/// The width of the names beside the chart.
+const LEGEND: u32 = 190;
 const FONT: &str = "sans-serif";
 /// Colours that readers with any colour vision tell apart (Okabe and Ito 2008).
 const COLOURS: [RGBColor; 7] = [
@@ -39,11 +41,11 @@ pub fn lines(series: &[Series], x: Axis, y: Axis) -> Option<String> {
         let chart = &mut builder(root).build_cartesian_2d(across, up.log_scale()).ok()?;
         axes(chart, x, y)?;
         for (index, series) in series.iter().enumerate() {
-            let colour = COLOURS[index % COLOURS.len()];
-            let line = LineSeries::new(series.points.iter().copied(), colour.stroke_width(2)).point_size(3);
-            named(chart.draw_series(line).ok()?, series, colour);
+            let paint = colour(index);
+            let line = LineSeries::new(series.points.iter().copied(), paint.stroke_width(2)).point_size(3);
+            chart.draw_series(line).ok()?;
         }
-        legend(chart)
+        legend(root, series.iter())
     })
 }
 
@@ -54,14 +56,14 @@ pub fn cloud(series: &[Series], x: Axis, y: Axis) -> Option<String> {
         let chart = &mut builder(root).build_cartesian_2d(across, up).ok()?;
         axes(chart, x, y)?;
         for (index, series) in series.iter().enumerate() {
-            let colour = COLOURS[index % COLOURS.len()];
+            let paint = colour(index);
             let dots = series
                 .points
                 .iter()
-                .map(|&point| Circle::new(point, 2, colour.mix(0.6).filled()));
-            named(chart.draw_series(dots).ok()?, series, colour);
+                .map(|&point| Circle::new(point, 2, paint.mix(0.6).filled()));
+            chart.draw_series(dots).ok()?;
         }
-        legend(chart)
+        legend(root, series.iter())
     })
 }
 
@@ -71,18 +73,15 @@ pub fn front(series: &[Series], front: &Series, x: Axis, y: Axis) -> Option<Stri
         let (across, up) = (range(series, |point| point.0), range(series, |point| point.1));
         let chart = &mut builder(root).build_cartesian_2d(across, up).ok()?;
         axes(chart, x, y)?;
-        let grey = COLOURS[COLOURS.len() - 1];
+        let grey = colour(series.len());
         let line = LineSeries::new(front.points.iter().copied(), grey.mix(0.6).stroke_width(2));
-        named(chart.draw_series(line).ok()?, front, grey);
+        chart.draw_series(line).ok()?;
         for (index, series) in series.iter().enumerate() {
-            let colour = COLOURS[index % COLOURS.len()];
-            let dots = series
-                .points
-                .iter()
-                .map(|&point| Circle::new(point, 4, colour.filled()));
-            named(chart.draw_series(dots).ok()?, series, colour);
+            let paint = colour(index);
+            let dots = series.points.iter().map(|&point| Circle::new(point, 4, paint.filled()));
+            chart.draw_series(dots).ok()?;
         }
-        legend(chart)
+        legend(root, series.iter().chain([front]))
     })
 }
 
@@ -102,16 +101,16 @@ pub fn timeline(counts: &[Series], shares: &[Series], x: Axis, y: Axis) -> Optio
             mesh.y_desc("occupancy").y_label_formatter(&percent).draw().ok()?;
         }
         for (index, series) in counts.iter().enumerate() {
-            let colour = COLOURS[index % COLOURS.len()];
-            let line = LineSeries::new(series.points.iter().copied(), colour.stroke_width(2));
-            named(chart.draw_series(line).ok()?, series, colour);
+            let paint = colour(index);
+            let line = LineSeries::new(series.points.iter().copied(), paint.stroke_width(2));
+            chart.draw_series(line).ok()?;
         }
         for (index, series) in shares.iter().enumerate() {
-            let colour = COLOURS[(counts.len() + index) % COLOURS.len()];
-            let line = LineSeries::new(series.points.iter().copied(), colour.stroke_width(1));
-            named(chart.draw_secondary_series(line).ok()?, series, colour);
+            let paint = colour(counts.len() + index);
+            let line = LineSeries::new(series.points.iter().copied(), paint.stroke_width(1));
+            chart.draw_secondary_series(line).ok()?;
         }
-        legend(&mut chart)
+        legend(root, counts.iter().chain(shares))
     })
 }
 
@@ -153,7 +152,11 @@ where
     'a: 'b,
 {
     let mut builder = ChartBuilder::on(root);
-    builder.margin(12).x_label_area_size(42).y_label_area_size(64);
+    builder
+        .margin(12)
+        .margin_right(LEGEND as i32 + 10)
+        .x_label_area_size(42)
+        .y_label_area_size(64);
     builder
 }
 
@@ -171,20 +174,34 @@ where
     mesh.label_style((FONT, 13)).axis_desc_style((FONT, 14)).draw().ok()
 }
 
-fn named(drawn: &mut plotters::chart::SeriesAnno<SVGBackend>, series: &Series, colour: RGBColor) {
-    drawn
-        .label(series.name.clone())
-        .legend(move |(x, y)| Rectangle::new([(x, y - 4), (x + 12, y + 4)], colour.filled()));
+/// The series' names beside the chart, where they cover nothing.
+fn legend<'s>(root: &Root, series: impl Iterator<Item = &'s Series>) -> Option<()> {
+    let left = (SIZE.0 - LEGEND) as i32;
+    for (index, series) in series.enumerate() {
+        let (top, colour) = (20 + 20 * index as i32, colour(index));
+        root.draw(&Rectangle::new([(left, top), (left + 12, top + 10)], colour.filled()))
+            .ok()?;
+        root.draw(&Text::new(
+            shortened(&series.name),
+            (left + 18, top - 2),
+            (FONT, 13).into_font(),
+        ))
+        .ok()?;
+    }
+    Some(())
 }
 
-fn legend<'a, 'b: 'a, T: CoordTranslate>(chart: &mut ChartContext<'a, SVGBackend<'b>, T>) -> Option<()> {
-    let mut labels = chart.configure_series_labels();
-    labels.position(SeriesLabelPosition::UpperLeft).label_font((FONT, 13));
-    labels
-        .background_style(WHITE.mix(0.85))
-        .border_style(BLACK.mix(0.2))
-        .draw()
-        .ok()
+fn colour(index: usize) -> RGBColor {
+    COLOURS[index % COLOURS.len()]
+}
+
+/// As much of a name as has room.
+fn shortened(name: &str) -> String {
+    const ROOM: usize = 24;
+    match name.chars().count() {
+        0..=ROOM => name.to_owned(),
+        count => format!("…{}", name.chars().skip(count - ROOM + 1).collect::<String>()),
+    }
 }
 
 /// From 0 (or the least value, where that is below) to a little above the largest value.
@@ -214,11 +231,17 @@ pub fn nines(percentile: f64) -> f64 {
     -(1.0 - percentile / 100.0).max(1e-6).log10()
 }
 
-/// A percentile written from its coordinate.
+/// A percentile written from its coordinate, as exactly as its distance to 100 needs.
 pub fn from_nines(nines: &f64) -> String {
     let percentile = 100.0 * (1.0 - 10f64.powf(-nines));
-    let text = format!("P{percentile:.3}");
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+    let decimals = nines.floor().max(0.0) as usize;
+    let text = format!("{percentile:.decimals$}");
+    let text = if decimals > 0 {
+        text.trim_end_matches('0').trim_end_matches('.')
+    } else {
+        &text
+    };
+    format!("P{text}")
 }
 
 #[cfg(test)]
@@ -233,6 +256,7 @@ mod tests {
         assert_eq!(from_nines(&2.0), "P99");
         assert_eq!(from_nines(&3.0), "P99.9");
         assert_eq!(from_nines(&0.0), "P0");
+        assert_eq!(from_nines(&0.7), "P80");
     }
 
     #[test]
