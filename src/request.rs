@@ -1,6 +1,9 @@
 //! What every station knows of a request: its tokens, its sampling, its deadline, and where its events go.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::mpsc;
 
@@ -13,6 +16,7 @@ pub type TokenId = u32;
 pub struct Request {
     /// Shown in logs and in the response; the same for every choice of one client request.
     pub id: String,
+    pub tenant: Arc<Tenant>,
     /// The prompt's tokens, at least one.
     pub prompt: Vec<TokenId>,
     pub sampling: Sampling,
@@ -23,6 +27,25 @@ pub struct Request {
     /// Where the events go. Dropping the receiver cancels the request. At most `max_tokens + 2` events are ever sent,
     /// so the channel is bounded by what the request asked for, however slowly it is read.
     pub events: mpsc::UnboundedSender<Event>,
+}
+
+/// Whose requests these are: those of one API key, or everyone's where there are no keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tenant {
+    /// The key's name, never the key.
+    pub name: String,
+    /// Its share of a busy server, beside the other tenants' weights.
+    pub weight: u32,
+}
+
+impl Tenant {
+    /// Whoever calls a server without API keys.
+    pub fn anyone() -> Self {
+        Self {
+            name: "anyone".into(),
+            weight: 1,
+        }
+    }
 }
 
 /// How the next token is chosen. A value that switches its rule off is given with each field.

@@ -11,7 +11,7 @@ use axum::response::Response;
 
 use super::error::ApiError;
 use super::generation::{Plan, Prompt};
-use super::middleware::RequestId;
+use super::middleware::Caller;
 use super::params::{Params, asks_nothing, chat_logprobs};
 use super::respond::respond;
 use super::shape::Shape;
@@ -20,13 +20,13 @@ use super::{Model, Server, body, messages};
 
 pub(super) async fn chat_completions(
     State(server): State<Arc<Server>>,
-    Extension(id): Extension<RequestId>,
+    Extension(caller): Extension<Caller>,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
     let shared = server.clone();
     let plan = body::read(&server, bytes, move |bytes| plan(shared.model()?, body::parse(bytes)?)).await?;
-    respond(server, plan, &id.0, arrival).await
+    respond(server, plan, &caller, arrival).await
 }
 
 fn plan(model: &Model, mut body: Body) -> Result<Plan, ApiError> {

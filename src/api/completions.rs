@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::error::ApiError;
 use super::generation::{Plan, Prompt};
 use super::messages::check_length;
-use super::middleware::RequestId;
+use super::middleware::Caller;
 use super::params::{Params, completion_logprobs};
 use super::respond::respond;
 use super::shape::Shape;
@@ -23,7 +23,7 @@ use crate::request::TokenId;
 
 pub(super) async fn completions(
     State(server): State<Arc<Server>>,
-    Extension(id): Extension<RequestId>,
+    Extension(caller): Extension<Caller>,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
@@ -31,7 +31,7 @@ pub(super) async fn completions(
     let plan = body::read(&server, bytes, move |bytes| {
         plan(shared.model()?, body::parse(bytes)?, shared.settings.max_choices)
     });
-    respond(server.clone(), plan.await?, &id.0, arrival).await
+    respond(server.clone(), plan.await?, &caller, arrival).await
 }
 
 fn plan(model: &Model, mut body: Body, max_choices: usize) -> Result<Plan, ApiError> {

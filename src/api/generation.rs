@@ -9,6 +9,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::choice::{Choice, Delta};
 use super::error::ApiError;
+use super::middleware::Caller;
 use super::params::Params;
 use super::shape::Shape;
 use super::types::{PromptDetails, Timing, Usage};
@@ -72,7 +73,7 @@ pub(super) struct Generation {
 
 impl Generation {
     /// Hands all sequences of `plan` to the engine, or none.
-    pub fn start(server: Arc<Server>, plan: Plan, id: &str, arrival: Instant) -> Result<Self, ApiError> {
+    pub fn start(server: Arc<Server>, plan: Plan, caller: &Caller, arrival: Instant) -> Result<Self, ApiError> {
         let model = server.model()?;
         let n = plan.params.n;
         let most = server.settings.max_choices;
@@ -91,10 +92,10 @@ impl Generation {
                 let sampling = sampling(&plan.params, plan.shape, model.max_model_len - prompt.tokens.len(), i);
                 live.push((choices.len(), receiver));
                 choices.push(choice(model, &plan.params, plan.shape, &sampling, prompt.echo.clone()));
-                let (id, prompt) = (id.to_string(), prompt.tokens.clone());
                 requests.push(Request {
-                    id,
-                    prompt,
+                    id: caller.id.clone(),
+                    tenant: caller.tenant.clone(),
+                    prompt: prompt.tokens.clone(),
                     sampling,
                     arrival,
                     deadline,
@@ -102,7 +103,7 @@ impl Generation {
                 });
             }
         }
-        tracing::debug!(id, prompt_tokens, choices = choices.len(), "submitting");
+        tracing::debug!(id = caller.id, prompt_tokens, choices = choices.len(), "submitting");
         (model.submit)(requests)?;
         server.observer.accepted(prompt_tokens);
         Ok(Self {

@@ -10,30 +10,38 @@ use axum::response::{IntoResponse, Response};
 
 use super::Server;
 use super::error::ApiError;
+use crate::request::Tenant;
 
 const HEADER: &str = "x-request-id";
 
-/// A request's id: the client's own where it is short and plain, else a random one.
+/// Who sent a request, and what the request is called in logs and in the response.
 #[derive(Debug, Clone)]
-pub(super) struct RequestId(pub String);
+pub(super) struct Caller {
+    /// The client's own id where it is short and plain, else a random one.
+    pub id: String,
+    pub tenant: Arc<Tenant>,
+}
 
-impl RequestId {
-    fn of(request: &Request) -> Self {
+impl Caller {
+    fn id(request: &Request) -> String {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
         let given = request.headers().get(HEADER).and_then(|value| value.to_str().ok());
         match given.filter(|id| (1..=128).contains(&id.len()) && id.bytes().all(plain)) {
-            Some(id) => Self(id.to_string()),
-            None => Self(format!("{:032x}", rand::random::<u128>())),
+            Some(id) => id.to_string(),
+            None => format!("{:032x}", rand::random::<u128>()),
         }
     }
 }
 
 /// Gives the request its id, the response the same, and counts both.
 pub(super) async fn observe(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {
-    let id = RequestId::of(&request);
-    let header = HeaderValue::from_str(&id.0);
+    let id = Caller::id(&request);
+    let header = HeaderValue::from_str(&id);
     let route = request.extensions().get::<MatchedPath>().cloned();
-    request.extensions_mut().insert(id);
+    request.extensions_mut().insert(Caller {
+        id,
+        tenant: server.anyone.clone(),
+    });
     let mut response = next.run(request).await;
     if let Ok(header) = header {
         response.headers_mut().insert(HEADER, header);

@@ -36,7 +36,7 @@ use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::engine::{Handle, Refused};
-use crate::request::Request;
+use crate::request::{Request, Tenant};
 use crate::text::{ChatTemplate, Tokenizer};
 use error::ApiError;
 pub use observe::Observer;
@@ -83,6 +83,8 @@ pub struct Server {
     metrics_text: Box<dyn Fn() -> String + Send + Sync>,
     /// When the server started, in seconds since 1970: the models' `created`.
     created: u64,
+    /// Whose requests they all are.
+    anyone: Arc<Tenant>,
 }
 
 impl Server {
@@ -100,6 +102,7 @@ impl Server {
             observer,
             metrics_text: Box::new(metrics_text),
             created: unix_seconds(),
+            anyone: Arc::new(Tenant::anyone()),
         }
     }
 

@@ -9,26 +9,32 @@ use axum::response::{IntoResponse, Response};
 use super::choice::Delta;
 use super::error::ApiError;
 use super::generation::{Generation, Plan};
+use super::middleware::Caller;
 use super::shape::{Head, Shape};
 use super::types::Timing;
 use super::{Server, stream, unix_seconds};
 
-/// Generates what `plan` says; `id` is the request's and `arrival` when it had been read.
-pub(super) async fn respond(server: Arc<Server>, plan: Plan, id: &str, arrival: Instant) -> Result<Response, ApiError> {
+/// Generates what `plan` says; `arrival` is when the request had been read.
+pub(super) async fn respond(
+    server: Arc<Server>,
+    plan: Plan,
+    caller: &Caller,
+    arrival: Instant,
+) -> Result<Response, ApiError> {
     let prefix = match plan.shape {
         Shape::Chat => "chatcmpl",
         Shape::Completion => "cmpl",
     };
     let head = Head {
         shape: plan.shape,
-        id: format!("{prefix}-{id}"),
+        id: format!("{prefix}-{}", caller.id),
         created: unix_seconds(),
         model: plan.model.clone(),
         logprobs: plan.params.sampling.logprobs.is_some(),
         tokenizer: server.model()?.tokenizer.clone(),
     };
     let (stream, include_usage) = (plan.params.stream, plan.params.include_usage);
-    let generation = Generation::start(server, plan, id, arrival)?;
+    let generation = Generation::start(server, plan, caller, arrival)?;
     if stream {
         stream::respond(generation, head, include_usage).await
     } else {

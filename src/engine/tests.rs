@@ -9,7 +9,7 @@ use super::*;
 use crate::{
     batching::{Buckets, Config, Schedule, WindowPolicy},
     commands::model_files,
-    request::{Event, Failure, FinishReason, Sampling, TokenId},
+    request::{Event, Failure, FinishReason, Sampling, Tenant, TokenId},
 };
 
 fn settings() -> Settings {
@@ -40,6 +40,7 @@ fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::Unbounde
     (
         Request {
             id: "test".into(),
+            tenant: Arc::new(Tenant::anyone()),
             prompt,
             sampling,
             arrival: Instant::now(),
