@@ -3,16 +3,20 @@
 
 mod blocks;
 mod buckets;
+mod lru;
+mod namespace;
 mod policy;
 mod prefix;
 mod scheduler;
 mod window;
 
-pub use blocks::{BlockCounts, BlockId, BlockPool};
+pub use blocks::{BlockCounts, BlockId, BlockPool, PinCounts};
 pub use buckets::{Buckets, BucketsError};
+pub use namespace::{CacheScope, Namespace};
 pub use policy::{Schedule, WindowPolicy};
+pub use prefix::{AUTOMATIC_PIN_REQUESTS, CachedPrefix};
 pub use scheduler::{
-    Admission, Arrival, Batch, Change, Config, ConfigError, Plan, Row, Scheduler, Sequence, SequenceId,
+    Admission, Arrival, Batch, Change, Computed, Config, ConfigError, Plan, Row, Scheduler, Sequence, SequenceId,
 };
 
 /// The most that `max_batch` may be set to.

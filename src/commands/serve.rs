@@ -203,6 +203,8 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
         kv_memory: model.kv_memory,
         block_size: model.block_size,
         prefix_cache: !model.no_prefix_cache,
+        cache_scope: model.cache_scope,
+        pin_share: model.pin_memory,
     })
 }
 

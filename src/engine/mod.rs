@@ -1,5 +1,6 @@
 //! The one thread that owns the device: takes a plan, runs the model, samples, sends events.
 
+mod cache;
 mod model;
 mod run;
 mod sampler;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Device};
 use sconce_models::{Decoder, KvCache, ModelError, Span, Step, without_backtrace};
 
-use crate::batching::{BlockPool, Config, ConfigError, Plan, Scheduler};
+use crate::batching::{BlockPool, CacheScope, Config, ConfigError, Plan, Scheduler};
 
 /// What the engine is made from.
 #[derive(Debug, Clone)]
@@ -24,6 +24,10 @@ pub struct Settings {
     /// Slots in a block.
     pub block_size: usize,
     pub prefix_cache: bool,
+    pub cache_scope: CacheScope,
+    /// The share of the KV cache that pinned prompts may hold, 0 to 1. Less where a sequence of the greatest length
+    /// would not fit beside them.
+    pub pin_share: f64,
 }
 
 /// The KV cache's size where none is asked for: a hundred chats of the default model, within the memory of a small
@@ -53,6 +57,7 @@ pub enum LoadError {
 pub struct Model {
     pub scheduler: Scheduler,
     pub kv_tokens: usize,
+    pub cache_scope: CacheScope,
     decoder: Decoder,
     cache: KvCache,
 }
@@ -79,7 +84,8 @@ impl Model {
             max_model_len,
             ..settings.batching.clone()
         };
-        let pool = BlockPool::new(blocks, settings.block_size, settings.prefix_cache);
+        let pin_budget = (blocks as f64 * settings.pin_share) as usize;
+        let pool = BlockPool::new(blocks, settings.block_size, settings.prefix_cache).with_pin_budget(pin_budget);
         let scheduler = Scheduler::new(batching, pool)?;
         let cache = KvCache::new(config, blocks, settings.block_size, dtype, &settings.device).map_err(|error| {
             LoadError::KvCache {
@@ -90,6 +96,7 @@ impl Model {
         Ok(Self {
             scheduler,
             kv_tokens,
+            cache_scope: settings.cache_scope,
             decoder,
             cache,
         })

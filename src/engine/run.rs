@@ -15,11 +15,12 @@ use tokio::{
 
 use super::{
     Message, Queued,
+    cache::Savings,
     model::Model,
     sampler::{NotANumber, Sample, Sampler},
 };
 use crate::{
-    batching::{Arrival, Plan, Sequence, SequenceId},
+    batching::{Arrival, Plan, SequenceId},
     request::{Event, Failure, FinishReason, Token},
     telemetry::EngineMetrics,
 };
@@ -43,6 +44,7 @@ pub struct Runner {
     clients: HashMap<SequenceId, Client>,
     metrics: Arc<EngineMetrics>,
     preemptions: u64,
+    savings: Savings,
 }
 
 impl Runner {
@@ -61,6 +63,7 @@ impl Runner {
             clients: HashMap::new(),
             metrics,
             preemptions: 0,
+            savings: Savings::default(),
         }
     }
 
@@ -114,7 +117,9 @@ impl Runner {
     fn enqueue(&mut self, Queued { request, place }: Queued) {
         let sampler = Sampler::new(request.sampling, &request.prompt);
         let arrival = request.arrival;
+        let salt = request.cache_salt.as_deref();
         let id = self.model.scheduler.push(Arrival {
+            namespace: self.model.cache_scope.namespace(&request.tenant.name, salt),
             prompt: request.prompt,
             arrival,
             deadline: request.deadline,
@@ -184,7 +189,6 @@ impl Runner {
             self.metrics
                 .queue_seconds
                 .observe(waited.saturating_sub(admission.window).as_secs_f64());
-            self.metrics.cached_tokens.inc_by(admission.cached_tokens as u64);
             let (window, cached_tokens) = (admission.window, admission.cached_tokens);
             // A client that has gone is seen at the next step.
             let _ = client.events.send(Event::Admitted {
@@ -193,6 +197,7 @@ impl Runner {
                 cached_tokens,
             });
         }
+        self.savings.found(plan.cached_tokens, &self.metrics);
         for batch in &plan.batches {
             self.metrics.batches.inc();
             self.metrics.batch_requests.observe(batch.requests as f64);
@@ -208,15 +213,10 @@ impl Runner {
 
     fn step(&mut self, plan: &Plan) {
         let started = Instant::now();
-        let generated = |id| self.model.scheduler.sequence(id).map_or(0, Sequence::generated);
-        let decodes = plan
-            .rows
-            .iter()
-            .filter(|row| row.len == 1 && generated(row.id) > 0)
-            .count();
         match self.model.forward(plan) {
             Ok(logits) => {
-                self.model.scheduler.commit(plan);
+                let computed = self.model.scheduler.commit(plan);
+                self.savings.computed(computed, started.elapsed(), &self.metrics);
                 self.sample(plan, logits);
             }
             Err(error) => {
@@ -232,8 +232,6 @@ impl Runner {
         self.metrics.busy_seconds.inc_by(seconds);
         self.metrics.step_seconds.observe(seconds);
         self.metrics.step_tokens.observe(tokens as f64);
-        self.metrics.decode_tokens.inc_by(decodes as u64);
-        self.metrics.prefill_tokens.inc_by((tokens - decodes) as u64);
         self.metrics
             .occupancy_steps
             .inc_by(plan.rows.len() as f64 / self.model.scheduler.config().max_batch as f64);
@@ -268,6 +266,11 @@ impl Runner {
             Ok(sample) => sample,
             Err(failure) => return self.end(id, "failed", Some(Event::Failed(failure))),
         };
+        if sequence.generated() == 0 {
+            let cached_tokens = sequence.cached_tokens();
+            self.metrics.cache.request(cached_tokens);
+            let _ = client.events.send(Event::Prefilled { cached_tokens });
+        }
         let _ = client.events.send(Event::Token(Token {
             id: token,
             at,
@@ -301,9 +304,15 @@ impl Runner {
         self.metrics.waiting.set(scheduler.waiting() as f64);
         self.metrics.running.set(scheduler.running() as f64);
         let counts = scheduler.block_counts();
-        for (state, blocks) in [("free", counts.free), ("held", counts.held), ("cached", counts.cached)] {
+        for (state, blocks) in [
+            ("free", counts.free),
+            ("held", counts.held),
+            ("cached", counts.cached),
+            ("pinned", counts.pinned),
+        ] {
             self.metrics.kv_blocks.with_label_values(&[state]).set(blocks as f64);
         }
+        self.metrics.cache.observe(scheduler.pin_counts());
         self.metrics
             .preemptions
             .inc_by(scheduler.preemptions() - self.preemptions);

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::{
-    batching::{Buckets, Config, Schedule, WindowPolicy},
+    batching::{Buckets, CacheScope, Config, Schedule, WindowPolicy},
     commands::model_files,
     request::{Event, Failure, FinishReason, Sampling, Tenant, TokenId},
 };
@@ -32,6 +32,8 @@ fn settings() -> Settings {
         kv_memory: None,
         block_size: 16,
         prefix_cache: true,
+        cache_scope: CacheScope::Tenant,
+        pin_share: 0.25,
     }
 }
 
@@ -42,6 +44,7 @@ fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::Unbounde
             id: "test".into(),
             tenant: Arc::new(Tenant::anyone()),
             prompt,
+            cache_salt: None,
             sampling,
             arrival: Instant::now(),
             deadline: None,
@@ -64,7 +67,7 @@ fn answer(mut events: mpsc::UnboundedReceiver<Event>) -> (Vec<TokenId>, Option<E
     let mut tokens = Vec::new();
     while let Some(event) = events.blocking_recv() {
         match event {
-            Event::Admitted { .. } => assert!(tokens.is_empty(), "admitted before the first token"),
+            Event::Admitted { .. } | Event::Prefilled { .. } => assert!(tokens.is_empty(), "before the first token"),
             Event::Token(token) => tokens.push(token.id),
             end => return (tokens, Some(end)),
         }

@@ -16,13 +16,13 @@ use std::{
 };
 
 use super::{
-    BlockCounts, BlockPool, Schedule,
+    BlockCounts, BlockPool, PinCounts, Schedule,
     window::{self, Waiting},
 };
 use crate::request::TokenId;
 pub use config::{Change, Config, ConfigError};
 pub use plan::{Admission, Batch, Plan, Row};
-pub use sequence::{Arrival, Sequence, SequenceId};
+pub use sequence::{Arrival, Computed, Sequence, SequenceId};
 
 /// Owns every sequence and every KV block. Give it the arrivals, ask for a [`Plan`], run it, [`Scheduler::commit`] it,
 /// and say what was sampled ([`Scheduler::append`], [`Scheduler::remove`]).
@@ -44,8 +44,9 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    pub fn new(config: Config, blocks: BlockPool) -> Result<Self, ConfigError> {
+    pub fn new(config: Config, mut blocks: BlockPool) -> Result<Self, ConfigError> {
         config.check(&blocks)?;
+        blocks.leave_room_for(config.max_model_len);
         Ok(Self {
             config,
             blocks,
@@ -86,6 +87,10 @@ impl Scheduler {
         self.blocks.counts()
     }
 
+    pub fn pin_counts(&self) -> PinCounts {
+        self.blocks.pins()
+    }
+
     /// How often a sequence lost its blocks, since the start.
     pub fn preemptions(&self) -> u64 {
         self.preemptions
@@ -110,7 +115,7 @@ impl Scheduler {
             expired: self.expire(now),
             ..Plan::default()
         };
-        self.resume();
+        self.resume(&mut plan);
         let closes_at = self.close_batches(&mut plan, now);
         self.plan_decodes(&mut plan);
         self.plan_prefills(&mut plan);
@@ -122,21 +127,14 @@ impl Scheduler {
     }
 
     /// The plan's rows have run: their keys and values are in the cache.
-    pub fn commit(&mut self, plan: &Plan) {
-        let size = self.blocks.block_size();
+    pub fn commit(&mut self, plan: &Plan) -> Computed {
+        let mut computed = Computed::default();
         for row in &plan.rows {
-            let Some(sequence) = self.running.get_mut(&row.id) else {
-                continue;
-            };
-            sequence.computed = row.start + row.len;
-            while (sequence.kept + 1) * size <= sequence.computed {
-                let index = sequence.kept;
-                let above = index.checked_sub(1).map(|above| sequence.blocks[above]);
-                let tokens = &sequence.tokens[index * size..(index + 1) * size];
-                sequence.blocks[index] = self.blocks.keep(above, tokens, sequence.blocks[index]);
-                sequence.kept += 1;
+            if let Some(sequence) = self.running.get_mut(&row.id) {
+                computed += sequence.compute(row.start + row.len, &mut self.blocks);
             }
         }
+        computed
     }
 
     /// A sampled token that does not end its sequence.
@@ -175,15 +173,16 @@ impl Scheduler {
     }
 
     /// Takes preempted sequences up again, oldest first, while their blocks are to be had.
-    fn resume(&mut self) {
+    fn resume(&mut self, plan: &mut Plan) {
         while let Some((&id, _)) = self.preempted.first_key_value() {
             let Some((_, mut sequence)) = self.preempted.pop_first() else {
                 return;
             };
-            if !self.give_blocks(&mut sequence) {
+            let Some(cached) = self.give_blocks(&mut sequence) else {
                 self.preempted.insert(id, sequence);
                 return;
-            }
+            };
+            plan.cached_tokens += cached;
             self.running.insert(id, sequence);
         }
     }
@@ -249,10 +248,11 @@ impl Scheduler {
             let Some((id, mut sequence)) = self.waiting.remove(index - batch.requests) else {
                 break;
             };
-            if !self.give_blocks(&mut sequence) {
+            let Some(cached_tokens) = self.give_blocks(&mut sequence) else {
                 self.waiting.insert(index - batch.requests, (id, sequence));
                 break;
-            }
+            };
+            plan.cached_tokens += cached_tokens;
             sequence.admitted = Some(now);
             batch.requests += 1;
             batch.prompt_tokens += sequence.tokens.len();
@@ -262,7 +262,7 @@ impl Scheduler {
             plan.admitted.push(Admission {
                 id,
                 window,
-                cached_tokens: sequence.computed,
+                cached_tokens,
             });
             self.running.insert(id, sequence);
         }
@@ -274,23 +274,22 @@ impl Scheduler {
     }
 
     /// Gives a sequence without blocks all that its tokens so far need, the cached prefix first. Leaves one block for
-    /// each running sequence, so that an admission does not preempt at once.
-    fn give_blocks(&mut self, sequence: &mut Sequence) -> bool {
-        // The last token is always computed, so that there are logits.
-        let cached = self.blocks.take_prefix(&sequence.tokens[..sequence.tokens.len() - 1]);
+    /// each running sequence, so that an admission does not preempt at once. Gives the prompt tokens that it saves, or
+    /// `None` where blocks do not reach.
+    fn give_blocks(&mut self, sequence: &mut Sequence) -> Option<usize> {
+        // Held before anything is allocated, so that nothing of it is evicted.
+        let cached = sequence.take_cached(&mut self.blocks);
         let wanted = self.blocks.blocks_for(sequence.tokens.len()) - cached.len();
         let reserve = self.running.len();
         if self.blocks.available() < wanted + reserve {
             self.blocks.release(&cached);
-            return false;
+            return None;
         }
-        sequence.kept = cached.len();
-        sequence.computed = cached.len() * self.blocks.block_size();
-        sequence.blocks = cached;
+        let saved = sequence.accept(cached, &mut self.blocks);
         sequence
             .blocks
             .extend((0..wanted).map_while(|_| self.blocks.allocate()));
-        true
+        Some(saved)
     }
 }
 

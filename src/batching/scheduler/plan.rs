@@ -15,6 +15,8 @@ pub struct Plan {
     pub batches: Vec<Batch>,
     /// Sequences whose deadline passed; they are gone.
     pub expired: Vec<SequenceId>,
+    /// Prompt tokens found in the prefix cache and not computed before, of all sequences.
+    pub cached_tokens: usize,
     /// With no rows: when there may be some without a new arrival.
     pub wake: Option<Instant>,
 }
@@ -35,7 +37,7 @@ pub struct Admission {
     pub id: SequenceId,
     /// How much of its wait was for the window, with room for it to run.
     pub window: Duration,
-    /// Prompt tokens found in the prefix cache.
+    /// Prompt tokens found in the prefix cache so far; more may be found while it is prefilled.
     pub cached_tokens: usize,
 }
 

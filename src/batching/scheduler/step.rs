@@ -1,5 +1,7 @@
 //! The rows of a step: decodes first, then prefill chunks in what they leave of the budget.
 
+use std::collections::HashSet;
+
 use super::{Plan, Row, Scheduler, Sequence, SequenceId};
 
 impl Scheduler {
@@ -55,19 +57,34 @@ impl Scheduler {
         }
     }
 
-    /// Prefill chunks, oldest first, in what the decodes left of the budget.
-    pub(super) fn plan_prefills(&self, plan: &mut Plan) {
-        let mut budget = self.config.step_tokens - plan.rows.len();
+    /// Prefill chunks, oldest first, in what the decodes left of the budget. What the cache has by now is not computed,
+    /// and what an earlier row of this step computes is left to it: the cache has it for the next step.
+    pub(super) fn plan_prefills(&mut self, plan: &mut Plan) {
         let decodes = plan.rows.len();
-        for (&id, sequence) in &self.running {
-            let remaining = sequence.tokens.len() - sequence.computed;
+        let size = self.blocks.block_size();
+        let mut budget = self.config.step_tokens - decodes;
+        let mut computing = HashSet::new();
+        for (&id, sequence) in &mut self.running {
             if budget == 0 {
                 break;
             }
             if plan.rows[..decodes].binary_search_by_key(&id, |row| row.id).is_ok() {
                 continue;
             }
-            let len = remaining.min(budget);
+            let cached = sequence.take_cached(&mut self.blocks);
+            plan.cached_tokens += sequence.accept(cached, &mut self.blocks);
+            let sequence = &*sequence;
+            let next = sequence.next_block(size);
+            if next.is_some_and(|next| computing.contains(&next)) {
+                continue;
+            }
+            let remaining = sequence.tokens.len() - sequence.computed;
+            let first = plan.rows.len() == decodes;
+            let len = chunk(sequence.computed, remaining, budget, size, first);
+            if len == 0 {
+                continue;
+            }
+            computing.extend(next);
             budget -= len;
             plan.rows.push(Row {
                 id,
@@ -76,5 +93,19 @@ impl Scheduler {
                 samples: len == remaining,
             });
         }
+    }
+}
+
+/// How many of a sequence's `remaining` tokens from `start` on a step runs: up to a block's end where it cannot run them
+/// all, so that others can share the block. The first prefill of a step goes on even if its block does not get full.
+fn chunk(start: usize, remaining: usize, budget: usize, block_size: usize, first: bool) -> usize {
+    if remaining <= budget {
+        return remaining;
+    }
+    let full_blocks = (start + budget) / block_size * block_size;
+    match full_blocks.checked_sub(start) {
+        Some(len) if len > 0 => len,
+        _ if first => budget,
+        _ => 0,
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use proptest::prelude::*;
 
 use super::*;
-use crate::batching::{Buckets, WindowPolicy};
+use crate::batching::{Buckets, Namespace, WindowPolicy};
 
 const BLOCK: usize = 4;
 
@@ -25,9 +25,17 @@ fn scheduler(config: Config, blocks: usize) -> Scheduler {
     Scheduler::new(config, BlockPool::new(blocks, BLOCK, true)).unwrap()
 }
 
+fn anyone() -> Namespace {
+    Namespace::Private {
+        tenant: None,
+        salt: None,
+    }
+}
+
 fn arrival(prompt: Vec<TokenId>, now: Instant) -> Arrival {
     Arrival {
         prompt,
+        namespace: anyone(),
         arrival: now,
         deadline: None,
     }
@@ -127,7 +135,7 @@ fn decodes_come_first_and_prefill_is_chunked() {
             Row {
                 id: long,
                 start: 0,
-                len: 7,
+                len: 4,
                 samples: false
             }
         ]
@@ -138,8 +146,8 @@ fn decodes_come_first_and_prefill_is_chunked() {
         plan.rows[1],
         Row {
             id: long,
-            start: 7,
-            len: 3,
+            start: 4,
+            len: 6,
             samples: true
         }
     );
