@@ -16,6 +16,7 @@ use std::time::Duration;
 use clap::builder::{BoolishValueParser, RangedU64ValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use crate::api::ConfiguredPrompt;
 pub use crate::batching::{Buckets, CacheScope, Schedule, WindowPolicy};
 use crate::batching::{MAX_BATCH, MAX_STEP_TOKENS};
 pub use load::{Loadtest, Tune};
@@ -63,6 +64,9 @@ pub struct Serve {
     pub batching: Batching,
     #[command(flatten)]
     pub http: Http,
+    /// Prompts that stay in the prefix cache: the file's `[[pin]]` tables. They have no flag.
+    #[arg(skip)]
+    pub pins: Vec<ConfiguredPrompt>,
     #[command(flatten)]
     pub common: Common,
 }

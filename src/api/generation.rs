@@ -33,7 +33,7 @@ pub(super) struct Plan {
 /// One prompt, known to fit the model's context.
 #[derive(Debug)]
 pub(super) struct Prompt {
-    tokens: Vec<TokenId>,
+    pub tokens: Vec<TokenId>,
     /// The prompt's text where it is to be echoed.
     echo: String,
 }

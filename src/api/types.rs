@@ -56,7 +56,7 @@ pub(super) struct Body {
     pub web_search_options: Value,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct MessageBody {
     pub role: Option<String>,

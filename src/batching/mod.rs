@@ -16,7 +16,8 @@ pub use namespace::{CacheScope, Namespace};
 pub use policy::{Schedule, WindowPolicy};
 pub use prefix::{AUTOMATIC_PIN_REQUESTS, CachedPrefix};
 pub use scheduler::{
-    Admission, Arrival, Batch, Change, Computed, Config, ConfigError, Plan, Row, Scheduler, Sequence, SequenceId,
+    Admission, Arrival, Batch, Change, Computed, Config, ConfigError, Pin, PinError, Plan, Row, Scheduler, Sequence,
+    SequenceId,
 };
 
 /// The most that `max_batch` may be set to.

@@ -12,7 +12,7 @@ use std::{
 
 use axum::serve::ListenerExt;
 use prometheus::Registry;
-use tokio::{net::TcpListener, signal};
+use tokio::{net::TcpListener, runtime::Handle, signal};
 
 use super::{device, model_files, model_files::PullError};
 use crate::{
@@ -39,6 +39,8 @@ pub enum ServeError {
     Text(#[from] TextError),
     #[error(transparent)]
     Device(#[from] device::DeviceError),
+    #[error(transparent)]
+    NotPinned(#[from] api::NotPinned),
     #[error("the model could not be loaded: its file made the loader panic; fetch it again")]
     LoadPanicked,
     #[error("the engine ended by a panic; every waiting client was told; start the server again")]
@@ -99,6 +101,9 @@ fn run_engine(
     address: SocketAddr,
 ) -> Result<(), ServeError> {
     let (model, engine, thread) = load(settings, metrics)?;
+    let pinning = api::pin_configured(&model, &engine, &settings.pins);
+    Handle::current().block_on(pinning)?;
+    server.serve_cache(engine.clone(), address.ip().is_loopback());
     if settings.http.admin {
         server.allow_admin(engine);
     }

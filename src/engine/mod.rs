@@ -9,6 +9,7 @@ use std::{sync::Arc, thread};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
+pub use cache::{CacheReport, PinFailed, PinInfo, PinRequest};
 pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
 
 use crate::{
@@ -32,6 +33,8 @@ pub struct Handle {
 #[derive(Debug)]
 enum Message {
     Request(Queued),
+    Pin(Queued, cache::PinOrder),
+    Cache(cache::Question),
     Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
 }
 

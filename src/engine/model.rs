@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use candle_core::{DType, Device};
 use sconce_models::{Decoder, KvCache, ModelError, Span, Step, without_backtrace};
 
-use crate::batching::{BlockPool, CacheScope, Config, ConfigError, Plan, Scheduler};
+use crate::{
+    batching::{BlockPool, CacheScope, Config, ConfigError, Namespace, Plan, Scheduler},
+    request::Request,
+};
 
 /// What the engine is made from.
 #[derive(Debug, Clone)]
@@ -57,7 +60,7 @@ pub enum LoadError {
 pub struct Model {
     pub scheduler: Scheduler,
     pub kv_tokens: usize,
-    pub cache_scope: CacheScope,
+    cache_scope: CacheScope,
     decoder: Decoder,
     cache: KvCache,
 }
@@ -100,6 +103,12 @@ impl Model {
             decoder,
             cache,
         })
+    }
+
+    /// Where a request's blocks are found and kept.
+    pub fn namespace(&self, request: &Request) -> Namespace {
+        self.cache_scope
+            .namespace(&request.tenant.name, request.cache_salt.as_deref())
     }
 
     pub fn vocab_size(&self) -> usize {

@@ -15,34 +15,36 @@ use tokio::{
 
 use super::{
     Message, Queued,
-    cache::Savings,
+    cache::{PinOrder, Savings},
     model::Model,
     sampler::{NotANumber, Sample, Sampler},
 };
 use crate::{
-    batching::{Arrival, Plan, SequenceId},
+    batching::{Arrival, Namespace, Plan, SequenceId},
     request::{Event, Failure, FinishReason, Token},
     telemetry::EngineMetrics,
 };
 
 /// Who waits for a sequence, and how its tokens are chosen.
-struct Client {
+pub(super) struct Client {
     events: mpsc::UnboundedSender<Event>,
     sampler: Sampler,
     arrival: Instant,
     /// The place in the queue, until a batch takes the request.
     place: Option<OwnedSemaphorePermit>,
+    /// The prompt is to be pinned; no token is wanted.
+    pub(super) pin: Option<PinOrder>,
 }
 
 pub struct Runner {
-    model: Model,
+    pub(super) model: Model,
     inbox: mpsc::UnboundedReceiver<Message>,
     /// Gives the wait for an arrival its timeout.
     timer: Runtime,
     /// Whether anyone can still send requests.
     open: bool,
-    clients: HashMap<SequenceId, Client>,
-    metrics: Arc<EngineMetrics>,
+    pub(super) clients: HashMap<SequenceId, Client>,
+    pub(super) metrics: Arc<EngineMetrics>,
     preemptions: u64,
     savings: Savings,
 }
@@ -101,7 +103,12 @@ impl Runner {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Request(queued) => self.enqueue(queued),
+            Message::Request(queued) => {
+                let namespace = self.model.namespace(&queued.request);
+                self.enqueue(queued, namespace, None);
+            }
+            Message::Pin(queued, order) => self.start_pin(queued, order),
+            Message::Cache(question) => self.answer(question),
             Message::Configure(change, reply) => {
                 let config = self.model.scheduler.configure(&change).cloned();
                 if let Ok(config) = &config {
@@ -114,12 +121,12 @@ impl Runner {
         }
     }
 
-    fn enqueue(&mut self, Queued { request, place }: Queued) {
+    /// Queues a request as a sequence.
+    pub(super) fn enqueue(&mut self, Queued { request, place }: Queued, namespace: Namespace, pin: Option<PinOrder>) {
         let sampler = Sampler::new(request.sampling, &request.prompt);
         let arrival = request.arrival;
-        let salt = request.cache_salt.as_deref();
         let id = self.model.scheduler.push(Arrival {
-            namespace: self.model.cache_scope.namespace(&request.tenant.name, salt),
+            namespace,
             prompt: request.prompt,
             arrival,
             deadline: request.deadline,
@@ -131,6 +138,7 @@ impl Runner {
                 sampler,
                 arrival,
                 place: Some(place),
+                pin,
             },
         );
         tracing::debug!(request = request.id, sequence = id, "queued");
@@ -259,6 +267,9 @@ impl Runner {
 
     /// Sends a sampled token and goes on with its sequence or ends it.
     fn deliver(&mut self, id: SequenceId, sample: Result<Sample, Failure>, at: Instant) {
+        if sample.is_ok() && self.finish_pin(id, at) {
+            return;
+        }
         let (Some(client), Some(sequence)) = (self.clients.get(&id), self.model.scheduler.sequence(id)) else {
             return;
         };
@@ -299,7 +310,7 @@ impl Runner {
     }
 
     /// Publishes the scheduler's present state.
-    fn observe(&mut self) {
+    pub(super) fn observe(&mut self) {
         let scheduler = &self.model.scheduler;
         self.metrics.waiting.set(scheduler.waiting() as f64);
         self.metrics.running.set(scheduler.running() as f64);

@@ -58,8 +58,13 @@ impl CacheMetrics {
         self.requests.with_label_values(&[outcome]).inc();
     }
 
+    /// Cached blocks given up since the start.
+    pub fn evictions(&self) -> u64 {
+        self.evictions.get()
+    }
+
     pub fn observe(&self, pins: PinCounts) {
-        self.evictions.inc_by(pins.evictions - self.evictions.get());
+        self.evictions.inc_by(pins.evictions - self.evictions());
         for (kind, blocks) in [("asked", pins.asked), ("automatic", pins.automatic)] {
             self.pinned_blocks.with_label_values(&[kind]).set(blocks as f64);
         }

@@ -6,6 +6,7 @@
 //! first; the youngest is preempted first, so the oldest always ends.
 
 mod config;
+mod pins;
 mod plan;
 mod sequence;
 mod step;
@@ -16,11 +17,12 @@ use std::{
 };
 
 use super::{
-    BlockCounts, BlockPool, PinCounts, Schedule,
+    BlockCounts, BlockPool, CachedPrefix, PinCounts, Schedule,
     window::{self, Waiting},
 };
 use crate::request::TokenId;
 pub use config::{Change, Config, ConfigError};
+pub use pins::{Pin, PinError};
 pub use plan::{Admission, Batch, Plan, Row};
 pub use sequence::{Arrival, Computed, Sequence, SequenceId};
 
@@ -35,6 +37,7 @@ pub struct Scheduler {
     running: BTreeMap<SequenceId, Sequence>,
     /// Lost their blocks and go before whoever waits.
     preempted: BTreeMap<SequenceId, Sequence>,
+    pins: Vec<Pin>,
     next_id: SequenceId,
     /// Since when an open window has held up requests that could run.
     window_open: Option<Instant>,
@@ -53,6 +56,7 @@ impl Scheduler {
             waiting: VecDeque::new(),
             running: BTreeMap::new(),
             preempted: BTreeMap::new(),
+            pins: Vec::new(),
             next_id: 0,
             window_open: None,
             service: Duration::ZERO,
@@ -87,6 +91,16 @@ impl Scheduler {
         self.blocks.counts()
     }
 
+    /// Slots in a block.
+    pub fn block_size(&self) -> usize {
+        self.blocks.block_size()
+    }
+
+    /// The cached prefixes that a tenant may be told of, in no order. Looks at every block.
+    pub fn prefixes(&self, reader: &str) -> Vec<CachedPrefix> {
+        self.blocks.prefixes(reader)
+    }
+
     pub fn pin_counts(&self) -> PinCounts {
         self.blocks.pins()
     }
@@ -115,13 +129,14 @@ impl Scheduler {
             expired: self.expire(now),
             ..Plan::default()
         };
+        let unpinned_at = self.expire_pins(now);
         self.resume(&mut plan);
         let closes_at = self.close_batches(&mut plan, now);
         self.plan_decodes(&mut plan);
         self.plan_prefills(&mut plan);
         if plan.rows.is_empty() {
             let deadlines = self.waiting.iter().filter_map(|(_, sequence)| sequence.deadline);
-            plan.wake = deadlines.chain(closes_at).min();
+            plan.wake = deadlines.chain(closes_at).chain(unpinned_at).min();
         }
         plan
     }
@@ -293,5 +308,9 @@ impl Scheduler {
     }
 }
 
+#[cfg(test)]
+mod cache_tests;
+#[cfg(test)]
+mod property_tests;
 #[cfg(test)]
 mod tests;

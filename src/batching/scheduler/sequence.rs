@@ -26,7 +26,7 @@ pub struct Arrival {
 pub struct Sequence {
     pub(super) tokens: Vec<TokenId>,
     pub(super) prompt_len: usize,
-    namespace: Namespace,
+    pub(super) namespace: Namespace,
     /// How many of `tokens` have their keys and values in the cache.
     pub(super) computed: usize,
     /// How many of `blocks` are full and kept for their tokens.

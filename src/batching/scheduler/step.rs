@@ -65,14 +65,14 @@ impl Scheduler {
         let mut budget = self.config.step_tokens - decodes;
         let mut computing = HashSet::new();
         for (&id, sequence) in &mut self.running {
-            if budget == 0 {
-                break;
-            }
             if plan.rows[..decodes].binary_search_by_key(&id, |row| row.id).is_ok() {
                 continue;
             }
             let cached = sequence.take_cached(&mut self.blocks);
             plan.cached_tokens += sequence.accept(cached, &mut self.blocks);
+            if budget == 0 {
+                continue;
+            }
             let sequence = &*sequence;
             let next = sequence.next_block(size);
             if next.is_some_and(|next| computing.contains(&next)) {
