@@ -80,7 +80,7 @@ fn prompts_are_pinned_listed_and_unpinned() {
         &json!({"messages": [{"role": "system", "content": system}]}),
     );
     let tokens = pinned["tokens"].as_u64().expect("a count");
-    assert!(tokens >= 16 && tokens % 16 == 0, "{pinned}");
+    assert!(tokens >= 16 && tokens.is_multiple_of(16), "{pinned}");
     assert_eq!(
         (&pinned["shared"], &pinned["expires_in_seconds"]),
         (&json!(false), &Value::Null)

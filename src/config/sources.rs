@@ -168,11 +168,11 @@ fn config_path(args: &[OsString]) -> Option<PathBuf> {
         .map(PathBuf::from)
 }
 
-/// The file's keys with their values as a command line would write them, and its prompts to pin.
-fn read_file(
-    path: &Path,
-    command: &clap::Command,
-) -> Result<(Vec<(String, String)>, Vec<ConfiguredPrompt>), FileError> {
+/// The file's keys with their values as a command line would write them.
+type Keys = Vec<(String, String)>;
+
+/// The file's keys and its prompts to pin.
+fn read_file(path: &Path, command: &clap::Command) -> Result<(Keys, Vec<ConfiguredPrompt>), FileError> {
     let text = std::fs::read_to_string(path).map_err(|source| FileError::Read {
         path: path.into(),
         source,
@@ -183,7 +183,7 @@ fn read_file(
         message: error.message().to_owned(),
     })?;
     let pins = read_pins(path, table.remove("pin"))?;
-    let mut keys: Vec<(String, String)> = Vec::new();
+    let mut keys = Keys::new();
     for (key, value) in &table {
         let name = key.replace('_', "-");
         let args: Vec<&Arg> = args_named(command, &name);

@@ -156,7 +156,10 @@ impl Runner {
         if let Ok(pin) = &pinned {
             tracing::info!(id = pin.id, tokens = pin.tokens, "prompt pinned");
         }
-        let _ = reply.send(pinned.map(|pin| info(pin, now)));
+        let pinned = pinned.map(|pin| info(pin, now));
+        // The figures are right by the time anybody can ask for them.
+        self.observe();
+        let _ = reply.send(pinned);
         true
     }
 
@@ -170,10 +173,10 @@ impl Runner {
             Question::Unpin { id, owner, reply } => {
                 let scheduler = &mut self.model.scheduler;
                 let left = scheduler.unpin(|pin| pin.id == id && pin.owner.as_ref() == Some(&owner));
+                self.observe();
                 let _ = reply.send(left > 0);
             }
         }
-        self.observe();
     }
 
     fn report(&self, reader: &str, now: Instant) -> CacheReport {

@@ -94,7 +94,7 @@ impl<'a> Drive<'a> {
     }
 
     /// Runs until every client has its output, has left, or is past its deadline.
-    fn to_the_end(&mut self, changes: &[(u64, Change)]) -> Result<(), TestCaseError> {
+    fn finish(&mut self, changes: &[(u64, Change)]) -> Result<(), TestCaseError> {
         let start = Instant::now();
         for step in 0..4000 {
             let now = start + STEP * step as u32;
@@ -262,7 +262,7 @@ proptest! {
         let config = Config { schedule, window_policy, ..config() };
         let scheduler = Scheduler::new(config, BlockPool::new(blocks, BLOCK, prefix_cache)).unwrap();
         let mut drive = Drive::new(scheduler, &clients);
-        drive.to_the_end(&changes)?;
+        drive.finish(&changes)?;
         let complete = |client: &Client| client.leaves.is_none() && client.deadline.is_none();
         for (client, output) in clients.iter().zip(&drive.outputs) {
             prop_assert!(*output == client.output || !complete(client));
