@@ -22,6 +22,10 @@ pub(super) struct ApiError {
     retry_after: Option<u16>,
 }
 
+/// Goes with an error's response to where it is counted and logged: see [`ApiError::cause`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cause(pub &'static str);
+
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
         Self {
@@ -136,6 +140,22 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message)
     }
 
+    /// A request that went wrong while it ran.
+    fn failed(code: &'static str, message: String) -> Self {
+        Self {
+            code: Some(code),
+            ..Self::internal(message)
+        }
+    }
+
+    /// What the error is counted and logged under: its code, where it has one.
+    pub fn cause(&self) -> &'static str {
+        self.code.unwrap_or(match self.status {
+            StatusCode::BAD_REQUEST => "invalid_request",
+            _ => "internal",
+        })
+    }
+
     /// The body of the response, or the data of the event that ends a stream.
     pub fn body(&self) -> Value {
         json!({"error": {
@@ -171,7 +191,8 @@ impl From<Failure> for ApiError {
                 Some("deadline_passed"),
                 message,
             ),
-            Failure::NotANumber | Failure::Step(_) => Self::internal(message),
+            Failure::NotANumber => Self::failed("not_a_number", message),
+            Failure::Step(_) => Self::failed("step_failed", message),
         }
     }
 }
@@ -203,6 +224,7 @@ fn sentence(message: &str) -> String {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, axum::Json(self.body())).into_response();
+        response.extensions_mut().insert(Cause(self.cause()));
         if let Some(seconds) = self.retry_after {
             response
                 .headers_mut()

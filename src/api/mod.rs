@@ -4,6 +4,7 @@
 //! and comes back through `choice` (tokens to text) and `shape` (text to JSON) as one body or, in `stream`, as
 //! server-sent events.
 
+mod access;
 mod admin;
 mod body;
 mod chat;
@@ -80,6 +81,7 @@ pub struct Server {
     stopping: AtomicBool,
     settings: ApiSettings,
     observer: Observer,
+    quota: access::Quota,
     metrics_text: Box<dyn Fn() -> String + Send + Sync>,
     /// When the server started, in seconds since 1970: the models' `created`.
     created: u64,
@@ -100,6 +102,7 @@ impl Server {
             stopping: AtomicBool::new(false),
             settings,
             observer,
+            quota: access::Quota::default(),
             metrics_text: Box::new(metrics_text),
             created: unix_seconds(),
             anyone: Arc::new(Tenant::anyone()),

@@ -30,7 +30,7 @@ pub struct Handle {
 /// What reaches the engine thread.
 #[derive(Debug)]
 enum Message {
-    Request(Queued),
+    Request(Box<Queued>),
     Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
 }
 
@@ -67,7 +67,7 @@ impl Handle {
         let mut places = self.places.clone().try_acquire_many_owned(wanted).map_err(|_| full)?;
         for request in requests {
             let Some(place) = places.split(1) else { break };
-            let message = Message::Request(Queued { request, place });
+            let message = Message::Request(Box::new(Queued { request, place }));
             self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
         }
         Ok(())

@@ -26,6 +26,7 @@ use crate::{
 
 /// Who waits for a sequence, and how its tokens are chosen.
 struct Client {
+    span: tracing::Span,
     events: mpsc::UnboundedSender<Event>,
     sampler: Sampler,
     arrival: Instant,
@@ -98,7 +99,7 @@ impl Runner {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Request(queued) => self.enqueue(queued),
+            Message::Request(queued) => self.enqueue(*queued),
             Message::Configure(change, reply) => {
                 let config = self.model.scheduler.configure(&change).cloned();
                 if let Ok(config) = &config {
@@ -113,22 +114,23 @@ impl Runner {
 
     fn enqueue(&mut self, Queued { request, place }: Queued) {
         let sampler = Sampler::new(request.sampling, &request.prompt);
-        let arrival = request.arrival;
+        let (arrival, span) = (request.arrival, request.span);
         let id = self.model.scheduler.push(Arrival {
             prompt: request.prompt,
             arrival,
             deadline: request.deadline,
         });
+        tracing::debug!(parent: &span, sequence = id, "queued");
         self.clients.insert(
             id,
             Client {
+                span,
                 events: request.events,
                 sampler,
                 arrival,
                 place: Some(place),
             },
         );
-        tracing::debug!(request = request.id, sequence = id, "queued");
     }
 
     /// Sleeps until a request arrives or `wake`.
@@ -288,8 +290,16 @@ impl Runner {
 
     /// Ends a sequence: its last event, its blocks, its place.
     fn end(&mut self, id: SequenceId, outcome: &str, event: Option<Event>) {
-        if let (Some(client), Some(event)) = (self.clients.remove(&id), event) {
-            let _ = client.events.send(event);
+        if let Some(client) = self.clients.remove(&id) {
+            match &event {
+                Some(Event::Failed(failure)) if outcome == "failed" => {
+                    tracing::warn!(parent: &client.span, sequence = id, %failure, "failed");
+                }
+                _ => tracing::debug!(parent: &client.span, sequence = id, outcome, "ended"),
+            }
+            if let Some(event) = event {
+                let _ = client.events.send(event);
+            }
         }
         self.model.scheduler.remove(id, Instant::now());
         self.metrics.sequences.with_label_values(&[outcome]).inc();
