@@ -119,6 +119,8 @@ impl Exchange {
 impl Drop for Exchange {
     fn drop(&mut self) {
         let outcome = self.settle();
+        #[cfg(feature = "otlp")]
+        crate::telemetry::otlp::end(&self.caller.span, self.status, outcome);
         let generated = self.caller.report.get();
         // What the model worked for is always told; the rest may come at any rate.
         let worked = generated.is_some_and(|generated| generated.usage.completion_tokens > 0);

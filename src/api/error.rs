@@ -110,6 +110,15 @@ impl ApiError {
         )
     }
 
+    /// Somebody else has what there is one of.
+    pub fn busy(message: &str) -> Self {
+        let kind = "invalid_request_error";
+        Self {
+            retry_after: Some(1),
+            ..Self::new(StatusCode::CONFLICT, kind, Some("busy"), sentence(message))
+        }
+    }
+
     pub fn loading() -> Self {
         let message = "The model is still being loaded. Try again in a moment.";
         Self::unavailable("model_loading", message, 2)

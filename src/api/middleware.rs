@@ -46,7 +46,10 @@ pub(super) async fn observe(State(server): State<Arc<Server>>, mut request: Requ
     let route = request.extensions().get::<MatchedPath>().cloned();
     let route = route.as_ref().map_or("other", |path| path.as_str());
     // At the highest level, so that whichever lines are wanted carry the id.
-    let span = tracing::error_span!("request", request_id = id, method = %request.method(), route);
+    let kind = tracing::field::Empty;
+    let span = tracing::error_span!("request", request_id = id, method = %request.method(), route, otel.kind = kind);
+    #[cfg(feature = "otlp")]
+    crate::telemetry::otlp::continue_trace(&span, request.headers());
     let caller = Caller {
         id,
         tenant: server.anyone.clone(),

@@ -10,6 +10,7 @@ mod body;
 mod chat;
 mod choice;
 mod completions;
+mod debug;
 mod error;
 mod generation;
 mod messages;
@@ -158,6 +159,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/ready", get(service::ready))
         .route("/metrics", get(service::metrics))
         .route("/admin/batching", get(admin::show).post(admin::change))
+        .route("/debug/trace", get(debug::trace))
         .fallback(service::unknown_path)
         .method_not_allowed_fallback(service::wrong_method)
         .layer(DefaultBodyLimit::max(server.settings.max_body_bytes))

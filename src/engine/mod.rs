@@ -4,16 +4,20 @@ mod model;
 mod run;
 mod sampler;
 
-use std::{sync::Arc, thread};
+use std::{sync::Arc, thread, time::Duration};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tracing::Span;
 
 pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
 
 use crate::{
     batching::{Change, Config, ConfigError},
     request::Request,
-    telemetry::EngineMetrics,
+    telemetry::{
+        EngineMetrics,
+        trace::{Busy, Life, Recording, Timeline},
+    },
 };
 
 /// The way into the engine, for the HTTP side. Cheap to clone; the engine ends when the last one is dropped and all
@@ -25,6 +29,7 @@ pub struct Handle {
     /// its place until a batch takes it, wherever it stands until then.
     places: Arc<Semaphore>,
     limit: usize,
+    timeline: Arc<Timeline>,
 }
 
 /// What reaches the engine thread.
@@ -32,6 +37,8 @@ pub struct Handle {
 enum Message {
     Request(Box<Queued>),
     Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
+    /// Asks for the sequences that have not ended.
+    Live(oneshot::Sender<Vec<Life>>),
 }
 
 /// A request and its place in the queue, which is free again when the place is dropped.
@@ -39,6 +46,8 @@ enum Message {
 struct Queued {
     request: Request,
     place: OwnedSemaphorePermit,
+    /// The span of its time in the queue.
+    phase: Span,
 }
 
 /// Why the engine did not take a request. Nothing of it was queued.
@@ -67,7 +76,8 @@ impl Handle {
         let mut places = self.places.clone().try_acquire_many_owned(wanted).map_err(|_| full)?;
         for request in requests {
             let Some(place) = places.split(1) else { break };
-            let message = Message::Request(Box::new(Queued { request, place }));
+            let phase = tracing::debug_span!(parent: &request.span, "queue");
+            let message = Message::Request(Box::new(Queued { request, place, phase }));
             self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
         }
         Ok(())
@@ -79,6 +89,17 @@ impl Handle {
         let message = Message::Configure(change, reply);
         self.queue.send(message).map_err(|_| ConfigureError::ShuttingDown)?;
         Ok(replied.await.map_err(|_| ConfigureError::ShuttingDown)??)
+    }
+
+    /// Records what the engine does from now on for this long.
+    pub async fn record(&self, length: Duration) -> Result<Recording, Busy> {
+        let mut session = self.timeline.begin()?;
+        session.gather(length).await;
+        let (reply, replied) = oneshot::channel();
+        // An engine that has ended has no live sequences; one that hangs is not waited for.
+        let _ = self.queue.send(Message::Live(reply));
+        let live = tokio::time::timeout(Duration::from_secs(1), replied).await;
+        Ok(session.finish(live.ok().and_then(Result::ok).unwrap_or_default()))
     }
 }
 
@@ -120,9 +141,10 @@ impl Engine {
             queue: sender,
             places: Arc::new(Semaphore::new(queue)),
             limit: queue,
+            timeline: Arc::default(),
         };
         let timer = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-        let runner = run::Runner::new(self.model, inbox, timer, self.metrics);
+        let runner = run::Runner::new(self.model, inbox, timer, self.metrics, handle.timeline.clone());
         let thread = thread::Builder::new()
             .name("engine".into())
             .spawn(move || runner.run())?;
