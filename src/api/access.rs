@@ -9,7 +9,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use axum::body::{Body, Bytes, HttpBody};
-use axum::http::{Method, StatusCode};
+use axum::http::StatusCode;
 use axum::response::Response;
 
 use super::Server;
@@ -20,6 +20,8 @@ use super::types::{Timing, Usage};
 
 /// The outcome of a request whose client left before its end.
 pub(super) const CLIENT_GONE: &str = "client_gone";
+/// Routes that are asked every few seconds, whether or not the server is ready.
+const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
 /// The outcome of an answer that no model was asked for.
 const OK: &str = "ok";
 
@@ -45,19 +47,19 @@ pub(super) enum End {
 pub(super) struct Exchange {
     server: Arc<Server>,
     caller: Caller,
-    /// A look at the server: a good answer to it is logged at `debug`.
-    look: bool,
+    /// A probe's look at the server, which is logged at `debug` and refused nothing.
+    probe: bool,
     began: Instant,
     status: Option<StatusCode>,
     cause: Option<&'static str>,
 }
 
 impl Exchange {
-    pub fn begin(server: Arc<Server>, caller: Caller, method: &Method) -> Self {
+    pub fn begin(server: Arc<Server>, caller: Caller, route: &str) -> Self {
         Self {
             server,
             caller,
-            look: method == Method::GET,
+            probe: PROBES.contains(&route),
             began: Instant::now(),
             status: None,
             cause: None,
@@ -78,6 +80,7 @@ impl Exchange {
             (Some(End::Finished(reason)), _) => reason,
             (Some(End::Cut(cause)), _) => observer.cut(cause),
             (None, Some(cause)) if self.status == Some(StatusCode::INTERNAL_SERVER_ERROR) => observer.cut(cause),
+            (None, Some(cause)) if self.probe => cause,
             (None, Some(cause)) => observer.refused(cause),
             (None, None) if self.status.is_some() => OK,
             (None, None) => observer.cut(CLIENT_GONE),
@@ -124,10 +127,9 @@ impl Drop for Exchange {
         let generated = self.caller.report.get();
         // What the model worked for is always told; the rest may come at any rate.
         let worked = generated.is_some_and(|generated| generated.usage.completion_tokens > 0);
-        let looked = outcome == OK && self.look;
         if worked {
             self.tell(outcome, generated, None);
-        } else if looked {
+        } else if self.probe {
             tracing::debug!(parent: &self.caller.span, outcome, "request ended");
         } else if let Some(untold) = self.server.quota.take(Instant::now()) {
             self.tell(outcome, generated, (untold > 0).then_some(untold));

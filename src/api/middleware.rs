@@ -56,7 +56,7 @@ pub(super) async fn observe(State(server): State<Arc<Server>>, mut request: Requ
         span: span.clone(),
         report: Report::default(),
     };
-    let exchange = Exchange::begin(server.clone(), caller.clone(), request.method());
+    let exchange = Exchange::begin(server.clone(), caller.clone(), route);
     request.extensions_mut().insert(caller);
     let mut response = next.run(request).instrument(span).await;
     if let Ok(header) = header {
