@@ -228,6 +228,9 @@ pub struct Common {
     /// What is logged: a level, or levels by target such as `info,sconce=debug`
     #[arg(long, value_name = "FILTER", default_value = "info", value_parser = values::log_filter)]
     pub log_level: String,
+    /// Where spans go by OTLP over HTTP, such as `http://127.0.0.1:4318`; only in a build with `--features otlp`
+    #[arg(long, value_name = "URL", value_parser = values::otlp_endpoint)]
+    pub otlp_endpoint: Option<String>,
 }
 
 /// What the model computes in.

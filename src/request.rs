@@ -26,6 +26,8 @@ pub struct Request {
     pub arrival: Instant,
     /// When the client stops caring; a request that has not ended by then fails with [`Failure::DeadlinePassed`].
     pub deadline: Option<Instant>,
+    /// The client request's span: what is logged of this sequence belongs to it.
+    pub span: tracing::Span,
     /// Where the events go. Dropping the receiver cancels the request. At most `max_tokens + 3` events are ever sent,
     /// so the channel is bounded by what the request asked for, however slowly it is read.
     pub events: mpsc::UnboundedSender<Event>,

@@ -242,6 +242,7 @@ fn request(prompt: Vec<TokenId>, cache_salt: Option<String>, tenant: Arc<Tenant>
         sampling: Sampling::default(),
         arrival,
         deadline: None,
+        span: tracing::Span::current(),
         // The engine's handle puts its own in place.
         events: unbounded_channel().0,
     }

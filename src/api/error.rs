@@ -23,6 +23,10 @@ pub(super) struct ApiError {
     retry_after: Option<u16>,
 }
 
+/// Goes with an error's response to where it is counted and logged: see [`ApiError::cause`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cause(pub &'static str);
+
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
         Self {
@@ -126,6 +130,15 @@ impl ApiError {
         )
     }
 
+    /// Somebody else has what there is one of.
+    pub fn busy(message: &str) -> Self {
+        let kind = "invalid_request_error";
+        Self {
+            retry_after: Some(1),
+            ..Self::new(StatusCode::CONFLICT, kind, Some("busy"), sentence(message))
+        }
+    }
+
     pub fn loading() -> Self {
         let message = "The model is still being loaded. Try again in a moment.";
         Self::unavailable("model_loading", message, 2)
@@ -154,6 +167,22 @@ impl ApiError {
     /// Something this server should not have done; `message` goes to the client.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message)
+    }
+
+    /// A request that went wrong while it ran.
+    fn failed(code: &'static str, message: String) -> Self {
+        Self {
+            code: Some(code),
+            ..Self::internal(message)
+        }
+    }
+
+    /// What the error is counted and logged under: its code, where it has one.
+    pub fn cause(&self) -> &'static str {
+        self.code.unwrap_or(match self.status {
+            StatusCode::BAD_REQUEST => "invalid_request",
+            _ => "internal",
+        })
     }
 
     /// The body of the response, or the data of the event that ends a stream.
@@ -191,7 +220,8 @@ impl From<Failure> for ApiError {
                 Some("deadline_passed"),
                 message,
             ),
-            Failure::NotANumber | Failure::Step(_) => Self::internal(message),
+            Failure::NotANumber => Self::failed("not_a_number", message),
+            Failure::Step(_) => Self::failed("step_failed", message),
         }
     }
 }
@@ -223,6 +253,7 @@ fn sentence(message: &str) -> String {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, axum::Json(self.body())).into_response();
+        response.extensions_mut().insert(Cause(self.cause()));
         if let Some(seconds) = self.retry_after {
             response
                 .headers_mut()

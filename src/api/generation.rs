@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
+use super::access::{CLIENT_GONE, End, Generated, Report};
 use super::choice::{Choice, Delta};
 use super::error::ApiError;
 use super::middleware::Caller;
 use super::params::Params;
-use super::shape::Shape;
+use super::shape::{Shape, finish_reason};
 use super::types::{PromptDetails, Timing, Usage};
 use super::{Model, Server};
-use crate::request::{Event, Failure, Request, Sampling, TokenId};
+use crate::request::{Event, Failure, FinishReason, Request, Sampling, TokenId};
 use crate::text::{Detokenizer, Start};
 
 /// Tokens of a completion that does not say how many, as OpenAI has it. (A chat answer fills the context.)
@@ -69,6 +70,10 @@ pub(super) struct Generation {
     n: usize,
     prompt_tokens: usize,
     arrival: Instant,
+    model: String,
+    report: Report,
+    /// How it ends, as far as is known: for the longest choice's reason, or for what went wrong.
+    end: Option<End>,
 }
 
 impl Generation {
@@ -100,11 +105,12 @@ impl Generation {
                     sampling,
                     arrival,
                     deadline,
+                    span: caller.span.clone(),
                     events,
                 });
             }
         }
-        tracing::debug!(id = caller.id, prompt_tokens, choices = choices.len(), "submitting");
+        tracing::debug!(parent: &caller.span, prompt_tokens, choices = choices.len(), "submitting");
         (model.submit)(requests)?;
         server.observer.accepted(prompt_tokens);
         Ok(Self {
@@ -115,6 +121,9 @@ impl Generation {
             n,
             prompt_tokens,
             arrival,
+            model: plan.model,
+            report: caller.report.clone(),
+            end: None,
         })
     }
 
@@ -131,7 +140,10 @@ impl Generation {
             match self.take(slot, event) {
                 Ok(Some(delta)) => return Some(Ok(delta)),
                 Ok(None) => {}
-                Err(failure) => return Some(Err(failure)),
+                Err(failure) => {
+                    self.end = Some(End::Cut(ApiError::from(failure.clone()).cause()));
+                    return Some(Err(failure));
+                }
             }
         }
         None
@@ -173,7 +185,10 @@ impl Generation {
             Some(Event::Failed(failure)) => return Err(failure),
             None => return Err(Failure::Step("the engine ended without a word".to_string())),
         };
-        if delta.finish.is_some() {
+        if let Some(reason) = delta.finish {
+            if self.end.is_none() || reason == FinishReason::Length {
+                self.end = Some(End::Finished(finish_reason(reason)));
+            }
             // Dropping the receiver tells the engine that a stop string was found.
             self.live.swap_remove(slot);
             self.server
@@ -223,6 +238,24 @@ impl Generation {
     }
 }
 
+impl Drop for Generation {
+    fn drop(&mut self) {
+        let end = match self.end {
+            Some(End::Cut(cause)) => End::Cut(cause),
+            _ if std::thread::panicking() => End::Cut("internal"),
+            Some(end) if self.live.is_empty() => end,
+            _ => End::Cut(CLIENT_GONE),
+        };
+        // The only generation of its request is the first to say so.
+        let _ = self.report.set(Generated {
+            model: std::mem::take(&mut self.model),
+            usage: self.usage(),
+            timing: self.timing(),
+            end,
+        });
+    }
+}
+
 /// The sampling of a prompt's choice `i`, with as many tokens as there is room for.
 fn sampling(params: &Params, shape: Shape, room: usize, i: usize) -> Sampling {
     let default = match shape {
@@ -253,6 +286,6 @@ fn decode_time(choice: &Choice) -> Duration {
 }
 
 /// Milliseconds to three places.
-fn milliseconds(time: Duration) -> f64 {
+pub(super) fn milliseconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }

@@ -7,8 +7,10 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::HeaderValue;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use tracing::{Instrument, Span};
 
 use super::Server;
+use super::access::{Exchange, Report};
 use super::error::ApiError;
 use crate::request::Tenant;
 
@@ -20,6 +22,10 @@ pub(super) struct Caller {
     /// The client's own id where it is short and plain, else a random one.
     pub id: String,
     pub tenant: Arc<Tenant>,
+    /// The request's span; whatever is logged of it on its way carries its id.
+    pub span: Span,
+    /// Where its generation says how it ended.
+    pub report: Report,
 }
 
 impl Caller {
@@ -33,22 +39,31 @@ impl Caller {
     }
 }
 
-/// Gives the request its id, the response the same, and counts both.
+/// Gives the request its id and its span, the response the same id, and counts and logs both.
 pub(super) async fn observe(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {
     let id = Caller::id(&request);
     let header = HeaderValue::from_str(&id);
     let route = request.extensions().get::<MatchedPath>().cloned();
-    request.extensions_mut().insert(Caller {
+    let route = route.as_ref().map_or("other", |path| path.as_str());
+    // At the highest level, so that whichever lines are wanted carry the id.
+    let kind = tracing::field::Empty;
+    let span = tracing::error_span!("request", request_id = id, method = %request.method(), route, otel.kind = kind);
+    #[cfg(feature = "otlp")]
+    crate::telemetry::otlp::continue_trace(&span, request.headers());
+    let caller = Caller {
         id,
         tenant: server.anyone.clone(),
-    });
-    let mut response = next.run(request).await;
+        span: span.clone(),
+        report: Report::default(),
+    };
+    let exchange = Exchange::begin(server.clone(), caller.clone(), route);
+    request.extensions_mut().insert(caller);
+    let mut response = next.run(request).instrument(span).await;
     if let Ok(header) = header {
         response.headers_mut().insert(HEADER, header);
     }
-    let route = route.as_ref().map_or("other", |path| path.as_str());
     server.observer.answered(route, response.status().as_u16());
-    response
+    exchange.answered(response)
 }
 
 /// The answer of a handler that panicked. What it panicked with is logged by the panic hook, and not for the client.

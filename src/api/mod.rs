@@ -4,12 +4,14 @@
 //! and comes back through `choice` (tokens to text) and `shape` (text to JSON) as one body or, in `stream`, as
 //! server-sent events.
 
+mod access;
 mod admin;
 mod body;
 mod cache;
 mod chat;
 mod choice;
 mod completions;
+mod debug;
 mod error;
 mod generation;
 mod messages;
@@ -83,6 +85,7 @@ pub struct Server {
     stopping: AtomicBool,
     settings: ApiSettings,
     observer: Observer,
+    quota: access::Quota,
     metrics_text: Box<dyn Fn() -> String + Send + Sync>,
     /// When the server started, in seconds since 1970: the models' `created`.
     created: u64,
@@ -104,6 +107,7 @@ impl Server {
             stopping: AtomicBool::new(false),
             settings,
             observer,
+            quota: access::Quota::default(),
             metrics_text: Box::new(metrics_text),
             created: unix_seconds(),
             anyone: Arc::new(Tenant::anyone()),
@@ -162,6 +166,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/ready", get(service::ready))
         .route("/metrics", get(service::metrics))
         .route("/admin/batching", get(admin::show).post(admin::change))
+        .route("/debug/trace", get(debug::trace))
         .fallback(service::unknown_path)
         .method_not_allowed_fallback(service::wrong_method)
         .layer(DefaultBodyLimit::max(server.settings.max_body_bytes))

@@ -4,10 +4,35 @@ use std::time::Duration;
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
 
+/// Causes of [`Observer::refused`] that stand at zero from the start: an error's code, where it has one. Any other
+/// error's code joins them when it first happens.
+const REFUSALS: [&str; 10] = [
+    "queue_full",
+    "model_loading",
+    "shutting_down",
+    "invalid_request",
+    "unsupported_value",
+    "context_length_exceeded",
+    "body_too_large",
+    "model_not_found",
+    "unknown_url",
+    "method_not_allowed",
+];
+/// Causes of [`Observer::cut`] that stand at zero from the start.
+const CUTS: [&str; 5] = [
+    "client_gone",
+    "deadline_passed",
+    "not_a_number",
+    "step_failed",
+    "internal",
+];
+
 /// The HTTP side's own metrics. Times are seconds.
 #[derive(Debug)]
 pub struct Observer {
     requests: IntCounterVec,
+    refusals: IntCounterVec,
+    cuts: IntCounterVec,
     first_token: Histogram,
     per_token: Histogram,
     request: Histogram,
@@ -27,6 +52,13 @@ impl Observer {
             let counter = IntCounter::new(name, help)?;
             registry.register(Box::new(counter.clone())).map(|()| counter)
         };
+        let by_cause = |name: &str, help: &str, causes: &[&str]| {
+            let counter = IntCounterVec::new(Opts::new(name, help), &["cause"])?;
+            for cause in causes {
+                counter.with_label_values(&[*cause]);
+            }
+            registry.register(Box::new(counter.clone())).map(|()| counter)
+        };
         let requests = IntCounterVec::new(
             Opts::new(
                 "sconce_http_requests_total",
@@ -39,6 +71,16 @@ impl Observer {
         requests.with_label_values(&["/v1/chat/completions", "200"]);
         Ok(Self {
             requests,
+            refusals: by_cause(
+                "sconce_refusals_total",
+                "Requests answered with an error before anything of them ran, by cause.",
+                &REFUSALS,
+            )?,
+            cuts: by_cause(
+                "sconce_cuts_total",
+                "Requests that were taken and ended before their whole answer, by cause.",
+                &CUTS,
+            )?,
             first_token: histogram(
                 "sconce_time_to_first_token_seconds",
                 "Time from a request's arrival to the first token of each choice.",
@@ -69,6 +111,18 @@ impl Observer {
         self.requests
             .with_label_values(&[route, status.to_string().as_str()])
             .inc();
+    }
+
+    /// Nothing of the request ran; gives the cause back.
+    pub(super) fn refused(&self, cause: &'static str) -> &'static str {
+        self.refusals.with_label_values(&[cause]).inc();
+        cause
+    }
+
+    /// The request was taken and did not get its whole answer; gives the cause back.
+    pub(super) fn cut(&self, cause: &'static str) -> &'static str {
+        self.cuts.with_label_values(&[cause]).inc();
+        cause
     }
 
     pub(super) fn accepted(&self, prompt_tokens: usize) {

@@ -53,7 +53,7 @@ impl Head {
     pub fn chunk(&self, index: usize, delta: Delta, usage: Option<Option<Usage>>) -> Result<String, serde_json::Error> {
         match self.shape {
             Shape::Chat => {
-                let finish_reason = delta.finish.map(reason);
+                let finish_reason = delta.finish.map(finish_reason);
                 let logprobs = self.chat_logprobs(&delta.logprobs);
                 let content = Some(delta.text).filter(|text| !text.is_empty());
                 let delta = DeltaBody { role: None, content };
@@ -125,7 +125,7 @@ impl Head {
             refusal: None,
         };
         let logprobs = self.chat_logprobs(&choice.logprobs);
-        let finish_reason = reason(choice.finish.unwrap_or(FinishReason::Length));
+        let finish_reason = finish_reason(choice.finish.unwrap_or(FinishReason::Length));
         ChatChoice {
             index,
             message,
@@ -140,7 +140,7 @@ impl Head {
             index,
             text: choice.text,
             logprobs,
-            finish_reason: choice.finish.map(reason),
+            finish_reason: choice.finish.map(finish_reason),
         }
     }
 
@@ -188,7 +188,7 @@ impl Head {
     }
 }
 
-fn reason(reason: FinishReason) -> &'static str {
+pub(super) fn finish_reason(reason: FinishReason) -> &'static str {
     match reason {
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",

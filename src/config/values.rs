@@ -25,6 +25,10 @@ pub enum ValueError {
     Share,
     #[error("{0}")]
     LogFilter(String),
+    #[error("this build sends no spans: build it with `--features otlp`")]
+    NoOtlp,
+    #[error("an endpoint is a URL such as `http://127.0.0.1:4318`")]
+    Endpoint,
 }
 
 /// Where the model runs.
@@ -137,6 +141,15 @@ pub(super) fn log_filter(text: &str) -> Result<String, ValueError> {
     match tracing_subscriber::EnvFilter::try_new(text) {
         Ok(_) => Ok(text.to_owned()),
         Err(error) => Err(ValueError::LogFilter(error.to_string())),
+    }
+}
+
+/// A collector's base address, if this build can send to one.
+pub(super) fn otlp_endpoint(text: &str) -> Result<String, ValueError> {
+    match text.split_once("://") {
+        _ if !cfg!(feature = "otlp") => Err(ValueError::NoOtlp),
+        Some(("http" | "https", host)) if !host.is_empty() => Ok(text.trim_end_matches('/').to_owned()),
+        _ => Err(ValueError::Endpoint),
     }
 }
 

@@ -94,7 +94,9 @@ impl Handle {
         let full = Refused::QueueFull { limit: self.limit };
         let place = self.places.clone().try_acquire_owned().map_err(|_| full)?;
         let (reply, replied) = oneshot::channel();
-        let message = Message::Pin(Queued { request, place }, PinOrder { pin, reply });
+        let phase = tracing::debug_span!(parent: &request.span, "queue");
+        let queued = Box::new(Queued { request, place, phase });
+        let message = Message::Pin(queued, PinOrder { pin, reply });
         self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
         if let Ok(pinned) = replied.await {
             return Ok(pinned?);
@@ -150,13 +152,13 @@ impl Runner {
         let Some(PinOrder { pin, reply }) = self.clients.get_mut(&id).and_then(|client| client.pin.take()) else {
             return false;
         };
-        self.clients.remove(&id);
         let expires = pin.ttl.and_then(|ttl| now.checked_add(ttl));
         let pinned = self.model.scheduler.pin(id, pin.id, pin.owner, expires);
         if let Ok(pin) = &pinned {
             tracing::info!(id = pin.id, tokens = pin.tokens, "prompt pinned");
         }
         let pinned = pinned.map(|pin| info(pin, now));
+        self.end(id, if pinned.is_ok() { "pinned" } else { "failed" }, None);
         // The figures are right by the time anybody can ask for them.
         self.observe();
         let _ = reply.send(pinned);

@@ -5,9 +5,10 @@ mod model;
 mod run;
 mod sampler;
 
-use std::{sync::Arc, thread};
+use std::{sync::Arc, thread, time::Duration};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tracing::Span;
 
 pub use cache::{CacheReport, PinFailed, PinInfo, PinRequest};
 pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
@@ -15,7 +16,10 @@ pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
 use crate::{
     batching::{Change, Config, ConfigError},
     request::Request,
-    telemetry::EngineMetrics,
+    telemetry::{
+        EngineMetrics,
+        trace::{Busy, Life, Recording, Timeline},
+    },
 };
 
 /// The way into the engine, for the HTTP side. Cheap to clone; the engine ends when the last one is dropped and all
@@ -27,15 +31,18 @@ pub struct Handle {
     /// its place until a batch takes it, wherever it stands until then.
     places: Arc<Semaphore>,
     limit: usize,
+    timeline: Arc<Timeline>,
 }
 
 /// What reaches the engine thread.
 #[derive(Debug)]
 enum Message {
-    Request(Queued),
-    Pin(Queued, cache::PinOrder),
+    Request(Box<Queued>),
+    Pin(Box<Queued>, cache::PinOrder),
     Cache(cache::Question),
     Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
+    /// Asks for the sequences that have not ended.
+    Live(oneshot::Sender<Vec<Life>>),
 }
 
 /// A request and its place in the queue, which is free again when the place is dropped.
@@ -43,6 +50,8 @@ enum Message {
 struct Queued {
     request: Request,
     place: OwnedSemaphorePermit,
+    /// The span of its time in the queue.
+    phase: Span,
 }
 
 /// Why the engine did not take a request. Nothing of it was queued.
@@ -71,7 +80,8 @@ impl Handle {
         let mut places = self.places.clone().try_acquire_many_owned(wanted).map_err(|_| full)?;
         for request in requests {
             let Some(place) = places.split(1) else { break };
-            let message = Message::Request(Queued { request, place });
+            let phase = tracing::debug_span!(parent: &request.span, "queue");
+            let message = Message::Request(Box::new(Queued { request, place, phase }));
             self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
         }
         Ok(())
@@ -83,6 +93,17 @@ impl Handle {
         let message = Message::Configure(change, reply);
         self.queue.send(message).map_err(|_| ConfigureError::ShuttingDown)?;
         Ok(replied.await.map_err(|_| ConfigureError::ShuttingDown)??)
+    }
+
+    /// Records what the engine does from now on for this long.
+    pub async fn record(&self, length: Duration) -> Result<Recording, Busy> {
+        let mut session = self.timeline.begin()?;
+        session.gather(length).await;
+        let (reply, replied) = oneshot::channel();
+        // An engine that has ended has no live sequences; one that hangs is not waited for.
+        let _ = self.queue.send(Message::Live(reply));
+        let live = tokio::time::timeout(Duration::from_secs(1), replied).await;
+        Ok(session.finish(live.ok().and_then(Result::ok).unwrap_or_default()))
     }
 }
 
@@ -124,9 +145,10 @@ impl Engine {
             queue: sender,
             places: Arc::new(Semaphore::new(queue)),
             limit: queue,
+            timeline: Arc::default(),
         };
         let timer = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-        let runner = run::Runner::new(self.model, inbox, timer, self.metrics);
+        let runner = run::Runner::new(self.model, inbox, timer, self.metrics, handle.timeline.clone());
         let thread = thread::Builder::new()
             .name("engine".into())
             .spawn(move || runner.run())?;

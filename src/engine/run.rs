@@ -12,6 +12,7 @@ use tokio::{
     runtime::Runtime,
     sync::{OwnedSemaphorePermit, mpsc},
 };
+use tracing::Span;
 
 use super::{
     Message, Queued,
@@ -20,20 +21,47 @@ use super::{
     sampler::{NotANumber, Sample, Sampler},
 };
 use crate::{
-    batching::{Arrival, Namespace, Plan, SequenceId},
+    batching::{Arrival, Namespace, Plan, Sequence, SequenceId},
     request::{Event, Failure, FinishReason, Token},
-    telemetry::EngineMetrics,
+    telemetry::{
+        EngineMetrics,
+        trace::{self, Life, Note, Timeline},
+    },
 };
 
 /// Who waits for a sequence, and how its tokens are chosen.
 pub(super) struct Client {
+    span: Span,
+    /// The span of the phase that it is in.
+    phase: Span,
     events: mpsc::UnboundedSender<Event>,
     sampler: Sampler,
-    arrival: Instant,
+    life: Life,
     /// The place in the queue, until a batch takes the request.
     place: Option<OwnedSemaphorePermit>,
     /// The prompt is to be pinned; no token is wanted.
     pub(super) pin: Option<PinOrder>,
+}
+
+impl Client {
+    /// It left the queue: its prefill begins.
+    fn admitted(&mut self, at: Instant, window: Duration, cached_tokens: usize) {
+        self.life.admitted = Some((at, window));
+        self.life.cached_tokens = cached_tokens;
+        let window_ms = window.as_secs_f64() * 1e3;
+        tracing::debug!(parent: &self.span, sequence = self.life.sequence, window_ms, cached_tokens, "admitted");
+        self.phase = tracing::debug_span!(parent: &self.span, "prefill");
+    }
+
+    /// It has one more token: from the first on it decodes.
+    fn generated(&mut self, at: Instant) {
+        if self.life.first_token.is_none() {
+            self.life.first_token = Some(at);
+            self.phase = tracing::debug_span!(parent: &self.span, "decode");
+        }
+        self.life.last_token = Some(at);
+        self.life.generated += 1;
+    }
 }
 
 pub struct Runner {
@@ -47,6 +75,7 @@ pub struct Runner {
     pub(super) metrics: Arc<EngineMetrics>,
     preemptions: u64,
     savings: Savings,
+    timeline: Arc<Timeline>,
 }
 
 impl Runner {
@@ -55,6 +84,7 @@ impl Runner {
         inbox: mpsc::UnboundedReceiver<Message>,
         timer: Runtime,
         metrics: Arc<EngineMetrics>,
+        timeline: Arc<Timeline>,
     ) -> Self {
         metrics.max_batch.set(model.scheduler.config().max_batch as f64);
         Self {
@@ -66,6 +96,7 @@ impl Runner {
             metrics,
             preemptions: 0,
             savings: Savings::default(),
+            timeline,
         }
     }
 
@@ -105,9 +136,9 @@ impl Runner {
         match message {
             Message::Request(queued) => {
                 let namespace = self.model.namespace(&queued.request);
-                self.enqueue(queued, namespace, None);
+                self.enqueue(*queued, namespace, None);
             }
-            Message::Pin(queued, order) => self.start_pin(queued, order),
+            Message::Pin(queued, order) => self.start_pin(*queued, order),
             Message::Cache(question) => self.answer(question),
             Message::Configure(change, reply) => {
                 let config = self.model.scheduler.configure(&change).cloned();
@@ -118,30 +149,53 @@ impl Runner {
                 // Whoever asked may have left; the change stands.
                 let _ = reply.send(config);
             }
+            Message::Live(reply) => {
+                let _ = reply.send(self.clients.values().map(|client| client.life.clone()).collect());
+            }
         }
     }
 
     /// Queues a request as a sequence.
-    pub(super) fn enqueue(&mut self, Queued { request, place }: Queued, namespace: Namespace, pin: Option<PinOrder>) {
+    pub(super) fn enqueue(
+        &mut self,
+        Queued { request, place, phase }: Queued,
+        namespace: Namespace,
+        pin: Option<PinOrder>,
+    ) {
+        let prompt_tokens = request.prompt.len();
         let sampler = Sampler::new(request.sampling, &request.prompt);
-        let arrival = request.arrival;
+        let (arrival, span) = (request.arrival, request.span);
         let id = self.model.scheduler.push(Arrival {
             namespace,
             prompt: request.prompt,
             arrival,
             deadline: request.deadline,
         });
+        tracing::debug!(parent: &span, sequence = id, "queued");
         self.clients.insert(
             id,
             Client {
+                span,
+                phase,
                 events: request.events,
                 sampler,
-                arrival,
+                life: Life {
+                    sequence: id,
+                    request: request.id,
+                    tenant: request.tenant,
+                    prompt_tokens,
+                    cached_tokens: 0,
+                    generated: 0,
+                    arrival,
+                    admitted: None,
+                    first_token: None,
+                    last_token: None,
+                    ended: None,
+                },
                 place: Some(place),
                 pin,
             },
         );
-        tracing::debug!(request = request.id, sequence = id, "queued");
     }
 
     /// Sleeps until a request arrives or `wake`.
@@ -192,12 +246,13 @@ impl Runner {
                 continue;
             };
             client.place = None;
-            let waited = now.saturating_duration_since(client.arrival);
+            let waited = now.saturating_duration_since(client.life.arrival);
             self.metrics.window_seconds.observe(admission.window.as_secs_f64());
             self.metrics
                 .queue_seconds
                 .observe(waited.saturating_sub(admission.window).as_secs_f64());
             let (window, cached_tokens) = (admission.window, admission.cached_tokens);
+            client.admitted(now, window, cached_tokens);
             // A client that has gone is seen at the next step.
             let _ = client.events.send(Event::Admitted {
                 at: now,
@@ -206,7 +261,18 @@ impl Runner {
             });
         }
         self.savings.found(plan.cached_tokens, &self.metrics);
+        let mut admitted = plan.admitted.iter();
         for batch in &plan.batches {
+            let windows = admitted.by_ref().take(batch.requests).map(|admission| admission.window);
+            let window = windows.max().unwrap_or_default();
+            self.timeline.note(|| {
+                Note::Batch(trace::Batch {
+                    opened: now.checked_sub(window).unwrap_or(now),
+                    closed: now,
+                    requests: batch.requests,
+                    prompt_tokens: batch.prompt_tokens,
+                })
+            });
             self.metrics.batches.inc();
             self.metrics.batch_requests.observe(batch.requests as f64);
             let positions = &self.metrics.prefill_positions;
@@ -221,6 +287,23 @@ impl Runner {
 
     fn step(&mut self, plan: &Plan) {
         let started = Instant::now();
+        let generated = |id| self.model.scheduler.sequence(id).map_or(0, Sequence::generated);
+        let decodes = plan
+            .rows
+            .iter()
+            .filter(|row| row.len == 1 && generated(row.id) > 0)
+            .count();
+        let tokens: usize = plan.rows.iter().map(|row| row.len).sum();
+        let (rows, prefill_tokens) = (plan.rows.len(), tokens - decodes);
+        let span = tracing::debug_span!("step", rows, prefill_tokens, decode_tokens = decodes);
+        for client in plan
+            .admitted
+            .iter()
+            .filter_map(|admission| self.clients.get(&admission.id))
+        {
+            span.follows_from(&client.span);
+        }
+        let _in_span = span.entered();
         match self.model.forward(plan) {
             Ok(logits) => {
                 let computed = self.model.scheduler.commit(plan);
@@ -235,15 +318,24 @@ impl Runner {
                 }
             }
         }
-        let seconds = started.elapsed().as_secs_f64();
-        let tokens: usize = plan.rows.iter().map(|row| row.len).sum();
+        let ended = Instant::now();
+        let seconds = (ended - started).as_secs_f64();
+        let max_batch = self.model.scheduler.config().max_batch;
         self.metrics.busy_seconds.inc_by(seconds);
         self.metrics.step_seconds.observe(seconds);
         self.metrics.step_tokens.observe(tokens as f64);
-        self.metrics
-            .occupancy_steps
-            .inc_by(plan.rows.len() as f64 / self.model.scheduler.config().max_batch as f64);
-        tracing::trace!(tokens, sequences = plan.rows.len(), seconds, "step");
+        self.metrics.occupancy_steps.inc_by(rows as f64 / max_batch as f64);
+        self.timeline.note(|| {
+            Note::Step(trace::Step {
+                began: started,
+                ended,
+                rows,
+                prefill_tokens,
+                decode_tokens: decodes,
+                max_batch,
+            })
+        });
+        tracing::trace!(seconds, "step ended");
     }
 
     /// Chooses a token for each row that reached its sequence's end.
@@ -270,7 +362,7 @@ impl Runner {
         if sample.is_ok() && self.finish_pin(id, at) {
             return;
         }
-        let (Some(client), Some(sequence)) = (self.clients.get(&id), self.model.scheduler.sequence(id)) else {
+        let (Some(client), Some(sequence)) = (self.clients.get_mut(&id), self.model.scheduler.sequence(id)) else {
             return;
         };
         let Sample { token, logprobs } = match sample {
@@ -280,8 +372,10 @@ impl Runner {
         if sequence.generated() == 0 {
             let cached_tokens = sequence.cached_tokens();
             self.metrics.cache.request(cached_tokens);
+            client.life.cached_tokens = cached_tokens;
             let _ = client.events.send(Event::Prefilled { cached_tokens });
         }
+        client.generated(at);
         let _ = client.events.send(Event::Token(Token {
             id: token,
             at,
@@ -301,9 +395,19 @@ impl Runner {
     }
 
     /// Ends a sequence: its last event, its blocks, its place.
-    fn end(&mut self, id: SequenceId, outcome: &str, event: Option<Event>) {
-        if let (Some(client), Some(event)) = (self.clients.remove(&id), event) {
-            let _ = client.events.send(event);
+    pub(super) fn end(&mut self, id: SequenceId, outcome: &'static str, event: Option<Event>) {
+        if let Some(mut client) = self.clients.remove(&id) {
+            client.life.ended = Some((Instant::now(), outcome));
+            match &event {
+                Some(Event::Failed(failure)) if outcome == "failed" => {
+                    tracing::warn!(parent: &client.span, sequence = id, %failure, "failed");
+                }
+                _ => tracing::debug!(parent: &client.span, sequence = id, outcome, "ended"),
+            }
+            if let Some(event) = event {
+                let _ = client.events.send(event);
+            }
+            self.timeline.note(|| Note::Ended(client.life));
         }
         self.model.scheduler.remove(id, Instant::now());
         self.metrics.sequences.with_label_values(&[outcome]).inc();
@@ -328,6 +432,16 @@ impl Runner {
             .preemptions
             .inc_by(scheduler.preemptions() - self.preemptions);
         self.preemptions = scheduler.preemptions();
+        self.timeline.note(|| {
+            Note::State(trace::State {
+                at: Instant::now(),
+                waiting: scheduler.waiting(),
+                running: scheduler.running(),
+                free_blocks: counts.free,
+                held_blocks: counts.held,
+                cached_blocks: counts.cached,
+            })
+        });
     }
 }
 

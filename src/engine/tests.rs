@@ -49,6 +49,7 @@ fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::Unbounde
             sampling,
             arrival: Instant::now(),
             deadline: None,
+            span: tracing::Span::none(),
             events,
         },
         receiver,

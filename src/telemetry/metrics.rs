@@ -35,12 +35,12 @@ pub struct EngineMetrics {
     /// By state: `free`, `held`, `cached`, `pinned`.
     pub kv_blocks: GaugeVec,
     pub preemptions: IntCounter,
-    /// By outcome: `stop`, `length`, `cancelled`, `expired`, `failed`.
+    /// By outcome: `stop`, `length`, `cancelled`, `expired`, `failed`, `pinned`.
     pub sequences: IntCounterVec,
 }
 
 /// The ways in which a sequence ends.
-pub const OUTCOMES: [&str; 5] = ["stop", "length", "cancelled", "expired", "failed"];
+pub const OUTCOMES: [&str; 6] = ["stop", "length", "cancelled", "expired", "failed", "pinned"];
 
 impl EngineMetrics {
     /// Makes the metrics and registers them; an error means that a name was taken.
