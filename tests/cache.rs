@@ -65,6 +65,29 @@ fn requests_that_come_together_compute_their_prefix_once() {
     assert_eq!(server.metric("sconce_cached_tokens_total"), 5.0 * 160.0);
 }
 
+#[test]
+fn a_conversation_prefills_each_token_once() {
+    const TURNS: u64 = 10;
+    let server = Server::start(&[]);
+    let mut messages = vec![json!({"role": "system", "content": "You are brief."})];
+    let mut last = Value::Null;
+    for turn in 0..TURNS {
+        let question = format!("What comes after the number {turn}? ").repeat(5);
+        messages.push(json!({"role": "user", "content": question}));
+        let body = json!({"messages": messages, "temperature": 0, "max_tokens": 6});
+        last = server.ask("/v1/chat/completions", &body);
+        messages.push(json!({"role": "assistant", "content": text(&last)}));
+    }
+    let prompt = last["usage"]["prompt_tokens"].as_f64().expect("a count");
+    let computed = server.metric("sconce_prefill_tokens_total");
+    // Each turn computes at most one block of the history again.
+    assert!(
+        computed <= prompt + (16 * TURNS) as f64,
+        "{computed} for a last prompt of {prompt}"
+    );
+    assert_eq!(server.metric("sconce_recomputed_tokens_total"), 0.0);
+}
+
 fn delete(server: &Server, id: &str) -> u16 {
     let url = server.url(&format!("/v1/cache/prompts/{id}"));
     let answer = reqwest::blocking::Client::new().delete(url).send();

@@ -59,7 +59,10 @@ impl Page {
         ]);
         let blocks = |state: &str| self.get(&format!("sconce_kv_blocks{{state=\"{state}\"}}"));
         let kv_use = match (blocks("free"), blocks("held"), blocks("cached")) {
-            (Some(free), Some(held), Some(cached)) if free + held + cached > 0.0 => Some(held / (free + held + cached)),
+            (Some(free), Some(held), Some(cached)) if free + held + cached > 0.0 => {
+                let used = held + blocks("pinned").unwrap_or(0.0);
+                Some(used / (free + used + cached))
+            }
             _ => self.any(&[
                 "vllm:kv_cache_usage_perc",
                 "vllm:gpu_cache_usage_perc",
@@ -127,8 +130,8 @@ mod tests {
              sconce_busy_seconds_total {busy}\nsconce_step_seconds_count {steps}\nsconce_step_seconds_sum {busy}\n\
              sconce_occupancy_steps_total {occupied}\nsconce_prefill_positions_total{{layout=\"packed\"}} {packed}\n\
              sconce_prefill_positions_total{{layout=\"padded\"}} {padded}\nsconce_max_batch 10\nsconce_running 4\n\
-             sconce_waiting 3\nsconce_kv_blocks{{state=\"free\"}} 60\nsconce_kv_blocks{{state=\"held\"}} 30\n\
-             sconce_kv_blocks{{state=\"cached\"}} 10\nsconce_cached_tokens_total 20\nsconce_prefill_tokens_total 60\n"
+             sconce_waiting 3\nsconce_kv_blocks{{state=\"free\"}} 60\nsconce_kv_blocks{{state=\"held\"}} 20\n\
+             sconce_kv_blocks{{state=\"cached\"}} 10\nsconce_kv_blocks{{state=\"pinned\"}} 10\nsconce_cached_tokens_total 20\nsconce_prefill_tokens_total 60\n"
         ))
     }
 

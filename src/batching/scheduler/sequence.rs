@@ -91,7 +91,9 @@ impl Sequence {
 
     /// Takes hold of the blocks that the cache has for its next tokens.
     pub(super) fn take_cached(&self, pool: &mut BlockPool) -> Vec<BlockId> {
-        let wanted = &self.tokens[self.kept * pool.block_size()..self.tokens.len() - 1];
+        // The last token is computed in any case.
+        let known = &self.tokens[..self.tokens.len() - 1];
+        let wanted = known.get(self.kept * pool.block_size()..).unwrap_or_default();
         pool.take(&self.namespace, self.arrival, self.last_kept(), wanted)
     }
 
