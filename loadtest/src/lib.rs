@@ -7,6 +7,7 @@
 pub mod arrivals;
 pub mod check;
 pub mod client;
+mod intervals;
 mod live;
 mod pacer;
 pub mod recorder;

@@ -2,18 +2,21 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use hdrhistogram::Histogram;
 
 use crate::{
     client::{Answer, Failure},
+    intervals::Intervals,
     slo::Metric,
 };
 
 /// Latencies from a microsecond to two hours, to three significant digits.
 const HIGHEST: u64 = 2 * 3600 * 1_000_000;
+/// The tag of the generator's own lateness.
+const LATENESS: &str = "lateness";
 /// How far back the live view's percentiles look.
 const ROLLING: Duration = Duration::from_secs(10);
 
@@ -49,12 +52,19 @@ pub struct Recorder {
     /// When the last request ended.
     pub last_end: Option<Instant>,
     recent: VecDeque<(Instant, u64)>,
+    /// The same, second by second.
+    intervals: Intervals,
 }
 
-impl Default for Recorder {
-    fn default() -> Self {
-        // The bounds are constants that hdrhistogram accepts.
-        let histogram = || Histogram::new_with_bounds(1, HIGHEST, 3).expect("valid bounds");
+/// An empty histogram of microseconds.
+pub(crate) fn histogram() -> Histogram<u64> {
+    // The bounds are constants that hdrhistogram accepts.
+    Histogram::new_with_bounds(1, HIGHEST, 3).expect("valid bounds")
+}
+
+impl Recorder {
+    /// For a run whose measured part begins at `start`.
+    pub fn beginning(start: Instant) -> Self {
         Self {
             ttft: histogram(),
             tpot: histogram(),
@@ -67,15 +77,16 @@ impl Default for Recorder {
             unfinished: 0,
             last_end: None,
             recent: VecDeque::new(),
+            intervals: Intervals::beginning(start),
         }
     }
-}
 
-impl Recorder {
     /// A request was handed to the HTTP client this much after its intended time.
     pub fn sent(&mut self, lateness: Duration) {
         self.sent += 1;
-        self.lateness.saturating_record(micros(lateness).max(1));
+        let lateness = micros(lateness).max(1);
+        self.lateness.saturating_record(lateness);
+        self.intervals.record(Instant::now(), LATENESS, lateness);
     }
 
     /// A request that should have been sent at `intended`, in a run that began at `start`, ended.
@@ -114,6 +125,23 @@ impl Recorder {
         }
         self.recent.push_back((answer.end, record.e2e));
         self.records.push(record);
+    }
+
+    fn latency(&mut self, now: Instant, metric: Metric, value: u64) {
+        let histogram = match metric {
+            Metric::Ttft => &mut self.ttft,
+            Metric::Tpot => &mut self.tpot,
+            Metric::Itl => &mut self.itl,
+            Metric::E2e => &mut self.e2e,
+        };
+        histogram.saturating_record(value);
+        self.intervals.record(now, metric.name(), value);
+    }
+
+    /// Takes the histograms second by second, as an interval log (values in microseconds) tagged by metric.
+    pub fn take_log(&mut self, comment: &str, began: SystemTime, length: Duration) -> String {
+        let intervals = std::mem::replace(&mut self.intervals, Intervals::beginning(Instant::now()));
+        intervals.log(comment, began, length)
     }
 
     /// Requests that ended in a failure.
@@ -163,7 +191,7 @@ mod tests {
             prompt_tokens: 9,
             text: String::new(),
         };
-        let mut recorder = Recorder::default();
+        let mut recorder = Recorder::beginning(start);
         recorder.sent(Duration::from_millis(2));
         recorder.ended(start, at(100), &Ok(answer));
         recorder.ended(start, at(100), &Err(Failure::Status(503)));

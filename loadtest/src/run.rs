@@ -121,7 +121,7 @@ pub async fn run(
     let shared = Arc::new(Shared {
         asked: asked.clone(),
         start,
-        recorder: Mutex::default(),
+        recorder: Mutex::new(Recorder::beginning(start)),
         in_flight: AtomicI64::new(0),
         sent: AtomicU64::new(0),
         ended: AtomicU64::new(0),
@@ -165,7 +165,7 @@ pub async fn run(
         }
     }
     tasks.shutdown().await;
-    let mut recorder = std::mem::take(&mut *shared.recorder());
+    let mut recorder = std::mem::replace(&mut *shared.recorder(), Recorder::beginning(start));
     let answered = recorder.records.len() as u64 + recorder.failed();
     recorder.unfinished = recorder.sent.saturating_sub(answered);
     let end = match recorder.last_end {

@@ -9,13 +9,7 @@ pub(crate) use html::escaped;
 
 use std::{collections::BTreeMap, time::UNIX_EPOCH};
 
-use hdrhistogram::{
-    Histogram,
-    serialization::{
-        V2DeflateSerializer,
-        interval_log::{IntervalLogWriterBuilder, Tag},
-    },
-};
+use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -92,7 +86,7 @@ pub struct Run {
     /// Pairs of TTFT and TPOT in milliseconds, of at most 2000 requests.
     pub scatter: Vec<[f64; 2]>,
     pub interrupted: bool,
-    /// The histograms as an interval log.
+    /// The histograms of every second as an interval log.
     #[serde(skip)]
     pub hdr_log: String,
 }
@@ -146,8 +140,9 @@ impl Summary {
 
 impl Run {
     /// Sums a run up.
-    pub fn of(label: &str, offered_rate: Option<f64>, measured: Measured, slo: Option<&Slo>) -> Self {
-        let hdr_log = hdr_log(label, &measured);
+    pub fn of(label: &str, offered_rate: Option<f64>, mut measured: Measured, slo: Option<&Slo>) -> Self {
+        let comment = format!("{label}; values in microseconds");
+        let hdr_log = measured.recorder.take_log(&comment, measured.began, measured.length);
         let recorder = &measured.recorder;
         let seconds = measured.length.as_secs_f64().max(1e-9);
         let answered = recorder.records.len() as u64;
@@ -228,34 +223,6 @@ fn scatter(recorder: &Recorder) -> Vec<[f64; 2]> {
     records
         .filter_map(|record| Some([record.ttft? as f64 / 1e3, record.tpot? as f64 / 1e3]))
         .collect()
-}
-
-/// The histograms in microseconds, one line a metric, as HdrHistogram's log readers take them.
-fn hdr_log(label: &str, measured: &Measured) -> String {
-    let mut log = Vec::new();
-    let mut serializer = V2DeflateSerializer::new();
-    let mut write = || {
-        let mut writer = IntervalLogWriterBuilder::new()
-            .add_comment(&format!("{label}; values in microseconds, maxima in milliseconds"))
-            .with_start_time(measured.began)
-            .with_base_time(measured.began)
-            .with_max_value_divisor(1e3)
-            .begin_log_with(&mut log, &mut serializer)
-            .ok()?;
-        let (lateness, mut entries) = (&measured.recorder.lateness, Vec::new());
-        entries.extend(Metric::ALL.map(|metric| (metric.name(), measured.recorder.histogram(metric))));
-        entries.push(("lateness", lateness));
-        for (name, histogram) in entries.into_iter().filter(|(_, histogram)| !histogram.is_empty()) {
-            let tag = Tag::new(name);
-            writer
-                .write_histogram(histogram, std::time::Duration::ZERO, measured.length, tag)
-                .ok()?;
-        }
-        Some(())
-    };
-    // Writing into memory does not fail.
-    let _ = write();
-    String::from_utf8(log).unwrap_or_default()
 }
 
 /// Seconds since 1970.
