@@ -41,7 +41,11 @@ pub struct Load {
     pub duration: Option<Duration>,
     /// For how long requests at the same rate go before those that are measured.
     pub warmup: Duration,
+    /// Of arrivals, lengths and pauses, and with `part` of the prompts' words.
     pub seed: u64,
+    /// Loads that differ in this alone ask for the same lengths at the same times in other words, so that none finds what
+    /// another left in the server's prefix cache.
+    pub part: u64,
 }
 
 /// Who is asked, and for what.
@@ -208,6 +212,7 @@ fn schedule(asked: &Asked, load: &Load, start: Instant) -> impl Iterator<Item = 
         asked.workload.clone(),
         asked.vocabulary.clone(),
         derived_seed(load.seed, 3),
+        derived_seed(derived_seed(load.seed, 4), load.part),
     );
     std::iter::from_fn(move || {
         if left == 0 {

@@ -169,6 +169,7 @@ fn load_of(settings: &load::Load, arrivals: Arrivals) -> Result<Load, LoadtestEr
         duration: settings.duration.or(endless.then_some(USUAL)),
         warmup: settings.warmup,
         seed: settings.seed,
+        part: 0,
     })
 }
 

@@ -156,7 +156,8 @@ async fn experiments(settings: &Tune, workload: Workload, url: &str) -> Result<S
             search.tried.len() + 1,
             settings.experiments.max_experiments
         ));
-        match experiment(&settings.experiments, &asked, knobs, &mut live, &mut stop).await {
+        let part = search.tried.len() as u64;
+        match experiment(&settings.experiments, &asked, knobs, part, &mut live, &mut stop).await {
             Ok(Some(experiment)) => search.tell(experiment),
             Ok(None) => break,
             Err(error) => {
@@ -179,6 +180,7 @@ async fn experiment(
     settings: &Experiments,
     asked: &Asked,
     knobs: Knobs,
+    part: u64,
     live: &mut Live,
     stop: &mut watch::Receiver<bool>,
 ) -> Result<Option<Experiment>, TuneError> {
@@ -189,6 +191,7 @@ async fn experiment(
         duration: Some(settings.duration),
         warmup: settings.warmup,
         seed: settings.seed,
+        part,
     };
     let measured = send(asked, &load, live, stop, None).await;
     if measured.interrupted {

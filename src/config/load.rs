@@ -82,7 +82,7 @@ pub struct Experiments {
     /// The most experiments; the first ten compare schedules and windows
     #[arg(long, value_name = "EXPERIMENTS", default_value = "24", value_parser = count(1, 1000))]
     pub max_experiments: usize,
-    /// Seed of arrivals, lengths and prompts: every experiment sends the same load
+    /// Seed of arrivals, lengths and prompts: every experiment sends the same load, in other words
     #[arg(long, default_value = "1")]
     pub seed: u64,
     /// Write the recommended settings as TOML for `serve --config`

@@ -130,6 +130,7 @@ pub fn drive(asked: &Asked, arrivals: Arrivals, requests: u64) -> Measured {
         duration: None,
         warmup: Duration::ZERO,
         seed: 11,
+        part: 0,
     };
     let (_sender, mut stop) = tokio::sync::watch::channel(false);
     let runtime = tokio::runtime::Builder::new_multi_thread()
