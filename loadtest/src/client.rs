@@ -10,7 +10,7 @@ use futures_util::StreamExt;
 use reqwest::{Client, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 
-use crate::{sse::Events, trace::Message};
+use crate::{sse::Events, tls, trace::Message};
 
 /// The route that requests take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -210,11 +210,20 @@ impl Target {
     pub fn new(url: &str, key: Option<String>, timeout: Duration) -> Result<Self, reqwest::Error> {
         let url = url.trim_end_matches('/');
         Ok(Self {
-            http: Client::builder().no_proxy().build()?,
+            http: tls::client(url, false)?,
             url: url.strip_suffix("/v1").unwrap_or(url).to_owned(),
             key,
             timeout,
         })
+    }
+
+    /// The same target, believed whatever certificate it shows.
+    ///
+    /// # Errors
+    /// As [`Target::new`].
+    pub fn with_any_certificate(mut self) -> Result<Self, reqwest::Error> {
+        self.http = tls::client(&self.url, true)?;
+        Ok(self)
     }
 
     /// The base URL, without `/v1` and without a slash at its end.

@@ -113,15 +113,16 @@ impl Recorder {
             prompt_tokens: answer.prompt_tokens,
             output_tokens: answer.output_tokens,
         };
-        self.e2e.saturating_record(record.e2e);
+        let now = Instant::now();
+        self.latency(now, Metric::E2e, record.e2e);
         if let Some(ttft) = record.ttft {
-            self.ttft.saturating_record(ttft);
+            self.latency(now, Metric::Ttft, ttft);
         }
         if let Some(tpot) = record.tpot {
-            self.tpot.saturating_record(tpot.max(1));
+            self.latency(now, Metric::Tpot, tpot.max(1));
         }
         for &gap in &answer.gaps {
-            self.itl.saturating_record(micros(gap).max(1));
+            self.latency(now, Metric::Itl, micros(gap).max(1));
         }
         self.recent.push_back((answer.end, record.e2e));
         self.records.push(record);

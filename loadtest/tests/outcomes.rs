@@ -127,6 +127,22 @@ fn a_session_carries_the_servers_answers() {
     assert_eq!(roles(&bodies[1]), last[..4]);
 }
 
+#[test]
+fn https_needs_a_believed_certificate() {
+    let server = Mock::start_secret(|_| Reply::after(Duration::ZERO));
+    let strict = server.asked(Duration::from_secs(5));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let error = runtime.block_on(check::model(&strict.target, None)).unwrap_err();
+    assert!(matches!(error, CheckError::Certificate { .. }), "{error}");
+    let mut trusting = strict.clone();
+    trusting.target = strict.target.with_any_certificate().unwrap();
+    let run = Run::of("secret", None, drive(&trusting, BURST, 5), None);
+    assert_eq!((run.requests.answered, run.tokens.output), (5, 10));
+}
+
 /// An address where nobody listens.
 fn free_url() -> String {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();

@@ -206,7 +206,11 @@ pub async fn asked(
     tokenizer: Option<&Path>,
 ) -> Result<(Asked, String), LoadtestError> {
     check::url(&settings.url)?;
-    let target = Target::new(&settings.url, settings.api_key.clone(), settings.timeout).map_err(CheckError::from)?;
+    let mut target =
+        Target::new(&settings.url, settings.api_key.clone(), settings.timeout).map_err(CheckError::from)?;
+    if settings.insecure {
+        target = target.with_any_certificate().map_err(CheckError::from)?;
+    }
     let model = check::model(&target, settings.served_model_name.as_deref()).await?;
     let form = Form {
         model,

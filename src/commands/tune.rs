@@ -139,6 +139,7 @@ async fn experiments(settings: &Tune, workload: Workload, url: &str) -> Result<S
         url: url.to_owned(),
         served_model_name: None,
         api_key: None,
+        insecure: false,
         api: None,
         no_stream: false,
         timeout: TIMEOUT,

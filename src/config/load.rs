@@ -106,6 +106,11 @@ pub struct Asked {
     /// The key that requests carry as a bearer token
     #[arg(long, value_name = "KEY")]
     pub api_key: Option<String>,
+    /// Believe whatever certificate an HTTPS server shows; `SSL_CERT_FILE` names one to believe instead
+    #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub insecure: bool,
     /// The route that requests take; unset, the workload's
     #[arg(long)]
     pub api: Option<Api>,

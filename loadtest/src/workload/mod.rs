@@ -106,7 +106,7 @@ pub enum Content {
     Tokens(Vec<u32>),
 }
 
-/// Makes a workload's sessions, one after the other, the same for the same seed.
+/// Makes a workload's sessions, one after the other, the same for the same seeds.
 #[derive(Debug)]
 pub struct Sessions {
     workload: Arc<Workload>,
