@@ -109,6 +109,8 @@ pub struct Answer {
     /// From the server's usage; where it sends none, the number of pieces.
     pub output_tokens: u32,
     pub prompt_tokens: u32,
+    /// Those of the prompt that the server found in its prefix cache; `None` where it does not say.
+    pub cached_tokens: Option<u32>,
     pub text: String,
 }
 
@@ -191,6 +193,18 @@ struct Content {
 struct Usage {
     prompt_tokens: Option<u32>,
     completion_tokens: Option<u32>,
+    prompt_tokens_details: Option<Details>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct Details {
+    cached_tokens: Option<u32>,
+}
+
+impl Usage {
+    fn cached(self) -> Option<u32> {
+        self.prompt_tokens_details?.cached_tokens
+    }
 }
 
 /// A server and how it is asked.
@@ -293,6 +307,7 @@ async fn whole(response: Response) -> Result<Answer, Failure> {
         end,
         output_tokens: reply.usage.and_then(|usage| usage.completion_tokens).unwrap_or(0),
         prompt_tokens: reply.usage.and_then(|usage| usage.prompt_tokens).unwrap_or(0),
+        cached_tokens: reply.usage.and_then(Usage::cached),
         text,
     })
 }
@@ -391,6 +406,7 @@ impl Progress {
             end,
             output_tokens: usage.and_then(|usage| usage.completion_tokens).unwrap_or(self.pieces),
             prompt_tokens: usage.and_then(|usage| usage.prompt_tokens).unwrap_or(0),
+            cached_tokens: usage.and_then(Usage::cached),
             text: self.text,
         }
     }

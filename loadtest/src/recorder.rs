@@ -25,6 +25,8 @@ const ROLLING: Duration = Duration::from_secs(10);
 pub struct Record {
     /// The intended time, from the start of the run.
     pub at: u64,
+    /// Which request of its session, from 1.
+    pub turn: u32,
     pub e2e: u64,
     /// `None` for a whole answer.
     pub ttft: Option<u64>,
@@ -32,6 +34,7 @@ pub struct Record {
     pub tpot: Option<u64>,
     pub longest_gap: Option<u64>,
     pub prompt_tokens: u32,
+    pub cached_tokens: Option<u32>,
     pub output_tokens: u32,
 }
 
@@ -89,21 +92,22 @@ impl Recorder {
         self.intervals.record(Instant::now(), LATENESS, lateness);
     }
 
-    /// A request that should have been sent at `intended`, in a run that began at `start`, ended.
-    pub fn ended(&mut self, start: Instant, intended: Instant, outcome: &Result<Answer, Failure>) {
+    /// A session's `turn`-th request (from 1), to be sent at `intended` in a run that began at `start`, ended.
+    pub fn ended(&mut self, start: Instant, intended: Instant, turn: u32, outcome: &Result<Answer, Failure>) {
         let now = Instant::now();
         match outcome {
-            Ok(answer) => self.answered(start, intended, answer),
+            Ok(answer) => self.answered(start, intended, turn, answer),
             Err(failure) => *self.failures.entry(failure.to_string()).or_default() += 1,
         }
         self.last_end = Some(now);
     }
 
-    fn answered(&mut self, start: Instant, intended: Instant, answer: &Answer) {
+    fn answered(&mut self, start: Instant, intended: Instant, turn: u32, answer: &Answer) {
         let since = |instant: Instant| micros(instant.saturating_duration_since(intended)).max(1);
         let streamed = answer.tokens.map(|(first, last)| (since(first), micros(last - first)));
         let record = Record {
             at: micros(intended.saturating_duration_since(start)),
+            turn,
             e2e: since(answer.end),
             ttft: streamed.map(|(first, _)| first),
             tpot: streamed
@@ -111,6 +115,7 @@ impl Recorder {
                 .map(|(_, span)| span / u64::from(answer.output_tokens - 1)),
             longest_gap: answer.gaps.iter().max().map(|&gap| micros(gap)),
             prompt_tokens: answer.prompt_tokens,
+            cached_tokens: answer.cached_tokens,
             output_tokens: answer.output_tokens,
         };
         let now = Instant::now();
@@ -190,12 +195,13 @@ mod tests {
             end: at(510),
             output_tokens: 5,
             prompt_tokens: 9,
+            cached_tokens: None,
             text: String::new(),
         };
         let mut recorder = Recorder::beginning(start);
         recorder.sent(Duration::from_millis(2));
-        recorder.ended(start, at(100), &Ok(answer));
-        recorder.ended(start, at(100), &Err(Failure::Status(503)));
+        recorder.ended(start, at(100), 1, &Ok(answer));
+        recorder.ended(start, at(100), 1, &Err(Failure::Status(503)));
         let record = recorder.records[0];
         assert_eq!((record.at, record.ttft, record.e2e), (100_000, Some(200_000), 410_000));
         assert_eq!((record.tpot, record.longest_gap), (Some(50_000), Some(150_000)));

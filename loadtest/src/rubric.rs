@@ -93,6 +93,7 @@ pub async fn execute(plan: &Plan, live: &mut Live, stop: &mut watch::Receiver<bo
         search: search.tried,
         interrupted: *stop.borrow(),
         runs,
+        name: String::new(),
     }
 }
 

@@ -239,7 +239,7 @@ async fn session(shared: Arc<Shared>, arrival: Arrival) {
     let asked = &shared.asked;
     let mut history = arrival.session.before;
     let mut intended = arrival.intended;
-    for turn in arrival.session.turns {
+    for (turn, number) in arrival.session.turns.into_iter().zip(1..) {
         if !turn.pause.is_zero() {
             intended = Instant::now() + turn.pause;
             tokio::time::sleep_until(intended.into()).await;
@@ -255,7 +255,7 @@ async fn session(shared: Arc<Shared>, arrival: Arrival) {
         shared.in_flight.fetch_sub(1, Ordering::Relaxed);
         shared.ended.fetch_add(1, Ordering::Relaxed);
         if !arrival.warm {
-            shared.recorder().ended(shared.start, intended, &outcome);
+            shared.recorder().ended(shared.start, intended, number, &outcome);
         }
         // A session that lost an answer has no history to go on with.
         let Ok(answer) = outcome else { return };

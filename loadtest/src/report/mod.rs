@@ -2,10 +2,14 @@
 
 pub(crate) mod charts;
 pub mod compare;
+pub mod figures;
 pub mod html;
+pub(crate) mod scale;
 pub mod table;
+mod turns;
 
 pub(crate) use html::escaped;
+pub use turns::Turn;
 
 use std::{collections::BTreeMap, time::UNIX_EPOCH};
 
@@ -49,6 +53,9 @@ pub struct Report {
     pub search: Vec<Probe>,
     pub interrupted: bool,
     pub runs: Vec<Run>,
+    /// Tells it from those that it is set beside; empty where it is alone.
+    #[serde(skip)]
+    pub name: String,
 }
 
 /// A load that the search tried.
@@ -83,6 +90,9 @@ pub struct Run {
     pub timeline: Vec<Sample>,
     /// By metric: pairs of percentile and milliseconds.
     pub curves: BTreeMap<Metric, Vec<[f64; 2]>>,
+    /// The requests of sessions by their place in them; empty where every session had one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub turns: Vec<Turn>,
     /// Pairs of TTFT and TPOT in milliseconds, of at most 2000 requests.
     pub scatter: Vec<[f64; 2]>,
     pub interrupted: bool,
@@ -106,6 +116,9 @@ pub struct Requests {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Tokens {
     pub prompt: u64,
+    /// Those of the prompts that the server found in its prefix cache; absent where it does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached: Option<u64>,
     pub output: u64,
     pub output_per_second: f64,
     pub total_per_second: f64,
@@ -151,6 +164,10 @@ impl Run {
             .iter()
             .map(|record| u64::from(record.prompt_tokens))
             .sum();
+        let cached = recorder
+            .records
+            .iter()
+            .filter_map(|record| record.cached_tokens.map(u64::from));
         let output: u64 = recorder
             .records
             .iter()
@@ -177,6 +194,7 @@ impl Run {
             },
             tokens: Tokens {
                 prompt,
+                cached: cached.reduce(|a, b| a + b),
                 output,
                 output_per_second: output as f64 / seconds,
                 total_per_second: (prompt + output) as f64 / seconds,
@@ -193,6 +211,7 @@ impl Run {
                 .filter(|(_, h)| !h.is_empty())
                 .map(|(metric, h)| (metric, curve(h)))
                 .collect(),
+            turns: turns::of(&recorder.records),
             scatter: scatter(recorder),
             utilisation: measured.utilisation,
             timeline: measured.samples,

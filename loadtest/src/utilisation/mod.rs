@@ -201,15 +201,16 @@ impl Seen {
     }
 }
 
-/// Waits until the server says that nothing waits or runs, at most so long; a moment where it says nothing of it.
-pub async fn settle(target: &Target, most: Duration) {
+/// Waits until the server says that nothing waits or runs, at most so long; a moment where it says nothing of it. False
+/// where something still does.
+pub async fn settle(target: &Target, most: Duration) -> bool {
     let deadline = tokio::time::Instant::now() + most;
     loop {
         tokio::time::sleep(SCRAPING).await;
         let gauges = moment(target, None).await.page.gauges();
         let left = gauges.waiting.unwrap_or(0.0) + gauges.running.unwrap_or(0.0);
         if left == 0.0 || tokio::time::Instant::now() > deadline {
-            return;
+            return left == 0.0;
         }
     }
 }
