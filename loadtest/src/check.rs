@@ -136,6 +136,10 @@ fn unreachable(url: String, error: &reqwest::Error) -> CheckError {
             url,
             reason: reason.clone(),
         },
+        Some(rustls::Error::InvalidMessage(_)) => CheckError::Unreachable {
+            url,
+            reason: "what listens there does not speak TLS".to_owned(),
+        },
         // The cause at the bottom says what happened; those above it say where.
         _ => CheckError::Unreachable {
             url,

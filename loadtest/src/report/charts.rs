@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use plotters::{
-    chart::ChartContext,
+    chart::DualCoordChartContext,
     coord::ranged1d::{DefaultFormatting, KeyPointHint},
     prelude::*,
 };
@@ -66,7 +66,7 @@ const COLOURS: [RGBColor; 7] = [
 
 /// Lines with dots; `None` where nothing is to be drawn.
 pub fn lines(series: &[Series], frame: &Frame) -> Option<String> {
-    draw(series, frame, &[], |mut chart, series, _| {
+    draw(series, frame, &[], |mut chart, series| {
         for series in series {
             let line = LineSeries::new(placed(series, frame), series.paint().stroke_width(2)).point_size(3);
             chart.draw_series(line).ok()?;
@@ -77,14 +77,14 @@ pub fn lines(series: &[Series], frame: &Frame) -> Option<String> {
 
 /// Points alone; those of `front` are joined by a line and ringed.
 pub fn cloud(series: &[Series], front: Option<&Series>, frame: &Frame) -> Option<String> {
-    draw(series, frame, &[], |mut chart, series, _| {
+    draw(series, frame, &[], |mut chart, series| {
         if let Some(front) = front {
             let line = LineSeries::new(placed(front, frame), front.paint().stroke_width(2));
             chart.draw_series(line).ok()?;
             let rings = placed(front, frame).map(|at| Circle::new(at, 7, front.paint().stroke_width(2)));
             chart.draw_series(rings).ok()?;
         }
-        let size = if front.is_some() { 4 } else { 2 };
+        let size = if front.is_some() { 4 } else { 3 };
         for series in series {
             let dots = placed(series, frame).map(|at| Circle::new(at, size, series.paint().filled()));
             chart.draw_series(dots).ok()?;
@@ -95,7 +95,7 @@ pub fn cloud(series: &[Series], front: Option<&Series>, frame: &Frame) -> Option
 
 /// Lines over time; the shares have an axis of their own on the right, from 0 to 1.
 pub fn timeline(counts: &[Series], shares: &[Series], frame: &Frame) -> Option<String> {
-    draw(counts, frame, shares, |mut chart, counts, across| {
+    draw(counts, frame, shares, |mut chart, counts| {
         for series in counts {
             let line = LineSeries::new(placed(series, frame), series.paint().stroke_width(2));
             chart.draw_series(line).ok()?;
@@ -103,7 +103,6 @@ pub fn timeline(counts: &[Series], shares: &[Series], frame: &Frame) -> Option<S
         if shares.is_empty() {
             return Some(());
         }
-        let mut chart = chart.set_secondary_coord(across, 0.0..1.0);
         let mut mesh = chart.configure_secondary_axes();
         mesh.y_desc("occupancy")
             .axis_desc_style((FONT, 14))
@@ -153,7 +152,9 @@ impl Ranged for Places {
     }
 }
 
-type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<Places, Places>>;
+/// A chart with a second axis on its right, which few use.
+type Chart<'a, 'b> = DualCoordChartContext<'a, SVGBackend<'b>, Plane, Plane>;
+type Plane = Cartesian2d<Places, Places>;
 
 /// The points that the frame has a place for.
 fn placed<'s>(series: &'s Series, frame: &'s Frame) -> impl Iterator<Item = (f64, f64)> + 's {
@@ -162,12 +163,12 @@ fn placed<'s>(series: &'s Series, frame: &'s Frame) -> impl Iterator<Item = (f64
     series.points.iter().filter(shown).map(place)
 }
 
-/// Draws what surrounds the points, then lets `points` draw them on the chart, which spans these places across.
+/// Draws what surrounds the points, then lets `points` draw them on the chart.
 fn draw(
     series: &[Series],
     frame: &Frame,
     right: &[Series],
-    points: impl for<'a, 'b> FnOnce(Chart<'a, 'b>, &[Series], Range<f64>) -> Option<()>,
+    points: impl for<'a, 'b> FnOnce(Chart<'a, 'b>, &[Series]) -> Option<()>,
 ) -> Option<String> {
     let all = || series.iter().flat_map(|series| &series.points);
     let across = frame.x.scale.span(all().map(|point| point.0))?;
@@ -185,7 +186,8 @@ fn draw(
     builder.right_y_label_area_size(if right.is_empty() { 0 } else { 58 });
     let mut chart = builder
         .build_cartesian_2d(Places::along(x, across.clone()), Places::along(y, up))
-        .ok()?;
+        .ok()?
+        .set_secondary_coord(Places::along(x, across), Places::along(Scale::Linear, 0.0..1.0));
     let mut mesh = chart.configure_mesh();
     mesh.x_desc(frame.x.title).y_desc(frame.y.title);
     mesh.bold_line_style(BLACK.mix(0.1))
@@ -195,7 +197,7 @@ fn draw(
     let (x_label, y_label) = (written(frame.x), written(frame.y));
     mesh.x_label_formatter(&x_label).y_label_formatter(&y_label);
     mesh.draw().ok()?;
-    points(chart, series, across)?;
+    points(chart, series)?;
     root.present().ok()?;
     drop(root);
     Some(svg)

@@ -71,6 +71,7 @@ impl Scale {
             }
             Scale::Log => {
                 let steps: &[f64] = match span.end - span.start {
+                    width if width < 0.8 => &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
                     width if width < 2.5 => &[1.0, 2.0, 5.0],
                     _ => &[1.0],
                 };
@@ -79,7 +80,7 @@ impl Scale {
                 decades.flat_map(of).collect()
             }
             Scale::Nines => {
-                let values = [0.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999];
+                let values = [0.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99, 99.999];
                 values.map(|value| self.place(value)).to_vec()
             }
         };
@@ -147,7 +148,10 @@ mod tests {
         assert_eq!(written(log, &[40.0, 900.0]), ["50 ms", "100 ms", "200 ms", "500 ms"]);
         assert_eq!(written(log, &[1.0, 4000.0]), ["1 ms", "10 ms", "100 ms", "1 s"]);
         let nines = axis(Scale::Nines, percentile);
-        assert_eq!(written(nines, &[0.0, 99.95]), ["P0", "P50", "P90", "P99", "P99.9"]);
+        assert_eq!(
+            written(nines, &[0.0, 99.95]),
+            ["P0", "P50", "P75", "P90", "P95", "P99", "P99.9"]
+        );
         assert_eq!(
             written(axis(Scale::Linear, number), &[0.0]),
             ["0", "0.2", "0.4", "0.6", "0.8", "1"]

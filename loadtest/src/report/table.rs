@@ -253,11 +253,11 @@ pub fn text(report: &Report) -> String {
             report.search.len()
         );
     }
-    let (titles, rows) = percentiles(&report.runs);
-    let _ = write!(text, "\n{}\n{}", table(&MAIN, &report.runs), markdown(&titles, &rows));
-    let (titles, rows) = turns(&report.runs);
-    if !rows.is_empty() {
-        let _ = write!(text, "\n{}", markdown(&titles, &rows));
+    let _ = write!(text, "\n{}", table(&MAIN, &report.runs));
+    for (titles, rows) in [percentiles(&report.runs), turns(&report.runs)] {
+        if !rows.is_empty() {
+            let _ = write!(text, "\n{}", markdown(&titles, &rows));
+        }
     }
     let (titles, rows) = cells(&UTILISATION, &report.runs);
     if titles.len() > 1 {

@@ -229,7 +229,10 @@ impl Workload {
             text += &format!(", {} shared", self.shared_prefix);
         }
         if self.turns != Lengths::Fixed(1) {
-            text += &format!(", {} turns, {:?} think time", self.turns, self.think_time);
+            text += &format!(", {} turns", self.turns);
+        }
+        if !self.think_time.is_zero() {
+            text += &format!(", {:?} think time", self.think_time);
         }
         text
     }
