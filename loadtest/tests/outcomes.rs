@@ -110,6 +110,8 @@ fn a_session_carries_the_servers_answers() {
     asked.workload = Arc::new(workload);
     let run = Run::of("chat", None, drive(&asked, BURST, 3), None);
     assert_eq!(run.requests.answered, 3);
+    let turns: Vec<(u32, u64)> = run.turns.iter().map(|turn| (turn.turn, turn.answered)).collect();
+    assert_eq!(turns, [(1, 1), (2, 1), (3, 1)]);
     let bodies = server.bodies.lock().unwrap();
     let roles = |body: &String| -> Vec<(String, String)> {
         let body: serde_json::Value = serde_json::from_str(body).unwrap();

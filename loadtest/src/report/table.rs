@@ -32,10 +32,11 @@ pub const MAIN: [Column; 15] = [
 ];
 
 /// What the server did meanwhile.
-pub const UTILISATION: [Column; 16] = [
+pub const UTILISATION: [Column; 17] = [
     ("load", |run| Some(run.label.clone())),
     ("busy", |run| run.utilisation.busy.map(percent)),
     ("occupancy", |run| run.utilisation.occupancy.map(percent)),
+    ("running", |run| run.utilisation.running_mean.map(short)),
     ("queue mean", |run| run.utilisation.queue_depth_mean.map(short)),
     ("max", |run| run.utilisation.queue_depth_max.map(short)),
     ("padding", |run| run.utilisation.padding_waste.map(percent)),

@@ -278,7 +278,7 @@ pub fn toml(knobs: &Knobs) -> String {
 mod tests {
     use super::*;
 
-    fn start() -> Knobs {
+    pub(super) fn start() -> Knobs {
         Knobs {
             schedule: "continuous".to_owned(),
             window_policy: "adaptive".to_owned(),
@@ -288,7 +288,7 @@ mod tests {
         }
     }
 
-    fn experiment(knobs: Knobs, goodput: f64, p99_ms: f64) -> Experiment {
+    pub(super) fn experiment(knobs: Knobs, goodput: f64, p99_ms: f64) -> Experiment {
         let report = serde_json::json!({"label": "", "offered_rate": null, "achieved_rate": goodput, "seconds": 1.0,
             "requests": {"sent": 1, "answered": 1, "failed": 0, "unfinished": 0, "errors": {}},
             "tokens": {"prompt": 1, "output": 1, "output_per_second": 1.0, "total_per_second": 1.0},

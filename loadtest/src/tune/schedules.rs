@@ -72,8 +72,8 @@ fn sorted(experiments: &[Experiment]) -> (Vec<f64>, Vec<(&Knobs, Vec<Option<&Exp
 pub fn table(experiments: &[Experiment]) -> String {
     let (rates, settings) = sorted(experiments);
     let mut titles = vec!["schedule".to_owned(), "window".to_owned()];
-    for &rate in &rates {
-        titles.push(format!("{}/s: goodput", short(rate)));
+    for rate in &rates {
+        titles.push(format!("{rate}/s: goodput"));
         titles.extend(["P50", "P99", "busy", "batch"].map(str::to_owned));
     }
     let rows: Vec<Vec<String>> = settings
@@ -175,4 +175,49 @@ pub fn page(experiments: &[Experiment]) -> String {
         "Schedules and windows",
         &format!("{figures}<pre>{}</pre>", escaped(&table(experiments))),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::tests::{experiment, start},
+        *,
+    };
+
+    #[test]
+    fn every_setting_meets_every_load_once() {
+        let trials = trials(&start(), &[0.5, 1.0, 2.0]);
+        assert_eq!(trials.len(), 27);
+        assert!(trials[..9].iter().all(|trial| trial.rate == 0.5));
+        assert!(
+            !trials
+                .iter()
+                .enumerate()
+                .any(|(index, trial)| trials[..index].contains(trial))
+        );
+    }
+
+    #[test]
+    fn the_table_has_a_row_a_setting_and_a_gap_where_nothing_was_tried() {
+        let trials = trials(&start(), &[1.0, 2.0]);
+        // The last setting was not tried under the second load.
+        let experiments = trials[..17].iter().map(|trial| {
+            let mut tried = experiment(trial.knobs.clone(), trial.rate, 700.0 * trial.rate);
+            tried.trial = trial.clone();
+            tried
+        });
+        let experiments: Vec<Experiment> = experiments.collect();
+        let table = table(&experiments);
+        let rows: Vec<&str> = table.lines().skip(2).collect();
+        assert_eq!(rows.len(), 9, "{table}");
+        assert!(
+            rows[0].starts_with("| sequential |      - |         1.00 |"),
+            "{table}"
+        );
+        let empty = |row: &str| row.split('|').filter(|cell| cell.trim() == "-").count();
+        assert_eq!(empty(rows[8]), empty(rows[7]) + 1, "{table}");
+        let names: Vec<String> = figures(&experiments).into_iter().map(|figure| figure.name).collect();
+        assert_eq!(names, ["schedules-p99", "schedules-goodput"]);
+        assert!(page(&experiments).contains("continuous, 50ms"));
+    }
 }
