@@ -36,6 +36,7 @@ impl Server {
         };
         // Whatever else it prints must not fill the pipe.
         thread::spawn(move || lines.for_each(drop));
+        sconce_loadtest::tls::prepare();
         let client = Client::builder()
             .timeout(Duration::from_secs(240))
             .build()

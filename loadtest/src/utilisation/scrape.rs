@@ -2,7 +2,12 @@
 
 use std::collections::HashMap;
 
+use serde::Deserialize;
+
 use super::{Gauges, Utilisation};
+
+/// The name given to the number of llama.cpp's slots, which its metrics do not have.
+const SLOTS: &str = "slots";
 
 /// Samples of a page by their name with labels, such as `sconce_kv_blocks{state="free"}`; those of one name are summed
 /// under the bare name too.
@@ -32,6 +37,27 @@ impl Page {
             }
         }
         Self(page)
+    }
+
+    /// Reads llama.cpp's list of slots, which that server has even where it was started without metrics.
+    pub fn of_slots(text: &str) -> Self {
+        #[derive(Deserialize)]
+        struct Slot {
+            is_processing: bool,
+        }
+        let slots: Vec<Slot> = serde_json::from_str(text).unwrap_or_default();
+        if slots.is_empty() {
+            return Self::default();
+        }
+        let running = slots.iter().filter(|slot| slot.is_processing).count();
+        Self(HashMap::from([
+            ("llamacpp:requests_processing".to_owned(), running as f64),
+            (SLOTS.to_owned(), slots.len() as f64),
+        ]))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     fn get(&self, name: &str) -> Option<f64> {
@@ -77,7 +103,7 @@ impl Page {
             ]),
             running,
             occupancy: running
-                .zip(self.get("sconce_max_batch"))
+                .zip(self.any(&["sconce_max_batch", SLOTS]))
                 .map(|(running, most)| running / most),
             kv_use,
         }
@@ -162,5 +188,9 @@ mod tests {
             (Some(7.0), Some(2.0), Some(0.5))
         );
         assert_eq!(between(&page, &page, 1.0), Utilisation::default());
+        let slots = Page::of_slots(r#"[{"id": 0, "is_processing": true}, {"id": 1, "is_processing": false}]"#);
+        let gauges = slots.gauges();
+        assert_eq!((gauges.running, gauges.occupancy), (Some(1.0), Some(0.5)));
+        assert!(Page::of_slots("{\"error\": {}}").is_empty());
     }
 }
