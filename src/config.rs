@@ -64,6 +64,8 @@ pub struct Serve {
     #[command(flatten)]
     pub http: Http,
     #[command(flatten)]
+    pub life: Life,
+    #[command(flatten)]
     pub common: Common,
 }
 
@@ -202,6 +204,19 @@ pub struct Http {
     #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, value_parser = BoolishValueParser::new())]
     pub admin: bool,
+}
+
+/// From start to end.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Start and end")]
+pub struct Life {
+    /// Where the prefix cache is kept from one run to the next: read at the start, written at the end; unset, nowhere
+    #[arg(long, value_name = "PATH")]
+    pub cache_file: Option<PathBuf>,
+    /// How long what runs may go on when the server is told to end; what is not done by then is ended with an error
+    #[arg(long, value_name = "DURATION", default_value = "20s")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::ZERO, Duration::from_secs(24 * 3600)))]
+    pub drain_timeout: Duration,
 }
 
 /// What every command takes.

@@ -89,7 +89,11 @@ impl KvCache {
     /// Fills a block with what [`Self::read_block`] gave of one, in this pool or in another like it.
     pub fn write_block(&mut self, block: u32, mut bytes: &[u8]) -> Result<()> {
         if bytes.len() != self.block_bytes() {
-            bail!("KV cache: a block has {} bytes, not {}", self.block_bytes(), bytes.len())
+            bail!(
+                "KV cache: a block has {} bytes, not {}",
+                self.block_bytes(),
+                bytes.len()
+            )
         }
         for pool in self.halves() {
             let (half, rest) = bytes.split_at(half_bytes(pool));

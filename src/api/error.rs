@@ -171,6 +171,7 @@ impl From<Failure> for ApiError {
                 Some("deadline_passed"),
                 message,
             ),
+            Failure::ShuttingDown => Self::unavailable("shutting_down", &message, 5),
             Failure::NotANumber | Failure::Step(_) => Self::internal(message),
         }
     }
@@ -239,6 +240,7 @@ mod tests {
     fn each_failure_has_its_status() {
         let status = |failure: Failure| ApiError::from(failure).status.as_u16();
         assert_eq!(status(Failure::DeadlinePassed), 504);
+        assert_eq!(status(Failure::ShuttingDown), 503);
         assert_eq!(status(Failure::NotANumber), 500);
         assert_eq!(status(Failure::Step("lost".into())), 500);
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::choice::{Choice, Delta};
+use super::ending::Running;
 use super::error::ApiError;
 use super::middleware::Caller;
 use super::params::Params;
@@ -69,12 +70,14 @@ pub(super) struct Generation {
     n: usize,
     prompt_tokens: usize,
     arrival: Instant,
+    running: Running,
 }
 
 impl Generation {
     /// Hands all sequences of `plan` to the engine, or none.
     pub fn start(server: Arc<Server>, plan: Plan, caller: &Caller, arrival: Instant) -> Result<Self, ApiError> {
         let model = server.model()?;
+        let running = server.ending.begin().ok_or_else(ApiError::shutting_down)?;
         let n = plan.params.n;
         let most = server.settings.max_choices;
         if plan.prompts.len().saturating_mul(n) > most {
@@ -114,6 +117,7 @@ impl Generation {
             n,
             prompt_tokens,
             arrival,
+            running,
         })
     }
 
@@ -126,7 +130,12 @@ impl Generation {
     /// response is over: the other choices are cancelled when this is dropped.
     pub async fn next(&mut self) -> Option<Result<(usize, Delta), Failure>> {
         while !self.live.is_empty() {
-            let (slot, event) = poll_fn(|context| self.poll_event(context)).await;
+            let (live, turn) = (&mut self.live, &mut self.turn);
+            let (slot, event) = tokio::select! {
+                biased;
+                event = poll_fn(|context| poll_event(live, turn, context)) => event,
+                () = self.running.cut() => return Some(Err(Failure::ShuttingDown)),
+            };
             match self.take(slot, event) {
                 Ok(Some(delta)) => return Some(Ok(delta)),
                 Ok(None) => {}
@@ -134,17 +143,6 @@ impl Generation {
             }
         }
         None
-    }
-
-    fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<(usize, Option<Event>)> {
-        for step in 0..self.live.len() {
-            let slot = (self.turn + step) % self.live.len();
-            if let Poll::Ready(event) = self.live[slot].1.poll_recv(context) {
-                self.turn = slot + 1;
-                return Poll::Ready((slot, event));
-            }
-        }
-        Poll::Pending
     }
 
     fn take(&mut self, slot: usize, event: Option<Event>) -> Result<Option<(usize, Delta)>, Failure> {
@@ -221,6 +219,22 @@ impl Generation {
         }
         longest
     }
+}
+
+/// The next event of those that have not ended, and its place among them.
+fn poll_event(
+    live: &mut [(usize, UnboundedReceiver<Event>)],
+    turn: &mut usize,
+    context: &mut Context<'_>,
+) -> Poll<(usize, Option<Event>)> {
+    for step in 0..live.len() {
+        let slot = (*turn + step) % live.len();
+        if let Poll::Ready(event) = live[slot].1.poll_recv(context) {
+            *turn = slot + 1;
+            return Poll::Ready((slot, event));
+        }
+    }
+    Poll::Pending
 }
 
 /// The sampling of a prompt's choice `i`, with as many tokens as there is room for.

@@ -6,9 +6,11 @@
 
 mod admin;
 mod body;
+mod cache_save;
 mod chat;
 mod choice;
 mod completions;
+mod ending;
 mod error;
 mod generation;
 mod messages;
@@ -26,7 +28,6 @@ mod tests;
 mod tokenize;
 mod types;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -38,6 +39,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use crate::engine::{Handle, Refused};
 use crate::request::{Request, Tenant};
 use crate::text::{ChatTemplate, Tokenizer};
+use ending::Ending;
 use error::ApiError;
 pub use observe::Observer;
 
@@ -77,7 +79,7 @@ pub struct Server {
     model: OnceLock<Model>,
     /// Set where `/admin` is allowed.
     admin: OnceLock<Handle>,
-    stopping: AtomicBool,
+    ending: Ending,
     settings: ApiSettings,
     observer: Observer,
     metrics_text: Box<dyn Fn() -> String + Send + Sync>,
@@ -97,7 +99,7 @@ impl Server {
         Self {
             model: OnceLock::new(),
             admin: OnceLock::new(),
-            stopping: AtomicBool::new(false),
+            ending: Ending::new(),
             settings,
             observer,
             metrics_text: Box::new(metrics_text),
@@ -119,12 +121,22 @@ impl Server {
 
     /// From now on `/ready` answers 503 and new requests are refused; running ones go on.
     pub fn stop_accepting(&self) {
-        self.stopping.store(true, Ordering::Relaxed);
+        self.ending.stop();
+    }
+
+    /// Completes when nothing generates.
+    pub async fn idle(&self) {
+        self.ending.idle().await;
+    }
+
+    /// Ends every request that still generates with an error; gives how many.
+    pub fn cut_off(&self) -> usize {
+        self.ending.cut()
     }
 
     /// The model, if it is loaded and the server is not shutting down.
     fn model(&self) -> Result<&Model, ApiError> {
-        if self.stopping.load(Ordering::Relaxed) {
+        if self.ending.stopping() {
             return Err(ApiError::shutting_down());
         }
         self.model.get().ok_or_else(ApiError::loading)
@@ -154,6 +166,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/health", get(service::health))
         .route("/ready", get(service::ready))
         .route("/metrics", get(service::metrics))
+        .route("/v1/cache/save", post(cache_save::save))
         .route("/admin/batching", get(admin::show).post(admin::change))
         .fallback(service::unknown_path)
         .method_not_allowed_fallback(service::wrong_method)

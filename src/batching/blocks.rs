@@ -3,7 +3,7 @@
 //! Paging after Kwon et al. 2023 (PagedAttention, section 4): a sequence's keys and values lie in blocks of a fixed
 //! number of slots, found through its block table. Blocks are counted by holder, so that sequences can share them.
 
-use super::prefix::PrefixTree;
+use super::prefix::{NodeId, PrefixTree};
 use crate::request::TokenId;
 
 /// A block's index in the KV pool.
@@ -115,6 +115,17 @@ impl BlockPool {
                 same
             }
         }
+    }
+
+    /// Every block kept for its tokens, those in use first, then the most recently used; a block comes after those above
+    /// it.
+    pub fn kept_by_use(&self) -> Vec<NodeId> {
+        self.prefix.as_ref().map_or_else(Vec::new, PrefixTree::by_use)
+    }
+
+    /// The block above a kept block and its tokens, if it is still kept for them.
+    pub fn kept(&self, id: NodeId) -> Option<(Option<BlockId>, &[TokenId])> {
+        self.prefix.as_ref()?.get(id)
     }
 
     /// Lets go of a sequence's blocks, the last first, so that a prompt's beginning is what stays cached longest.

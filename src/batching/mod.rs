@@ -11,6 +11,7 @@ mod window;
 pub use blocks::{BlockCounts, BlockId, BlockPool};
 pub use buckets::{Buckets, BucketsError};
 pub use policy::{Schedule, WindowPolicy};
+pub use prefix::NodeId;
 pub use scheduler::{
     Admission, Arrival, Batch, Change, Config, ConfigError, Plan, Row, Scheduler, Sequence, SequenceId,
 };

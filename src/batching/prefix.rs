@@ -4,6 +4,7 @@
 //! Children are found by the tokens themselves, so a hash collision can never serve another prompt's block. The node of
 //! a block has the block's number, so the tree needs no numbering of its own.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
 
 use super::BlockId;
@@ -17,6 +18,15 @@ struct Node {
     last_used: u64,
     /// Whether no sequence holds the block.
     idle: bool,
+    /// Tells the node from earlier and later ones of the same block.
+    number: u64,
+}
+
+/// A node by its block and its own number: it names the same tokens as long as it is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeId {
+    pub block: BlockId,
+    number: u64,
 }
 
 /// Blocks found by the tokens they hold, and the order in which to give them up.
@@ -29,6 +39,7 @@ pub struct PrefixTree {
     evictable: BTreeSet<(u64, BlockId)>,
     idle: usize,
     clock: u64,
+    inserted: u64,
 }
 
 impl PrefixTree {
@@ -69,7 +80,9 @@ impl PrefixTree {
             children: HashMap::new(),
             last_used: self.clock,
             idle: false,
+            number: self.inserted,
         };
+        self.inserted += 1;
         let place = block as usize;
         if self.nodes.len() <= place {
             self.nodes.resize_with(place + 1, || None);
@@ -125,6 +138,30 @@ impl PrefixTree {
         Some(block)
     }
 
+    /// Every node, those in use first, then the most recently used; a node comes after those above it. O(n log n).
+    pub fn by_use(&self) -> Vec<NodeId> {
+        let mut found = Vec::new();
+        let mut below: Vec<BlockId> = self.roots.values().copied().collect();
+        while let Some(block) = below.pop() {
+            if let Some(node) = self.node(block) {
+                let used = if node.idle { node.last_used } else { u64::MAX };
+                let number = node.number;
+                found.push((used, NodeId { block, number }));
+                below.extend(node.children.values());
+            }
+        }
+        // Who held a block let go of those above it later, so the order of use has them first; among nodes in use the
+        // order in which they were found does, which a stable sort keeps.
+        found.sort_by_key(|&(used, _)| Reverse(used));
+        found.into_iter().map(|(_, id)| id).collect()
+    }
+
+    /// The block above a node and the node's tokens, if it is still there.
+    pub fn get(&self, id: NodeId) -> Option<(Option<BlockId>, &[TokenId])> {
+        let node = self.node(id.block).filter(|node| node.number == id.number)?;
+        Some((node.parent, &node.tokens))
+    }
+
     /// Blocks in the tree that nobody holds. All can be evicted, leaves first: who holds a block holds those above it.
     pub fn idle(&self) -> usize {
         self.idle
@@ -161,6 +198,25 @@ mod tests {
         tree.release(7);
         tree.hold(7);
         assert_eq!(tree.evict(), None);
+    }
+
+    #[test]
+    fn nodes_come_by_use_and_after_those_above() {
+        let mut tree = PrefixTree::default();
+        tree.insert(None, &[1], 0);
+        tree.insert(Some(0), &[2], 1);
+        tree.insert(None, &[3], 2);
+        tree.insert(Some(2), &[4], 3);
+        tree.insert(Some(3), &[5], 4);
+        // One sequence goes on; of the other's blocks the first is let go last.
+        tree.release(1);
+        tree.release(0);
+        let order = tree.by_use();
+        assert_eq!(order.iter().map(|id| id.block).collect::<Vec<_>>(), [2, 3, 4, 0, 1]);
+        assert_eq!(tree.get(order[4]), Some((Some(0), [2].as_slice())));
+        assert_eq!(tree.evict(), Some(1));
+        tree.insert(Some(0), &[2], 1);
+        assert_eq!(tree.get(order[4]), None, "another node of the same block");
     }
 
     #[test]

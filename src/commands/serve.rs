@@ -1,18 +1,20 @@
 //! `sconce serve`: the port first, then the model, then answers until it is told to end.
 
+mod drain;
+
 use std::{
     io,
     net::SocketAddr,
     panic::resume_unwind,
     path::Path,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     thread,
     time::{Duration, Instant},
 };
 
 use axum::serve::ListenerExt;
 use prometheus::Registry;
-use tokio::{net::TcpListener, signal};
+use tokio::{net::TcpListener, sync::oneshot};
 
 use super::{device, model_files, model_files::PullError};
 use crate::{
@@ -49,7 +51,7 @@ pub enum ServeError {
     Metrics(#[from] prometheus::Error),
 }
 
-/// Runs the server until SIGTERM or Ctrl-C.
+/// Runs the server until SIGTERM or Ctrl-C; what runs then is finished first.
 pub fn run(settings: Serve) -> Result<(), ServeError> {
     device::set_threads(settings.model.threads);
     // The engine and the kernels have the cores; these threads wait on sockets and cut text.
@@ -61,6 +63,7 @@ pub fn run(settings: Serve) -> Result<(), ServeError> {
 }
 
 async fn serve(settings: Serve) -> Result<(), ServeError> {
+    let signals = drain::Signals::catch()?;
     let (host, port) = (settings.http.host.clone(), settings.http.port);
     let bound = TcpListener::bind((host.as_str(), port)).await;
     let listener = bound.map_err(|source| ServeError::Listen { host, port, source })?;
@@ -74,21 +77,28 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     }));
     println!("sconce listens on http://{local} and loads {}", settings.choice.model);
 
-    let loading = server.clone();
-    let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, local));
+    let (closing, closed) = oneshot::channel();
+    let drained = drain::drained(server.clone(), signals, settings.life.drain_timeout, closing);
+    let started = Arc::new(OnceLock::new());
+    let (loading, handle) = (server.clone(), started.clone());
+    let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, &handle, local));
     // Tokens go out as they come, however small their packets.
     let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-    let ending = told_to_end(server.clone());
-    let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(ending);
+    let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(drained);
     tokio::select! {
-        served = serving.into_future() => Ok(served?),
+        served = serving.into_future() => served?,
+        () = drain::closed_late(closed) => {}
         ended = engine => {
             server.stop_accepting();
             // Whoever waits is told by the end of their events; the answers need a moment to go out.
             tokio::time::sleep(Duration::from_millis(300)).await;
-            ended.unwrap_or(Err(ServeError::LoadPanicked))
+            return ended.unwrap_or(Err(ServeError::LoadPanicked));
         }
     }
+    if let Some(engine) = started.get() {
+        drain::save(engine).await;
+    }
+    Ok(())
 }
 
 /// Loads the model, lets clients in, and returns when there is no engine any more, or never was.
@@ -96,12 +106,15 @@ fn run_engine(
     settings: &Serve,
     metrics: Arc<EngineMetrics>,
     server: &api::Server,
+    started: &OnceLock<engine::Handle>,
     address: SocketAddr,
 ) -> Result<(), ServeError> {
     let (model, engine, thread) = load(settings, metrics)?;
     if settings.http.admin {
-        server.allow_admin(engine);
+        server.allow_admin(engine.clone());
     }
+    // Set here alone.
+    let _ = started.set(engine);
     let name = model.names[0].clone();
     server.serve_model(model);
     print_example(address, &name);
@@ -117,30 +130,6 @@ fn metrics() -> Result<(Registry, Arc<EngineMetrics>, api::Observer), prometheus
     let metrics = Arc::new(EngineMetrics::new(&registry)?);
     let observer = api::Observer::register(&registry)?;
     Ok((registry, metrics, observer))
-}
-
-/// Ends at SIGTERM or Ctrl-C; what runs is then finished. A second signal ends the process at once.
-async fn told_to_end(server: Arc<api::Server>) {
-    signalled().await;
-    server.stop_accepting();
-    tracing::info!("ending once the requests that run are answered; signal again to end at once");
-    tokio::spawn(async {
-        signalled().await;
-        std::process::exit(130);
-    });
-}
-
-async fn signalled() {
-    let terminated = async {
-        match signal::unix::signal(signal::unix::SignalKind::terminate()) {
-            Ok(mut signals) => drop(signals.recv().await),
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = terminated => {}
-        _ = signal::ctrl_c() => {}
-    }
 }
 
 fn api_settings(settings: &Serve) -> ApiSettings {
@@ -203,6 +192,7 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
         kv_memory: model.kv_memory,
         block_size: model.block_size,
         prefix_cache: !model.no_prefix_cache,
+        cache_file: settings.life.cache_file.clone(),
     })
 }
 

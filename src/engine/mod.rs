@@ -1,5 +1,6 @@
 //! The one thread that owns the device: takes a plan, runs the model, samples, sends events.
 
+mod cache_file;
 mod model;
 mod run;
 mod sampler;
@@ -8,6 +9,7 @@ use std::{sync::Arc, thread};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
+pub use cache_file::{SaveError, Saved};
 pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
 
 use crate::{
@@ -32,6 +34,7 @@ pub struct Handle {
 enum Message {
     Request(Queued),
     Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
+    Save(cache_file::Reply),
 }
 
 /// A request and its place in the queue, which is free again when the place is dropped.
@@ -79,6 +82,15 @@ impl Handle {
         let message = Message::Configure(change, reply);
         self.queue.send(message).map_err(|_| ConfigureError::ShuttingDown)?;
         Ok(replied.await.map_err(|_| ConfigureError::ShuttingDown)??)
+    }
+
+    /// Writes the cached blocks to the cache file while requests go on, and says what it wrote.
+    pub async fn save_cache(&self) -> Result<Saved, SaveError> {
+        let (reply, replied) = oneshot::channel();
+        self.queue
+            .send(Message::Save(reply))
+            .map_err(|_| SaveError::ShuttingDown)?;
+        replied.await.map_err(|_| SaveError::ShuttingDown)?
     }
 }
 

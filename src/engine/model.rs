@@ -1,10 +1,11 @@
 //! The device's side of a step: the model, its KV cache, and the scheduler that owns the cache's blocks.
 
-use std::path::PathBuf;
+use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread};
 
 use candle_core::{DType, Device};
 use sconce_models::{Decoder, KvCache, ModelError, Span, Step, without_backtrace};
 
+use super::cache_file::{self, CacheFile, Identity};
 use crate::batching::{BlockPool, Config, ConfigError, Plan, Scheduler};
 
 /// What the engine is made from.
@@ -24,6 +25,8 @@ pub struct Settings {
     /// Slots in a block.
     pub block_size: usize,
     pub prefix_cache: bool,
+    /// Keeps the prefix cache's blocks from one run to the next.
+    pub cache_file: Option<PathBuf>,
 }
 
 /// The KV cache's size where none is asked for: a hundred chats of the default model, within the memory of a small
@@ -48,19 +51,55 @@ pub enum LoadError {
     BeyondModel { asked: usize, limit: usize },
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error("cache-file keeps what no-prefix-cache switches off; leave out one of them")]
+    NoPrefixCache,
+    #[error("the folder of the cache file {} does not exist; make it, or choose another cache-file", .0.display())]
+    NoCacheFolder(PathBuf),
+    #[error("cannot read {} for its hash: {source}", path.display())]
+    Hash { path: PathBuf, source: std::io::Error },
+}
+
+impl Settings {
+    /// What would otherwise be found out when the file is written, at the end.
+    fn check_cache_file(&self) -> Result<(), LoadError> {
+        match &self.cache_file {
+            Some(_) if !self.prefix_cache => Err(LoadError::NoPrefixCache),
+            Some(path) if !cache_file::folder(path).is_dir() => Err(LoadError::NoCacheFolder(path.clone())),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The decoder, and beside it the hash of its files where a cache file needs it.
+fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<String>), LoadError> {
+    thread::scope(|scope| {
+        let hash = settings
+            .cache_file
+            .as_ref()
+            .map(|_| scope.spawn(|| cache_file::weights_hash(&settings.path)));
+        let decoder = Decoder::load(&settings.path, &settings.device, dtype)?;
+        let hash = hash.map(|hash| hash.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        let weights = hash.transpose().map_err(|source| LoadError::Hash {
+            path: settings.path.clone(),
+            source,
+        })?;
+        Ok((decoder, weights))
+    })
 }
 
 pub struct Model {
     pub scheduler: Scheduler,
     pub kv_tokens: usize,
     decoder: Decoder,
-    cache: KvCache,
+    pub cache: KvCache,
+    pub cache_file: Option<Arc<CacheFile>>,
 }
 
 impl Model {
     pub fn load(settings: &Settings) -> Result<Self, LoadError> {
         let dtype = settings.dtype.unwrap_or(default_dtype(&settings.device));
-        let decoder = Decoder::load(&settings.path, &settings.device, dtype)?;
+        settings.check_cache_file()?;
+        let (decoder, weights) = load_weights(settings, dtype)?;
         let config = decoder.config();
         let bytes = settings.kv_memory.unwrap_or(DEFAULT_KV_MEMORY);
         let block_bytes = KvCache::bytes_per_block(config, settings.block_size, dtype);
@@ -80,18 +119,33 @@ impl Model {
             ..settings.batching.clone()
         };
         let pool = BlockPool::new(blocks, settings.block_size, settings.prefix_cache);
-        let scheduler = Scheduler::new(batching, pool)?;
-        let cache = KvCache::new(config, blocks, settings.block_size, dtype, &settings.device).map_err(|error| {
-            LoadError::KvCache {
-                blocks,
-                source: without_backtrace(error),
-            }
-        })?;
+        let mut scheduler = Scheduler::new(batching, pool)?;
+        let mut cache =
+            KvCache::new(config, blocks, settings.block_size, dtype, &settings.device).map_err(|error| {
+                LoadError::KvCache {
+                    blocks,
+                    source: without_backtrace(error),
+                }
+            })?;
+        let cache_file = settings.cache_file.clone().zip(weights).map(|(path, weights)| {
+            let identity = Identity {
+                weights,
+                dtype: dtype.as_str().into(),
+                block_size: settings.block_size,
+                block_bytes,
+                layout: KvCache::LAYOUT,
+            };
+            Arc::new(CacheFile { path, identity })
+        });
+        if let Some(file) = &cache_file {
+            file.load(scheduler.blocks_mut(), &mut cache);
+        }
         Ok(Self {
             scheduler,
             kv_tokens,
             decoder,
             cache,
+            cache_file,
         })
     }
 

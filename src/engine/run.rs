@@ -15,6 +15,7 @@ use tokio::{
 
 use super::{
     Message, Queued,
+    cache_file::Saves,
     model::Model,
     sampler::{NotANumber, Sample, Sampler},
 };
@@ -43,6 +44,7 @@ pub struct Runner {
     clients: HashMap<SequenceId, Client>,
     metrics: Arc<EngineMetrics>,
     preemptions: u64,
+    saves: Saves,
 }
 
 impl Runner {
@@ -61,20 +63,28 @@ impl Runner {
             clients: HashMap::new(),
             metrics,
             preemptions: 0,
+            saves: Saves::default(),
         }
     }
 
-    /// Runs until nobody can send requests any more and all have ended.
+    /// Runs until nobody can send requests any more, all have ended, and what was to be saved is copied.
     pub fn run(mut self) {
-        while self.open || !self.clients.is_empty() {
+        while self.open || !self.clients.is_empty() || self.saves.wake(Instant::now()).is_some() {
             self.receive();
+            let Model {
+                scheduler,
+                cache,
+                cache_file,
+                ..
+            } = &self.model;
+            self.saves.advance(cache_file.as_ref(), scheduler.blocks(), cache);
             self.drop_cancelled();
             let now = Instant::now();
             let plan = self.model.scheduler.plan(now);
             self.announce(&plan, now);
             if plan.rows.is_empty() {
                 self.observe();
-                self.wait(plan.wake);
+                self.wait(plan.wake.into_iter().chain(self.saves.wake(now)).min());
             } else {
                 self.step(&plan);
                 self.observe();
@@ -108,6 +118,7 @@ impl Runner {
                 // Whoever asked may have left; the change stands.
                 let _ = reply.send(config);
             }
+            Message::Save(reply) => self.saves.ask(reply),
         }
     }
 

@@ -32,6 +32,7 @@ fn settings() -> Settings {
         kv_memory: None,
         block_size: 16,
         prefix_cache: true,
+        cache_file: None,
     }
 }
 
