@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use sconce::commands;
 use sconce::config::{self, Command, Common, ConfigError, Invocation, LogFormat};
-use tracing_subscriber::EnvFilter;
+use sconce::telemetry::log_level;
+use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 /// What a wrong command line, variable or settings file exits with, as clap does.
 const USAGE: u8 = 2;
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
 
 fn run(invocation: Invocation) -> Result<(), Box<dyn std::error::Error>> {
     match invocation.command {
-        Command::Serve(settings) => commands::serve::run(settings)?,
+        Command::Serve(settings) => commands::serve::run(settings, invocation.settings)?,
         Command::Pull(settings) => commands::pull::run(&settings)?,
         Command::Loadtest(settings) => commands::loadtest::run(*settings)?,
         Command::Tune(settings) => commands::tune::run(settings)?,
@@ -42,14 +43,13 @@ fn run(invocation: Invocation) -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn start_logging(settings: &Common) {
-    // The filter was read once already, when the setting was.
-    let filter = EnvFilter::new(&settings.log_level);
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    match settings.log_format {
-        LogFormat::Text => lines.init(),
-        LogFormat::Json => lines.json().init(),
-    }
+    let lines = match settings.log_format {
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().boxed(),
+    };
+    let filter = log_level::filter(&settings.log_level);
+    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
 }

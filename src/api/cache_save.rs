@@ -12,11 +12,11 @@ use super::error::ApiError;
 use crate::engine::{SaveError, Saved};
 
 pub(super) async fn save(State(server): State<Arc<Server>>) -> Result<Json<Value>, ApiError> {
-    let unknown = || ApiError::unknown_path("POST", "/v1/cache/save");
-    let engine = server.admin.get().ok_or_else(unknown)?;
+    const PATH: &str = "/v1/cache/save";
+    let engine = server.admin_engine("POST", PATH)?;
     match engine.save_cache().await {
         Ok(Saved { blocks, bytes, seconds }) => Ok(Json(json!({"blocks": blocks, "bytes": bytes, "seconds": seconds}))),
-        Err(SaveError::NoCacheFile) => Err(unknown()),
+        Err(SaveError::NoCacheFile) => Err(ApiError::unknown_path("POST", PATH)),
         Err(SaveError::ShuttingDown) => Err(ApiError::shutting_down()),
         Err(error @ (SaveError::Write { .. } | SaveError::Copy(_))) => {
             tracing::error!(%error, "the cache file was not written");

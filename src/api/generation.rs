@@ -87,7 +87,7 @@ impl Generation {
             ));
         }
         let prompt_tokens = plan.prompts.iter().map(|prompt| prompt.tokens.len()).sum();
-        let deadline = server.settings.request_timeout.map(|timeout| arrival + timeout);
+        let deadline = server.request_timeout().map(|timeout| arrival + timeout);
         let (mut choices, mut live, mut requests) = (Vec::new(), Vec::new(), Vec::new());
         for prompt in plan.prompts {
             for i in 0..n {

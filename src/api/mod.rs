@@ -28,7 +28,7 @@ mod tests;
 mod tokenize;
 mod types;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
@@ -52,6 +52,8 @@ pub struct ApiSettings {
     pub request_timeout: Option<Duration>,
     /// The most sequences one request may ask for: its prompts times `n`.
     pub max_choices: usize,
+    /// Lets clients change the engine's settings under `/admin`, which is otherwise unknown.
+    pub admin: bool,
 }
 
 /// [`ApiSettings::max_choices`] where the queue has room for more.
@@ -72,15 +74,19 @@ pub struct Model {
     /// Base models have none; they take no chat requests.
     pub template: Option<ChatTemplate>,
     pub submit: Submit,
+    /// The way to the engine's settings and its cache.
+    pub engine: Option<Handle>,
 }
 
 /// All that the handlers share. It exists before the model is loaded, so that `/health` answers meanwhile.
 pub struct Server {
     model: OnceLock<Model>,
-    /// Set where `/admin` is allowed.
-    admin: OnceLock<Handle>,
+    /// Whether `/admin` is allowed.
+    admin: bool,
     ending: Ending,
     settings: ApiSettings,
+    /// What of the settings changes while the server runs, seldom; each request reads it once.
+    request_timeout: RwLock<Option<Duration>>,
     observer: Observer,
     metrics_text: Box<dyn Fn() -> String + Send + Sync>,
     /// When the server started, in seconds since 1970: the models' `created`.
@@ -98,7 +104,8 @@ impl Server {
     ) -> Self {
         Self {
             model: OnceLock::new(),
-            admin: OnceLock::new(),
+            admin: settings.admin,
+            request_timeout: RwLock::new(settings.request_timeout),
             ending: Ending::new(),
             settings,
             observer,
@@ -114,9 +121,27 @@ impl Server {
         let _ = self.model.set(model);
     }
 
-    /// Lets clients change this engine's settings under `/admin`, which is otherwise unknown.
-    pub fn allow_admin(&self, engine: Handle) {
-        let _ = self.admin.set(engine);
+    /// The way to the engine, once there is one.
+    pub fn engine(&self) -> Option<&Handle> {
+        self.model.get()?.engine.as_ref()
+    }
+
+    /// The engine, for clients that may change its settings; without the server's leave `path` is as unknown as any.
+    fn admin_engine(&self, method: &str, path: &str) -> Result<&Handle, ApiError> {
+        if !self.admin {
+            return Err(ApiError::unknown_path(method, path));
+        }
+        self.engine().ok_or_else(ApiError::loading)
+    }
+
+    /// Requests that come from now on fail after so long.
+    pub fn set_request_timeout(&self, timeout: Option<Duration>) {
+        // Nothing that holds the lock can panic.
+        *self.request_timeout.write().unwrap_or_else(PoisonError::into_inner) = timeout;
+    }
+
+    fn request_timeout(&self) -> Option<Duration> {
+        *self.request_timeout.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From now on `/ready` answers 503 and new requests are refused; running ones go on.

@@ -1,13 +1,14 @@
 //! `sconce serve`: the port first, then the model, then answers until it is told to end.
 
 mod drain;
+mod reload;
 
 use std::{
     io,
     net::SocketAddr,
     panic::resume_unwind,
     path::Path,
-    sync::{Arc, OnceLock},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -20,7 +21,7 @@ use super::{device, model_files, model_files::PullError};
 use crate::{
     api::{self, ApiSettings},
     batching,
-    config::Serve,
+    config::{Serve, Setting},
     engine::{self, Engine, LoadError},
     telemetry::{self, EngineMetrics},
     text::{ChatTemplate, TextError, Tokenizer},
@@ -52,18 +53,19 @@ pub enum ServeError {
 }
 
 /// Runs the server until SIGTERM or Ctrl-C; what runs then is finished first.
-pub fn run(settings: Serve) -> Result<(), ServeError> {
+/// `written` is where each setting's value came from.
+pub fn run(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError> {
     device::set_threads(settings.model.threads);
     // The engine and the kernels have the cores; these threads wait on sockets and cut text.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let served = runtime.block_on(serve(settings));
+    let served = runtime.block_on(serve(settings, written));
     // A model that is still loading, or the engine, has nobody left to work for. A download cleans up behind itself.
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
 }
 
-async fn serve(settings: Serve) -> Result<(), ServeError> {
-    let signals = drain::Signals::catch()?;
+async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError> {
+    let (signals, hangups) = (drain::Signals::catch()?, reload::hangups()?);
     let (host, port) = (settings.http.host.clone(), settings.http.port);
     let bound = TcpListener::bind((host.as_str(), port)).await;
     let listener = bound.map_err(|source| ServeError::Listen { host, port, source })?;
@@ -79,9 +81,9 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
 
     let (closing, closed) = oneshot::channel();
     let drained = drain::drained(server.clone(), signals, settings.life.drain_timeout, closing);
-    let started = Arc::new(OnceLock::new());
-    let (loading, handle) = (server.clone(), started.clone());
-    let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, &handle, local));
+    tokio::spawn(reload::on_hangup(hangups, server.clone(), written));
+    let loading = server.clone();
+    let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, local));
     // Tokens go out as they come, however small their packets.
     let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
     let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(drained);
@@ -95,7 +97,7 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
             return ended.unwrap_or(Err(ServeError::LoadPanicked));
         }
     }
-    if let Some(engine) = started.get() {
+    if let Some(engine) = server.engine() {
         drain::save(engine).await;
     }
     Ok(())
@@ -106,15 +108,9 @@ fn run_engine(
     settings: &Serve,
     metrics: Arc<EngineMetrics>,
     server: &api::Server,
-    started: &OnceLock<engine::Handle>,
     address: SocketAddr,
 ) -> Result<(), ServeError> {
-    let (model, engine, thread) = load(settings, metrics)?;
-    if settings.http.admin {
-        server.allow_admin(engine.clone());
-    }
-    // Set here alone.
-    let _ = started.set(engine);
+    let (model, thread) = load(settings, metrics)?;
     let name = model.names[0].clone();
     server.serve_model(model);
     print_example(address, &name);
@@ -137,11 +133,12 @@ fn api_settings(settings: &Serve) -> ApiSettings {
         max_body_bytes: settings.http.max_body as usize,
         request_timeout: Some(settings.http.request_timeout),
         max_choices: settings.batching.queue.min(api::MAX_CHOICES),
+        admin: settings.http.admin,
     }
 }
 
-/// A model for the HTTP side, the way into its engine, and the engine's thread.
-type Loaded = (api::Model, engine::Handle, thread::JoinHandle<()>);
+/// A model for the HTTP side, and its engine's thread.
+type Loaded = (api::Model, thread::JoinHandle<()>);
 
 /// Fetches the model if need be, loads it, and starts the engine.
 fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
@@ -168,8 +165,9 @@ fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeEr
         tokenizer,
         template,
         submit: Box::new(move |requests| queue.submit(requests)),
+        engine: Some(handle),
     };
-    Ok((model, handle, thread))
+    Ok((model, thread))
 }
 
 /// The engine's part of the settings.
