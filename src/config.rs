@@ -132,7 +132,8 @@ pub struct Model {
     /// holds it
     #[arg(long, value_name = "TOKENS", value_parser = count(2, 1 << 24))]
     pub max_model_len: Option<usize>,
-    /// Memory for the KV cache, such as `640MiB` or `2GiB`; unset, 640MiB
+    /// Memory for the KV cache, such as `640MiB` or `2GiB`; unset, half of what is free once the weights are loaded, at
+    /// most 640MiB, and at least what `--max-model-len` needs
     #[arg(long, value_name = "BYTES", value_parser = |s: &str| values::bytes(s, 1 << 20, 1 << 44))]
     pub kv_memory: Option<u64>,
     /// Tokens in a KV-cache block: a power of two, 1 to 256

@@ -22,7 +22,7 @@ fn long(max_tokens: usize) -> Value {
 }
 
 /// The lines of a stream that has begun.
-fn streaming(server: &Server, max_tokens: usize) -> impl Iterator<Item = String> {
+fn streaming(server: &Server, max_tokens: usize) -> impl Iterator<Item = String> + use<> {
     let mut body = long(max_tokens);
     body["stream"] = json!(true);
     let response = server.post("/v1/completions", &body);

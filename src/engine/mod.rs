@@ -1,6 +1,7 @@
 //! The one thread that owns the device: takes a plan, runs the model, samples, sends events.
 
 mod cache_file;
+mod memory;
 mod model;
 mod run;
 mod sampler;
@@ -10,7 +11,8 @@ use std::{sync::Arc, thread};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 pub use cache_file::{SaveError, Saved};
-pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
+pub use memory::Memory;
+pub use model::{LoadError, Settings, default_dtype};
 
 use crate::{
     batching::{Change, Config, ConfigError},

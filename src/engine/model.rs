@@ -5,7 +5,10 @@ use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread};
 use candle_core::{DType, Device};
 use sconce_models::{Decoder, KvCache, ModelError, Span, Step, without_backtrace};
 
-use super::cache_file::{self, CacheFile, Identity};
+use super::{
+    Memory,
+    cache_file::{self, CacheFile, Identity},
+};
 use crate::batching::{BlockPool, Config, ConfigError, Plan, Scheduler};
 
 /// What the engine is made from.
@@ -20,7 +23,7 @@ pub struct Settings {
     pub batching: Config,
     /// The longest sequence, if it was asked for; else the model's own limit, or what the KV cache holds if that is less.
     pub max_model_len: Option<usize>,
-    /// Bytes for the KV cache; `None` takes [`DEFAULT_KV_MEMORY`].
+    /// Bytes for the KV cache; `None` takes a share of what is free: [`Memory::for_kv_cache`].
     pub kv_memory: Option<u64>,
     /// Slots in a block.
     pub block_size: usize,
@@ -28,10 +31,6 @@ pub struct Settings {
     /// Keeps the prefix cache's blocks from one run to the next.
     pub cache_file: Option<PathBuf>,
 }
-
-/// The KV cache's size where none is asked for: a hundred chats of the default model, within the memory of a small
-/// machine.
-pub const DEFAULT_KV_MEMORY: u64 = 640 << 20;
 
 /// What a device computes in where nothing else is asked for.
 pub fn default_dtype(device: &Device) -> DType {
@@ -101,8 +100,11 @@ impl Model {
         settings.check_cache_file()?;
         let (decoder, weights) = load_weights(settings, dtype)?;
         let config = decoder.config();
-        let bytes = settings.kv_memory.unwrap_or(DEFAULT_KV_MEMORY);
         let block_bytes = KvCache::bytes_per_block(config, settings.block_size, dtype);
+        let bytes = settings.kv_memory.unwrap_or_else(|| {
+            let asked = settings.max_model_len.unwrap_or(0).div_ceil(settings.block_size);
+            Memory::look().for_kv_cache(asked as u64 * block_bytes as u64)
+        });
         let blocks = (bytes / block_bytes as u64) as usize;
         if blocks == 0 {
             return Err(LoadError::NoBlocks { bytes, block_bytes });
@@ -114,6 +116,13 @@ impl Model {
             Some(asked) => asked,
             None => limit.min(kv_tokens),
         };
+        if settings.max_model_len.is_none() && max_model_len < limit {
+            tracing::warn!(
+                max_model_len,
+                limit,
+                "the KV cache holds less than the model's context; raise kv-memory"
+            );
+        }
         let batching = Config {
             max_model_len,
             ..settings.batching.clone()
