@@ -16,7 +16,8 @@ use std::time::Duration;
 use clap::builder::{BoolishValueParser, RangedU64ValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-pub use crate::batching::{Buckets, Schedule, WindowPolicy};
+use crate::api::ConfiguredPrompt;
+pub use crate::batching::{Buckets, CacheScope, Schedule, WindowPolicy};
 use crate::batching::{MAX_BATCH, MAX_STEP_TOKENS};
 pub use load::{Loadtest, Tune};
 pub use reference::reference;
@@ -63,6 +64,9 @@ pub struct Serve {
     pub batching: Batching,
     #[command(flatten)]
     pub http: Http,
+    /// Prompts that stay in the prefix cache: the file's `[[pin]]` tables. They have no flag.
+    #[arg(skip)]
+    pub pins: Vec<ConfiguredPrompt>,
     #[command(flatten)]
     pub life: Life,
     #[command(flatten)]
@@ -144,6 +148,13 @@ pub struct Model {
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub no_prefix_cache: bool,
+    /// Whose requests find each other's cached prefixes
+    #[arg(long, default_value = "tenant")]
+    pub cache_scope: CacheScope,
+    /// The share of the KV cache that pinned prompts may hold, 0 to 1; less where the longest sequence would not fit
+    /// beside them
+    #[arg(long, value_name = "SHARE", default_value = "0.25", value_parser = values::share)]
+    pub pin_memory: f64,
     /// Threads that compute; unset, one a core
     #[arg(long, value_parser = count(1, 1024))]
     pub threads: Option<usize>,

@@ -19,12 +19,14 @@ pub struct Request {
     pub tenant: Arc<Tenant>,
     /// The prompt's tokens, at least one.
     pub prompt: Vec<TokenId>,
+    /// Requests with different salts do not find each other's prefixes.
+    pub cache_salt: Option<String>,
     pub sampling: Sampling,
     /// When the server had read the request.
     pub arrival: Instant,
     /// When the client stops caring; a request that has not ended by then fails with [`Failure::DeadlinePassed`].
     pub deadline: Option<Instant>,
-    /// Where the events go. Dropping the receiver cancels the request. At most `max_tokens + 2` events are ever sent,
+    /// Where the events go. Dropping the receiver cancels the request. At most `max_tokens + 3` events are ever sent,
     /// so the channel is bounded by what the request asked for, however slowly it is read.
     pub events: mpsc::UnboundedSender<Event>,
 }
@@ -101,8 +103,8 @@ impl Default for Sampling {
     }
 }
 
-/// What the engine tells a waiting client: at most one `Admitted`, then `Token`s, then exactly one `Finished` or
-/// `Failed`. (A preempted sequence is not admitted twice as far as its client can see.)
+/// What the engine tells a waiting client: at most one `Admitted`, at most one `Prefilled`, then `Token`s, then exactly
+/// one `Finished` or `Failed`. (A preempted sequence is not admitted twice as far as its client can see.)
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The request left the queue with a closing batch.
@@ -110,7 +112,12 @@ pub enum Event {
         at: Instant,
         /// How much of the wait was the batch window gathering company, the rest being the queue.
         window: Duration,
-        /// Prompt tokens found in the prefix cache.
+        /// Prompt tokens found in the prefix cache so far.
+        cached_tokens: usize,
+    },
+    /// The prompt is done, and the first token follows.
+    Prefilled {
+        /// Prompt tokens found in the prefix cache; the others were computed.
         cached_tokens: usize,
     },
     Token(Token),

@@ -290,9 +290,7 @@ fn every_type_of_gguf_tensor_is_read() {
     fs::write(twin.join("config.json"), WIDE).unwrap();
     let config = Config::from_json(&twin.join("config.json")).unwrap();
     let mut seen: Vec<Vec<Vec<f32>>> = Vec::new();
-    for dtype in [
-        F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K,
-    ] {
+    for dtype in [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K] {
         let tensors = wide_tensors();
         // What the quantized numbers stand for, as plain numbers.
         let plain: HashMap<_, _> = tensors

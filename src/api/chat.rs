@@ -10,7 +10,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::response::Response;
 
 use super::error::ApiError;
-use super::generation::{Plan, Prompt};
+use super::generation::Plan;
 use super::middleware::Caller;
 use super::params::{Params, asks_nothing, chat_logprobs};
 use super::respond::respond;
@@ -40,10 +40,7 @@ fn plan(model: &Model, mut body: Body) -> Result<Plan, ApiError> {
     }
     let logprobs = chat_logprobs(&body)?;
     let params = Params::new(&mut body, &model.tokenizer, logprobs)?;
-    let text = messages::render(model, body.messages.take(), true)?;
-    messages::check_length(model, "messages", text.len())?;
-    let tokens = model.tokenizer.encode(&text, false)?;
-    let prompt = Prompt::new(model, "messages", tokens, String::new())?;
+    let prompt = messages::prompt(model, body.messages.take(), true)?;
     Ok(Plan {
         shape: Shape::Chat,
         model: name,

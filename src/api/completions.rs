@@ -106,6 +106,14 @@ impl Given {
     }
 }
 
+/// A prompt that is a string or a list of token ids, and not several.
+pub(super) fn only_prompt(model: &Model, prompt: Value) -> Result<Prompt, ApiError> {
+    match <[Given; 1]>::try_from(split(prompt)?) {
+        Ok([given]) => given.check(model, "prompt", false),
+        Err(_) => Err(ApiError::invalid("prompt", "Send one prompt at a time.")),
+    }
+}
+
 /// Refuses ids outside the vocabulary.
 pub(super) fn check_tokens(model: &Model, param: &str, tokens: &[TokenId]) -> Result<(), ApiError> {
     match tokens.iter().find(|id| **id as usize >= model.tokenizer.vocab_size()) {

@@ -10,7 +10,8 @@ use crate::request::Failure;
 use crate::text::TextError;
 
 /// One refusal or failure: what happened, to which parameter, and what the client may do.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{message}")]
 pub(super) struct ApiError {
     pub status: StatusCode,
     message: String,
@@ -80,6 +81,25 @@ impl ApiError {
             Some("unknown_url"),
             message,
         )
+    }
+
+    pub fn unknown_pin(id: &str) -> Self {
+        let message = format!("You have no pinned prompt `{id}`. GET /v1/cache/prompts lists them.");
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            Some("prompt_not_found"),
+            message,
+        )
+    }
+
+    /// Why a prompt cannot be pinned, as the engine says it.
+    pub fn not_pinned(status: StatusCode, message: &str) -> Self {
+        Self::new(status, "invalid_request_error", Some("not_pinned"), sentence(message))
+    }
+
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "permission_error", Some("forbidden"), message)
     }
 
     pub fn wrong_method(method: &str, path: &str) -> Self {

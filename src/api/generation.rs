@@ -34,7 +34,7 @@ pub(super) struct Plan {
 /// One prompt, known to fit the model's context.
 #[derive(Debug)]
 pub(super) struct Prompt {
-    tokens: Vec<TokenId>,
+    pub tokens: Vec<TokenId>,
     /// The prompt's text where it is to be echoed.
     echo: String,
 }
@@ -99,6 +99,7 @@ impl Generation {
                     id: caller.id.clone(),
                     tenant: caller.tenant.clone(),
                     prompt: prompt.tokens.clone(),
+                    cache_salt: plan.params.cache_salt.clone(),
                     sampling,
                     arrival,
                     deadline,
@@ -149,12 +150,11 @@ impl Generation {
         let index = self.live[slot].0;
         let choice = &mut self.choices[index];
         let delta = match event {
-            Some(Event::Admitted {
-                at,
-                window,
-                cached_tokens,
-            }) => {
+            Some(Event::Admitted { at, window, .. }) => {
                 choice.admitted = Some((at, window));
+                return Ok(None);
+            }
+            Some(Event::Prefilled { cached_tokens }) => {
                 choice.cached_tokens = cached_tokens;
                 return Ok(None);
             }

@@ -4,9 +4,22 @@ use serde_json::Value;
 
 use super::Model;
 use super::error::ApiError;
+use super::generation::Prompt;
 use super::params::asks_nothing;
 use super::types::MessageBody;
 use crate::text::Message;
+
+/// The tokens of a conversation, known to fit the model's context.
+pub(super) fn prompt(
+    model: &Model,
+    messages: Option<Vec<MessageBody>>,
+    add_generation_prompt: bool,
+) -> Result<Prompt, ApiError> {
+    let text = render(model, messages, add_generation_prompt)?;
+    check_length(model, "messages", text.len())?;
+    let tokens = model.tokenizer.encode(&text, false)?;
+    Prompt::new(model, "messages", tokens, String::new())
+}
 
 /// The prompt text for a conversation, ending where the assistant's turn begins if `add_generation_prompt`.
 pub(super) fn render(

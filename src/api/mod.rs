@@ -6,6 +6,7 @@
 
 mod admin;
 mod body;
+mod cache;
 mod cache_save;
 mod chat;
 mod choice;
@@ -33,12 +34,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::engine::{Handle, Refused};
 use crate::request::{Request, Tenant};
 use crate::text::{ChatTemplate, Tokenizer};
+pub use cache::{ConfiguredPrompt, NotPinned, pin_configured};
 use ending::Ending;
 use error::ApiError;
 pub use observe::Observer;
@@ -81,6 +83,7 @@ pub struct Model {
 /// All that the handlers share. It exists before the model is loaded, so that `/health` answers meanwhile.
 pub struct Server {
     model: OnceLock<Model>,
+    cache: OnceLock<cache::Cache>,
     /// Whether `/admin` is allowed.
     admin: bool,
     ending: Ending,
@@ -104,6 +107,7 @@ impl Server {
     ) -> Self {
         Self {
             model: OnceLock::new(),
+            cache: OnceLock::new(),
             admin: settings.admin,
             request_timeout: RwLock::new(settings.request_timeout),
             ending: Ending::new(),
@@ -186,6 +190,9 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/v1/completions", post(completions::completions))
         .route("/v1/models", get(service::models))
         .route("/v1/models/{*id}", get(service::model))
+        .route("/v1/cache", get(cache::show))
+        .route("/v1/cache/prompts", get(cache::list).post(cache::pin))
+        .route("/v1/cache/prompts/{id}", delete(cache::unpin))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(service::health))

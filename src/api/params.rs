@@ -16,6 +16,7 @@ const MAX_STOP_BYTES: usize = 256;
 const MAX_STOP_TOKENS: usize = 128;
 const MAX_BIASES: usize = 1024;
 const MAX_LOGPROBS: usize = 20;
+const MAX_SALT_BYTES: usize = 256;
 
 /// What a request asks of each of its choices.
 #[derive(Debug)]
@@ -29,6 +30,7 @@ pub(super) struct Params {
     pub n: usize,
     pub stream: bool,
     pub include_usage: bool,
+    pub cache_salt: Option<String>,
 }
 
 impl Params {
@@ -51,6 +53,7 @@ impl Params {
             max_tokens,
             stops: stops(body.stop.take())?,
             n,
+            cache_salt: cache_salt(body.cache_salt.take())?,
             stream: body.stream.unwrap_or(false),
             include_usage: body
                 .stream_options
@@ -115,6 +118,17 @@ fn sampling(body: &Body, tokenizer: &Tokenizer, logprobs: Option<usize>) -> Resu
         logprobs,
         max_tokens: 1,
     })
+}
+
+/// Separates the request's prefixes from those of other salts.
+pub(super) fn cache_salt(salt: Option<String>) -> Result<Option<String>, ApiError> {
+    match salt {
+        Some(salt) if !(1..=MAX_SALT_BYTES).contains(&salt.len()) => Err(ApiError::invalid(
+            "cache_salt",
+            format!("`cache_salt` must have 1 to {MAX_SALT_BYTES} bytes."),
+        )),
+        salt => Ok(salt),
+    }
 }
 
 fn in_range(name: &str, value: Option<f32>, default: f32, range: RangeInclusive<f32>) -> Result<f32, ApiError> {

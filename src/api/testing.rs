@@ -115,11 +115,14 @@ impl Submitted {
 fn say(request: Request, tokens: &[TokenId]) {
     let start = request.arrival;
     let at = |ms| start + Duration::from_millis(ms);
-    let mut events = vec![Event::Admitted {
-        at: at(30),
-        window: Duration::from_millis(20),
-        cached_tokens: 16,
-    }];
+    let mut events = vec![
+        Event::Admitted {
+            at: at(30),
+            window: Duration::from_millis(20),
+            cached_tokens: 0,
+        },
+        Event::Prefilled { cached_tokens: 16 },
+    ];
     let most = request.sampling.max_tokens;
     let ids = tokens.iter().copied().chain([2]).take(most);
     for (i, id) in ids.enumerate() {

@@ -33,6 +33,7 @@ pub(super) struct Body {
     pub logprobs: Option<LogprobsBody>,
     pub top_logprobs: Option<usize>,
     pub echo: Option<bool>,
+    pub cache_salt: Option<String>,
 
     pub suffix: Value,
     pub best_of: Value,
@@ -55,7 +56,7 @@ pub(super) struct Body {
     pub web_search_options: Value,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct MessageBody {
     pub role: Option<String>,

@@ -3,17 +3,21 @@
 
 mod blocks;
 mod buckets;
+mod lru;
+mod namespace;
 mod policy;
 mod prefix;
 mod scheduler;
 mod window;
 
-pub use blocks::{BlockCounts, BlockId, BlockPool};
+pub use blocks::{BlockCounts, BlockId, BlockPool, PinCounts};
 pub use buckets::{Buckets, BucketsError};
+pub use namespace::{CacheScope, Namespace};
 pub use policy::{Schedule, WindowPolicy};
-pub use prefix::NodeId;
+pub use prefix::{AUTOMATIC_PIN_REQUESTS, CachedPrefix, NodeId};
 pub use scheduler::{
-    Admission, Arrival, Batch, Change, Config, ConfigError, Plan, Row, Scheduler, Sequence, SequenceId,
+    Admission, Arrival, Batch, Change, Computed, Config, ConfigError, Pin, PinError, Plan, Row, Scheduler, Sequence,
+    SequenceId,
 };
 
 /// The most that `max_batch` may be set to.

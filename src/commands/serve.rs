@@ -15,7 +15,7 @@ use std::{
 
 use axum::serve::ListenerExt;
 use prometheus::Registry;
-use tokio::{net::TcpListener, sync::oneshot};
+use tokio::{net::TcpListener, runtime::Handle, sync::oneshot};
 
 use super::{device, model_files, model_files::PullError};
 use crate::{
@@ -42,6 +42,8 @@ pub enum ServeError {
     Text(#[from] TextError),
     #[error(transparent)]
     Device(#[from] device::DeviceError),
+    #[error(transparent)]
+    NotPinned(#[from] api::NotPinned),
     #[error("the model could not be loaded: its file made the loader panic; fetch it again")]
     LoadPanicked,
     #[error("the engine ended by a panic; every waiting client was told; start the server again")]
@@ -111,6 +113,11 @@ fn run_engine(
     address: SocketAddr,
 ) -> Result<(), ServeError> {
     let (model, thread) = load(settings, metrics)?;
+    if let Some(engine) = model.engine.clone() {
+        let pinning = api::pin_configured(&model, &engine, &settings.pins);
+        Handle::current().block_on(pinning)?;
+        server.serve_cache(engine, address.ip().is_loopback());
+    }
     let name = model.names[0].clone();
     server.serve_model(model);
     print_example(address, &name);
@@ -191,6 +198,8 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
         block_size: model.block_size,
         prefix_cache: !model.no_prefix_cache,
         cache_file: settings.life.cache_file.clone(),
+        cache_scope: model.cache_scope,
+        pin_share: model.pin_memory,
     })
 }
 

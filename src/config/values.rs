@@ -21,6 +21,8 @@ pub enum ValueError {
     BytesRange { least: u64, most: u64 },
     #[error("a block holds a power of two of tokens, from 1 to 256")]
     BlockSize,
+    #[error("a share is a number from 0 to 1, such as `0.25`")]
+    Share,
     #[error("{0}")]
     LogFilter(String),
 }
@@ -119,6 +121,14 @@ pub(super) fn block_size(text: &str) -> Result<usize, ValueError> {
     match text.parse::<usize>() {
         Ok(size) if size.is_power_of_two() && size <= 256 => Ok(size),
         _ => Err(ValueError::BlockSize),
+    }
+}
+
+/// A part of a whole, 0 to 1.
+pub(super) fn share(text: &str) -> Result<f64, ValueError> {
+    match text.parse::<f64>() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err(ValueError::Share),
     }
 }
 

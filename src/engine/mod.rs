@@ -1,5 +1,6 @@
 //! The one thread that owns the device: takes a plan, runs the model, samples, sends events.
 
+mod cache;
 mod cache_file;
 mod memory;
 mod model;
@@ -10,6 +11,7 @@ use std::{sync::Arc, thread};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
+pub use cache::{CacheReport, PinFailed, PinInfo, PinRequest};
 pub use cache_file::{SaveError, Saved};
 pub use memory::Memory;
 pub use model::{LoadError, Settings, default_dtype};
@@ -35,6 +37,8 @@ pub struct Handle {
 #[derive(Debug)]
 enum Message {
     Request(Queued),
+    Pin(Queued, cache::PinOrder),
+    Cache(cache::Question),
     Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
     Save(cache_file::Reply),
 }

@@ -9,7 +9,10 @@ use super::{
     Memory,
     cache_file::{self, CacheFile, Identity},
 };
-use crate::batching::{BlockPool, Config, ConfigError, Plan, Scheduler};
+use crate::{
+    batching::{BlockPool, CacheScope, Config, ConfigError, Namespace, Plan, Scheduler},
+    request::Request,
+};
 
 /// What the engine is made from.
 #[derive(Debug, Clone)]
@@ -30,6 +33,10 @@ pub struct Settings {
     pub prefix_cache: bool,
     /// Keeps the prefix cache's blocks from one run to the next.
     pub cache_file: Option<PathBuf>,
+    pub cache_scope: CacheScope,
+    /// The share of the KV cache that pinned prompts may hold, 0 to 1. Less where a sequence of the greatest length
+    /// would not fit beside them.
+    pub pin_share: f64,
 }
 
 /// What a device computes in where nothing else is asked for.
@@ -67,28 +74,66 @@ impl Settings {
             _ => Ok(()),
         }
     }
+
+    /// How many blocks of `block_bytes` bytes the KV cache has.
+    fn blocks(&self, block_bytes: usize) -> Result<usize, LoadError> {
+        let bytes = self.kv_memory.unwrap_or_else(|| {
+            let asked = self.max_model_len.unwrap_or(0).div_ceil(self.block_size);
+            Memory::look().for_kv_cache(asked as u64 * block_bytes as u64)
+        });
+        match bytes / block_bytes as u64 {
+            0 => Err(LoadError::NoBlocks { bytes, block_bytes }),
+            blocks => Ok(blocks as usize),
+        }
+    }
+
+    /// The longest sequence, of a model made for `limit` tokens and a KV cache of `kv_tokens`.
+    fn context(&self, limit: usize, kv_tokens: usize) -> Result<usize, LoadError> {
+        match self.max_model_len {
+            Some(asked) if asked > limit => Err(LoadError::BeyondModel { asked, limit }),
+            Some(asked) => Ok(asked),
+            None => {
+                if kv_tokens < limit {
+                    tracing::warn!(
+                        limit,
+                        kv_tokens,
+                        "max-model-len is what the KV cache holds; raise kv-memory for more"
+                    );
+                }
+                Ok(limit.min(kv_tokens))
+            }
+        }
+    }
 }
 
-/// The decoder, and beside it the hash of its files where a cache file needs it.
-fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<String>), LoadError> {
-    thread::scope(|scope| {
-        let hash = settings
-            .cache_file
-            .as_ref()
-            .map(|_| scope.spawn(|| cache_file::weights_hash(&settings.path)));
-        let decoder = Decoder::load(&settings.path, &settings.device, dtype)?;
-        let hash = hash.map(|hash| hash.join().unwrap_or_else(|panic| resume_unwind(panic)));
-        let weights = hash.transpose().map_err(|source| LoadError::Hash {
+/// The decoder and, where there is to be one, the cache file, whose hash of the weights is taken beside their loading.
+fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<Arc<CacheFile>>), LoadError> {
+    let load = || Decoder::load(&settings.path, &settings.device, dtype);
+    let Some(path) = settings.cache_file.clone() else {
+        return Ok((load()?, None));
+    };
+    let (decoder, hash) = thread::scope(|scope| {
+        let hash = scope.spawn(|| cache_file::weights_hash(&settings.path));
+        (load(), hash.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    });
+    let decoder = decoder?;
+    let identity = Identity {
+        weights: hash.map_err(|source| LoadError::Hash {
             path: settings.path.clone(),
             source,
-        })?;
-        Ok((decoder, weights))
-    })
+        })?,
+        dtype: dtype.as_str().into(),
+        block_size: settings.block_size,
+        block_bytes: KvCache::bytes_per_block(decoder.config(), settings.block_size, dtype),
+        layout: KvCache::LAYOUT,
+    };
+    Ok((decoder, Some(Arc::new(CacheFile { path, identity }))))
 }
 
 pub struct Model {
     pub scheduler: Scheduler,
     pub kv_tokens: usize,
+    cache_scope: CacheScope,
     decoder: Decoder,
     pub cache: KvCache,
     pub cache_file: Option<Arc<CacheFile>>,
@@ -98,36 +143,17 @@ impl Model {
     pub fn load(settings: &Settings) -> Result<Self, LoadError> {
         let dtype = settings.dtype.unwrap_or(default_dtype(&settings.device));
         settings.check_cache_file()?;
-        let (decoder, weights) = load_weights(settings, dtype)?;
+        let (decoder, cache_file) = load_weights(settings, dtype)?;
         let config = decoder.config();
-        let block_bytes = KvCache::bytes_per_block(config, settings.block_size, dtype);
-        let bytes = settings.kv_memory.unwrap_or_else(|| {
-            let asked = settings.max_model_len.unwrap_or(0).div_ceil(settings.block_size);
-            Memory::look().for_kv_cache(asked as u64 * block_bytes as u64)
-        });
-        let blocks = (bytes / block_bytes as u64) as usize;
-        if blocks == 0 {
-            return Err(LoadError::NoBlocks { bytes, block_bytes });
-        }
+        let blocks = settings.blocks(KvCache::bytes_per_block(config, settings.block_size, dtype))?;
         let kv_tokens = blocks * settings.block_size;
-        let limit = config.max_position_embeddings;
-        let max_model_len = match settings.max_model_len {
-            Some(asked) if asked > limit => return Err(LoadError::BeyondModel { asked, limit }),
-            Some(asked) => asked,
-            None => limit.min(kv_tokens),
-        };
-        if settings.max_model_len.is_none() && max_model_len < limit {
-            tracing::warn!(
-                max_model_len,
-                limit,
-                "the KV cache holds less than the model's context; raise kv-memory"
-            );
-        }
+        let max_model_len = settings.context(config.max_position_embeddings, kv_tokens)?;
         let batching = Config {
             max_model_len,
             ..settings.batching.clone()
         };
-        let pool = BlockPool::new(blocks, settings.block_size, settings.prefix_cache);
+        let pin_budget = (blocks as f64 * settings.pin_share) as usize;
+        let pool = BlockPool::new(blocks, settings.block_size, settings.prefix_cache).with_pin_budget(pin_budget);
         let mut scheduler = Scheduler::new(batching, pool)?;
         let mut cache =
             KvCache::new(config, blocks, settings.block_size, dtype, &settings.device).map_err(|error| {
@@ -136,26 +162,23 @@ impl Model {
                     source: without_backtrace(error),
                 }
             })?;
-        let cache_file = settings.cache_file.clone().zip(weights).map(|(path, weights)| {
-            let identity = Identity {
-                weights,
-                dtype: dtype.as_str().into(),
-                block_size: settings.block_size,
-                block_bytes,
-                layout: KvCache::LAYOUT,
-            };
-            Arc::new(CacheFile { path, identity })
-        });
         if let Some(file) = &cache_file {
             file.load(scheduler.blocks_mut(), &mut cache);
         }
         Ok(Self {
             scheduler,
             kv_tokens,
+            cache_scope: settings.cache_scope,
             decoder,
             cache,
             cache_file,
         })
+    }
+
+    /// Where a request's blocks are found and kept.
+    pub fn namespace(&self, request: &Request) -> Namespace {
+        self.cache_scope
+            .namespace(&request.tenant.name, request.cache_salt.as_deref())
     }
 
     pub fn vocab_size(&self) -> usize {

@@ -15,36 +15,40 @@ use tokio::{
 
 use super::{
     Message, Queued,
+    cache::{PinOrder, Savings},
     cache_file::Saves,
     model::Model,
     sampler::{NotANumber, Sample, Sampler},
 };
 use crate::{
-    batching::{Arrival, Plan, Sequence, SequenceId},
+    batching::{Arrival, Namespace, Plan, SequenceId},
     request::{Event, Failure, FinishReason, Token},
     telemetry::EngineMetrics,
 };
 
 /// Who waits for a sequence, and how its tokens are chosen.
-struct Client {
+pub(super) struct Client {
     events: mpsc::UnboundedSender<Event>,
     sampler: Sampler,
     arrival: Instant,
     /// The place in the queue, until a batch takes the request.
     place: Option<OwnedSemaphorePermit>,
+    /// The prompt is to be pinned; no token is wanted.
+    pub(super) pin: Option<PinOrder>,
 }
 
 pub struct Runner {
-    model: Model,
+    pub(super) model: Model,
     inbox: mpsc::UnboundedReceiver<Message>,
     /// Gives the wait for an arrival its timeout.
     timer: Runtime,
     /// Whether anyone can still send requests.
     open: bool,
-    clients: HashMap<SequenceId, Client>,
-    metrics: Arc<EngineMetrics>,
+    pub(super) clients: HashMap<SequenceId, Client>,
+    pub(super) metrics: Arc<EngineMetrics>,
     preemptions: u64,
     saves: Saves,
+    savings: Savings,
 }
 
 impl Runner {
@@ -64,6 +68,7 @@ impl Runner {
             metrics,
             preemptions: 0,
             saves: Saves::default(),
+            savings: Savings::default(),
         }
     }
 
@@ -108,7 +113,12 @@ impl Runner {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Request(queued) => self.enqueue(queued),
+            Message::Request(queued) => {
+                let namespace = self.model.namespace(&queued.request);
+                self.enqueue(queued, namespace, None);
+            }
+            Message::Pin(queued, order) => self.start_pin(queued, order),
+            Message::Cache(question) => self.answer(question),
             Message::Configure(change, reply) => {
                 let config = self.model.scheduler.configure(&change).cloned();
                 if let Ok(config) = &config {
@@ -122,10 +132,12 @@ impl Runner {
         }
     }
 
-    fn enqueue(&mut self, Queued { request, place }: Queued) {
+    /// Queues a request as a sequence.
+    pub(super) fn enqueue(&mut self, Queued { request, place }: Queued, namespace: Namespace, pin: Option<PinOrder>) {
         let sampler = Sampler::new(request.sampling, &request.prompt);
         let arrival = request.arrival;
         let id = self.model.scheduler.push(Arrival {
+            namespace,
             prompt: request.prompt,
             arrival,
             deadline: request.deadline,
@@ -137,6 +149,7 @@ impl Runner {
                 sampler,
                 arrival,
                 place: Some(place),
+                pin,
             },
         );
         tracing::debug!(request = request.id, sequence = id, "queued");
@@ -195,7 +208,6 @@ impl Runner {
             self.metrics
                 .queue_seconds
                 .observe(waited.saturating_sub(admission.window).as_secs_f64());
-            self.metrics.cached_tokens.inc_by(admission.cached_tokens as u64);
             let (window, cached_tokens) = (admission.window, admission.cached_tokens);
             // A client that has gone is seen at the next step.
             let _ = client.events.send(Event::Admitted {
@@ -204,6 +216,7 @@ impl Runner {
                 cached_tokens,
             });
         }
+        self.savings.found(plan.cached_tokens, &self.metrics);
         for batch in &plan.batches {
             self.metrics.batches.inc();
             self.metrics.batch_requests.observe(batch.requests as f64);
@@ -219,15 +232,10 @@ impl Runner {
 
     fn step(&mut self, plan: &Plan) {
         let started = Instant::now();
-        let generated = |id| self.model.scheduler.sequence(id).map_or(0, Sequence::generated);
-        let decodes = plan
-            .rows
-            .iter()
-            .filter(|row| row.len == 1 && generated(row.id) > 0)
-            .count();
         match self.model.forward(plan) {
             Ok(logits) => {
-                self.model.scheduler.commit(plan);
+                let computed = self.model.scheduler.commit(plan);
+                self.savings.computed(computed, started.elapsed(), &self.metrics);
                 self.sample(plan, logits);
             }
             Err(error) => {
@@ -243,8 +251,6 @@ impl Runner {
         self.metrics.busy_seconds.inc_by(seconds);
         self.metrics.step_seconds.observe(seconds);
         self.metrics.step_tokens.observe(tokens as f64);
-        self.metrics.decode_tokens.inc_by(decodes as u64);
-        self.metrics.prefill_tokens.inc_by((tokens - decodes) as u64);
         self.metrics
             .occupancy_steps
             .inc_by(plan.rows.len() as f64 / self.model.scheduler.config().max_batch as f64);
@@ -272,6 +278,9 @@ impl Runner {
 
     /// Sends a sampled token and goes on with its sequence or ends it.
     fn deliver(&mut self, id: SequenceId, sample: Result<Sample, Failure>, at: Instant) {
+        if sample.is_ok() && self.finish_pin(id, at) {
+            return;
+        }
         let (Some(client), Some(sequence)) = (self.clients.get(&id), self.model.scheduler.sequence(id)) else {
             return;
         };
@@ -279,6 +288,11 @@ impl Runner {
             Ok(sample) => sample,
             Err(failure) => return self.end(id, "failed", Some(Event::Failed(failure))),
         };
+        if sequence.generated() == 0 {
+            let cached_tokens = sequence.cached_tokens();
+            self.metrics.cache.request(cached_tokens);
+            let _ = client.events.send(Event::Prefilled { cached_tokens });
+        }
         let _ = client.events.send(Event::Token(Token {
             id: token,
             at,
@@ -307,14 +321,20 @@ impl Runner {
     }
 
     /// Publishes the scheduler's present state.
-    fn observe(&mut self) {
+    pub(super) fn observe(&mut self) {
         let scheduler = &self.model.scheduler;
         self.metrics.waiting.set(scheduler.waiting() as f64);
         self.metrics.running.set(scheduler.running() as f64);
         let counts = scheduler.block_counts();
-        for (state, blocks) in [("free", counts.free), ("held", counts.held), ("cached", counts.cached)] {
+        for (state, blocks) in [
+            ("free", counts.free),
+            ("held", counts.held),
+            ("cached", counts.cached),
+            ("pinned", counts.pinned),
+        ] {
             self.metrics.kv_blocks.with_label_values(&[state]).set(blocks as f64);
         }
+        self.metrics.cache.observe(scheduler.pin_counts());
         self.metrics
             .preemptions
             .inc_by(scheduler.preemptions() - self.preemptions);

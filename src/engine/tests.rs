@@ -3,11 +3,12 @@
 use std::{sync::Arc, time::Instant};
 
 use prometheus::Registry;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::sync::mpsc;
 
 use super::*;
 use crate::{
-    batching::{Buckets, Config, Schedule, WindowPolicy},
+    batching::{Buckets, CacheScope, Config, Schedule, WindowPolicy},
     commands::model_files,
     request::{Event, Failure, FinishReason, Sampling, Tenant, TokenId},
 };
@@ -33,6 +34,8 @@ fn settings() -> Settings {
         block_size: 16,
         prefix_cache: true,
         cache_file: None,
+        cache_scope: CacheScope::Tenant,
+        pin_share: 0.25,
     }
 }
 
@@ -43,6 +46,7 @@ fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::Unbounde
             id: "test".into(),
             tenant: Arc::new(Tenant::anyone()),
             prompt,
+            cache_salt: None,
             sampling,
             arrival: Instant::now(),
             deadline: None,
@@ -65,12 +69,92 @@ fn answer(mut events: mpsc::UnboundedReceiver<Event>) -> (Vec<TokenId>, Option<E
     let mut tokens = Vec::new();
     while let Some(event) = events.blocking_recv() {
         match event {
-            Event::Admitted { .. } => assert!(tokens.is_empty(), "admitted before the first token"),
+            Event::Admitted { .. } | Event::Prefilled { .. } => assert!(tokens.is_empty(), "before the first token"),
             Event::Token(token) => tokens.push(token.id),
             end => return (tokens, Some(end)),
         }
     }
     (tokens, None)
+}
+
+/// Prompts that begin with one of three texts, to different lengths, and go on differently; greedy and seeded.
+fn mixed(count: u64) -> Vec<(Vec<TokenId>, Sampling)> {
+    let mut random = StdRng::seed_from_u64(count);
+    let mut one = |number| {
+        let (text, shared) = (random.random_range(0..3), random.random_range(0..24));
+        let own = random.random_range(1..10);
+        let prompt = (0..shared)
+            .map(|index| 1000 * (text + 1) + index)
+            .chain((0..own).map(|_| random.random_range(300..4000)))
+            .collect();
+        let sampling = Sampling {
+            temperature: if number % 2 == 0 { 0.0 } else { 0.9 },
+            seed: number,
+            ignore_eos: true,
+            ..greedy(random.random_range(10..30))
+        };
+        (prompt, sampling)
+    };
+    (0..count).map(&mut one).collect()
+}
+
+/// The answers to all of the requests, sent in bursts of eight, and what the engine counted.
+fn answers(settings: &Settings, requests: &[(Vec<TokenId>, Sampling)]) -> (Vec<Vec<TokenId>>, Arc<EngineMetrics>) {
+    let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
+    let engine = Engine::load(settings, metrics.clone()).unwrap();
+    let (handle, thread) = engine.start(requests.len()).unwrap();
+    let mut answers = Vec::new();
+    for burst in requests.chunks(8) {
+        let (burst, receivers): (Vec<_>, Vec<_>) = burst
+            .iter()
+            .map(|(prompt, sampling)| request(prompt.clone(), sampling.clone()))
+            .unzip();
+        handle.submit(burst).unwrap();
+        answers.extend(receivers.into_iter().map(|receiver| answer(receiver).0));
+    }
+    drop(handle);
+    thread.join().unwrap();
+    (answers, metrics)
+}
+
+#[test]
+fn the_prefix_cache_changes_no_token_however_little_memory_there_is() {
+    let requests = mixed(20);
+    let engine = |prefix_cache, block_size, kv_tokens: u64| {
+        let settings = settings();
+        Settings {
+            max_model_len: Some(64),
+            // A token's keys and values in the default model, in float32.
+            kv_memory: Some(kv_tokens * 46_080),
+            block_size,
+            prefix_cache,
+            batching: Config {
+                step_tokens: 48,
+                ..settings.batching.clone()
+            },
+            ..settings
+        }
+    };
+    let (expected, _) = answers(&engine(false, 4, 1024), &requests);
+    let (mut found, mut evictions, mut preemptions) = (0, 0, 0);
+    for (block_size, kv_tokens) in [(4, 80), (8, 96)] {
+        let (answers, metrics) = answers(&engine(true, block_size, kv_tokens), &requests);
+        assert_eq!(answers, expected, "with blocks of {block_size}");
+        let prompts: usize = requests.iter().map(|(prompt, _)| prompt.len()).sum();
+        assert_eq!(
+            metrics.prefill_tokens.get() + metrics.cache.tokens.get(),
+            prompts as u64
+        );
+        let by_outcome = ["hit", "miss"].map(|outcome| metrics.cache.requests.with_label_values(&[outcome]).get());
+        assert_eq!(by_outcome.iter().sum::<u64>(), requests.len() as u64);
+        found += metrics.cache.tokens.get();
+        evictions += metrics.cache.evictions();
+        preemptions += metrics.preemptions.get();
+    }
+    assert!(
+        found > 0 && evictions > 0 && preemptions > 0,
+        "{found} found, {evictions} evicted, {preemptions} preempted"
+    );
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What the server says of itself: metrics in Prometheus' text format, and how full the device was.
 
+mod cache;
 pub mod log_level;
 mod metrics;
 mod page;

@@ -5,6 +5,7 @@
 //! it is whole and on disk, so that a crash at any time leaves the old file.
 
 mod format;
+mod namespace;
 mod replace;
 mod save;
 mod weights;
@@ -25,7 +26,7 @@ pub use save::{Reply, SaveError, Saved, Saves};
 pub use weights::hash as weights_hash;
 
 use crate::{
-    batching::{BlockId, BlockPool},
+    batching::{BlockId, BlockPool, Namespace},
     request::TokenId,
 };
 
@@ -39,8 +40,17 @@ pub struct CacheFile {
 /// A block that was read and not yet kept for its tokens.
 struct Read {
     block: BlockId,
+    /// Its number.
+    namespace: u32,
     above: Option<u32>,
     tokens: Vec<TokenId>,
+}
+
+/// What was read, by its numbers in the file.
+#[derive(Default)]
+struct Taken {
+    namespaces: Vec<Namespace>,
+    blocks: Vec<Read>,
 }
 
 impl CacheFile {
@@ -80,14 +90,22 @@ impl CacheFile {
         pool: &mut BlockPool,
         cache: &mut KvCache,
     ) -> Result<(usize, usize), Refusal> {
-        let mut taken = Vec::new();
+        let mut taken = Taken::default();
         let read = self.read(input, len, pool, cache, &mut taken);
+        let now = Instant::now();
         // Each block's final place, by its number in the file: blocks of a sequence that nobody runs any more.
-        let mut blocks: Vec<BlockId> = Vec::with_capacity(taken.len());
-        for Read { block, above, tokens } in taken {
+        let mut blocks: Vec<BlockId> = Vec::with_capacity(taken.blocks.len());
+        for Read {
+            block,
+            namespace,
+            above,
+            tokens,
+        } in taken.blocks
+        {
             let above = above.map(|above| blocks[above as usize]);
+            let namespace = &taken.namespaces[namespace as usize];
             blocks.push(match &read {
-                Ok(_) => pool.keep(above, &tokens, block),
+                Ok(_) => pool.keep(namespace, now, above, &tokens, block),
                 Err(_) => block,
             });
         }
@@ -103,28 +121,36 @@ impl CacheFile {
         len: u64,
         pool: &mut BlockPool,
         cache: &mut KvCache,
-        taken: &mut Vec<Read>,
+        taken: &mut Taken,
     ) -> Result<usize, Refusal> {
         let mut reader = Reader::new(input, len, &self.identity)?;
         let mut left = 0;
         while let Some(record) = reader.next()? {
-            // One namespace so far: every block is kept in it.
-            let Record::Block {
-                above,
-                tokens,
-                contents,
-                ..
-            } = record
-            else {
-                continue;
-            };
-            // A block whose block above was left is left too: those above come first.
-            match if left == 0 { pool.allocate() } else { None } {
-                None => left += 1,
-                Some(block) => {
-                    taken.push(Read { block, above, tokens });
-                    cache.write_block(block, contents)?;
+            match record {
+                Record::Namespace(text) => {
+                    let namespace = namespace::from_text(&text);
+                    let namespace = namespace.map_err(|_| Refusal::Damaged("a namespace is not understood"))?;
+                    taken.namespaces.push(namespace);
                 }
+                // Those above a block come first, so those below one that was left are left too.
+                Record::Block { .. } if left > 0 => left += 1,
+                Record::Block {
+                    namespace,
+                    above,
+                    tokens,
+                    contents,
+                } => match pool.allocate() {
+                    None => left = 1,
+                    Some(block) => {
+                        taken.blocks.push(Read {
+                            block,
+                            namespace,
+                            above,
+                            tokens,
+                        });
+                        cache.write_block(block, contents)?;
+                    }
+                },
             }
         }
         Ok(left)

@@ -16,9 +16,9 @@ use std::{
 use sconce_models::{KvCache, without_backtrace};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{CacheFile, format::Writer, replace::Replacement};
+use super::{CacheFile, format::Writer, namespace, replace::Replacement};
 use crate::{
-    batching::{BlockId, BlockPool, NodeId},
+    batching::{BlockId, BlockPool, Namespace, NodeId},
     request::TokenId,
 };
 
@@ -28,8 +28,6 @@ const BLOCKS_A_TURN: usize = 4;
 const BLOCKS_AHEAD: usize = 8;
 /// When to look again where nothing runs and the writer is behind.
 const PAUSE: Duration = Duration::from_millis(1);
-/// The namespace of all blocks: there is one.
-const NAMESPACE: &str = "";
 
 /// What a save wrote.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -59,6 +57,7 @@ pub type Reply = oneshot::Sender<Result<Saved, SaveError>>;
 /// What the writing thread gets.
 enum Piece {
     Block {
+        namespace: Namespace,
         above: Option<u32>,
         tokens: Vec<TokenId>,
         contents: Vec<u8>,
@@ -139,7 +138,7 @@ impl Save {
                 place.send(Piece::End);
                 return false;
             };
-            let Some((above, tokens)) = pool.kept(id) else {
+            let Some((namespace, above, tokens)) = pool.kept(id) else {
                 continue;
             };
             let mut contents = Vec::new();
@@ -154,10 +153,10 @@ impl Save {
                 None => None,
             };
             self.numbers.insert(id.block, self.numbers.len() as u32);
-            let tokens = tokens.to_vec();
             place.send(Piece::Block {
+                namespace: namespace.clone(),
                 above,
-                tokens,
+                tokens: tokens.to_vec(),
                 contents,
             });
         }
@@ -175,17 +174,29 @@ fn write(file: &Arc<CacheFile>, mut pieces: mpsc::Receiver<Piece>) -> Result<Sav
     let out = Replacement::create(&file.path).map_err(failed)?;
     let mut writer = Writer::new(BufWriter::new(out), &file.identity).map_err(failed)?;
     let mut blocks = 0;
+    // The numbers of those written so far.
+    let mut namespaces: HashMap<Namespace, u32> = HashMap::new();
     loop {
         match pieces.blocking_recv() {
             Some(Piece::Block {
+                namespace,
                 above,
                 tokens,
                 contents,
             }) => {
-                if blocks == 0 {
-                    writer.namespace(NAMESPACE).map_err(failed)?;
-                }
-                writer.block(0, above, &tokens, &contents).map_err(failed)?;
+                let number = match namespaces.get(&namespace) {
+                    Some(&number) => number,
+                    None => {
+                        let number = namespaces.len() as u32;
+                        let text = namespace::to_text(&namespace)
+                            .map_err(io::Error::from)
+                            .map_err(failed)?;
+                        writer.namespace(&text).map_err(failed)?;
+                        namespaces.insert(namespace, number);
+                        number
+                    }
+                };
+                writer.block(number, above, &tokens, &contents).map_err(failed)?;
                 blocks += 1;
             }
             Some(Piece::End) => break,

@@ -62,8 +62,9 @@ impl Memory {
     }
 
     /// Runs a sequence as the engine would, and gives its blocks unless they do not fit.
-    fn start(&mut self, tokens: &[TokenId]) -> Option<Vec<BlockId>> {
-        let mut table = self.pool.take_prefix(tokens);
+    fn start(&mut self, namespace: &Namespace, tokens: &[TokenId]) -> Option<Vec<BlockId>> {
+        let now = Instant::now();
+        let mut table = self.pool.take(namespace, now, None, tokens);
         for index in table.len()..tokens.len() / BLOCK_SIZE {
             let Some(block) = self.pool.allocate() else {
                 self.pool.release(&table);
@@ -72,19 +73,22 @@ impl Memory {
             let through = &tokens[..(index + 1) * BLOCK_SIZE];
             self.cache.write_block(block, &contents(through)).unwrap();
             let above = index.checked_sub(1).map(|above| table[above]);
-            table.push(self.pool.keep(above, &through[index * BLOCK_SIZE..], block));
+            table.push(
+                self.pool
+                    .keep(namespace, now, above, &through[index * BLOCK_SIZE..], block),
+            );
         }
         Some(table)
     }
 
-    fn run(&mut self, tokens: &[TokenId]) {
-        let table = self.start(tokens).unwrap();
+    fn run(&mut self, namespace: &Namespace, tokens: &[TokenId]) {
+        let table = self.start(namespace, tokens).unwrap();
         self.pool.release(&table);
     }
 
     /// How many blocks of a prompt are cached; each must hold what was computed for its tokens.
-    fn cached(&mut self, tokens: &[TokenId]) -> usize {
-        let table = self.pool.take_prefix(tokens);
+    fn cached(&mut self, namespace: &Namespace, tokens: &[TokenId]) -> usize {
+        let table = self.pool.take(namespace, Instant::now(), None, tokens);
         for (index, &block) in table.iter().enumerate() {
             let mut found = Vec::new();
             self.cache.read_block(block, &mut found).unwrap();
@@ -100,6 +104,13 @@ impl Memory {
             saves.advance(Some(file), &self.pool, &self.cache);
         }
         outcome.blocking_recv().unwrap()
+    }
+}
+
+fn tenant(name: &str) -> Namespace {
+    Namespace::Private {
+        tenant: Some(name.into()),
+        salt: None,
     }
 }
 
@@ -136,7 +147,7 @@ fn written() -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let mut memory = Memory::new(8);
     for prompt in [[1, 1, 2, 2, 3, 3], [1, 1, 5, 5, 6, 6], [7, 7, 7, 7, 7, 7]] {
-        memory.run(&prompt);
+        memory.run(&tenant("a"), &prompt);
     }
     let saved = memory.save(&file(folder.path())).unwrap();
     let bytes = fs::read(folder.path().join("kv.cache")).unwrap();
@@ -169,22 +180,37 @@ fn refusal(bytes: &[u8]) -> Refusal {
 fn prompts_are_found_again() {
     let (mut memory, read) = restore(&bytes(), identity(), 12);
     assert_eq!(read.unwrap(), (8, 0));
-    assert_eq!(memory.cached(&[1, 1, 2, 2, 3, 3, 9]), 3);
-    assert_eq!(memory.cached(&[1, 1, 5, 5, 6, 6]), 3);
-    assert_eq!(memory.cached(&[7, 7, 7, 7, 8, 8]), 2);
+    assert_eq!(memory.cached(&tenant("a"), &[1, 1, 2, 2, 3, 3, 9]), 3);
+    assert_eq!(memory.cached(&tenant("a"), &[1, 1, 5, 5, 6, 6]), 3);
+    assert_eq!(memory.cached(&tenant("a"), &[7, 7, 7, 7, 8, 8]), 2);
     assert_eq!(memory.pool.counts().cached, 8);
+}
+
+#[test]
+fn a_tenant_finds_its_own_blocks_and_those_of_everyone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut memory = Memory::new(8);
+    memory.run(&Namespace::Shared, &[1, 1]);
+    memory.run(&tenant("a"), &[1, 1, 2, 2]);
+    memory.run(&tenant("b"), &[3, 3]);
+    memory.save(&file(folder.path())).unwrap();
+    let (mut memory, read) = restore(&fs::read(folder.path().join("kv.cache")).unwrap(), identity(), 8);
+    assert_eq!(read.unwrap(), (3, 0));
+    let mut cached = |name, tokens: &[TokenId]| memory.cached(&tenant(name), tokens);
+    assert_eq!([cached("a", &[1, 1, 2, 2]), cached("b", &[1, 1, 2, 2])], [2, 1]);
+    assert_eq!([cached("a", &[3, 3]), cached("b", &[3, 3])], [0, 1]);
 }
 
 #[test]
 fn the_most_recently_used_fit_into_a_smaller_pool_and_keep_their_order() {
     let (mut memory, read) = restore(&bytes(), identity(), 5);
     assert_eq!(read.unwrap(), (5, 3));
-    assert_eq!(memory.cached(&[7, 7, 7, 7, 7, 7]), 3);
-    assert_eq!(memory.cached(&[1, 1, 5, 5, 6, 6]), 2, "its beginning");
+    assert_eq!(memory.cached(&tenant("a"), &[7, 7, 7, 7, 7, 7]), 3);
+    assert_eq!(memory.cached(&tenant("a"), &[1, 1, 5, 5, 6, 6]), 2, "its beginning");
     // Used last now; the next block takes the place of the leaf used longest ago.
     let block = memory.pool.allocate().unwrap();
-    assert_eq!(memory.cached(&[7, 7, 7, 7, 7, 7]), 2);
-    assert_eq!(memory.cached(&[1, 1, 5, 5]), 2);
+    assert_eq!(memory.cached(&tenant("a"), &[7, 7, 7, 7, 7, 7]), 2);
+    assert_eq!(memory.cached(&tenant("a"), &[1, 1, 5, 5]), 2);
     memory.pool.release(&[block]);
 }
 
@@ -244,11 +270,12 @@ fn a_block_above_itself_or_in_no_namespace_is_refused() {
         writer.finish().unwrap();
         bytes
     };
-    assert!(restore(&write(&[""], 0, None), identity(), 8).1.is_ok());
-    refusal(&write(&[""], 0, Some(0)));
-    refusal(&write(&[""], 1, None));
+    assert!(restore(&write(&["null"], 0, None), identity(), 8).1.is_ok());
+    refusal(&write(&["null"], 0, Some(0)));
+    refusal(&write(&["null"], 1, None));
     refusal(&write(&[], 0, None));
-    refusal(&write(&["", "a namespace without blocks"], 0, None));
+    refusal(&write(&["no namespace"], 0, None));
+    refusal(&write(&["null", "null"], 0, None));
 }
 
 #[test]
@@ -266,7 +293,7 @@ fn a_save_that_breaks_off_leaves_the_old_file_alone() {
     };
     for blocks in 0..4 {
         let mut writer = Writer::new(Replacement::create(&path).unwrap(), &identity()).unwrap();
-        writer.namespace("").unwrap();
+        writer.namespace("null").unwrap();
         for _ in 0..blocks {
             writer.block(0, None, &[1, 1], &[0; BLOCK_BYTES]).unwrap();
         }
@@ -294,7 +321,7 @@ fn a_save_into_nowhere_says_so() {
 
 #[derive(Debug, Clone)]
 enum Action {
-    Start(Vec<TokenId>),
+    Start(&'static str, Vec<TokenId>),
     End(usize),
     /// The engine's turn to copy blocks.
     Copy,
@@ -302,7 +329,8 @@ enum Action {
 
 fn action() -> impl Strategy<Value = Action> {
     prop_oneof![
-        3 => prop::collection::vec(0u32..2, 2..12).prop_map(Action::Start),
+        3 => (prop::sample::select(vec!["a", "b"]), prop::collection::vec(0u32..2, 2..12))
+            .prop_map(|(name, tokens)| Action::Start(name, tokens)),
         2 => (0usize..4).prop_map(Action::End),
         1 => Just(Action::Copy),
     ]
@@ -319,15 +347,15 @@ proptest! {
         let file = file(folder.path());
         let mut memory = Memory::new(9);
         for prompt in [[0, 0, 1, 1, 0, 1], [1, 0, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1]] {
-            memory.run(&prompt);
+            memory.run(&tenant("a"), &prompt);
         }
         let (mut saves, outcome) = ask();
         let (mut live, mut prompts) = (Vec::new(), Vec::new());
         for action in actions {
             match action {
-                Action::Start(tokens) => {
-                    live.extend(memory.start(&tokens));
-                    prompts.push(tokens);
+                Action::Start(name, tokens) => {
+                    live.extend(memory.start(&tenant(name), &tokens));
+                    prompts.push((name, tokens));
                 }
                 Action::End(index) if index < live.len() => {
                     memory.pool.release(&live.swap_remove(index));
@@ -343,8 +371,8 @@ proptest! {
         let (mut read, taken) = restore(&fs::read(&file.path).unwrap(), identity(), 9);
         prop_assert_eq!(taken.unwrap(), (saved.blocks as usize, 0));
         prop_assert_eq!(read.pool.counts().cached, saved.blocks as usize);
-        for prompt in prompts {
-            read.cached(&prompt);
+        for (name, prompt) in prompts {
+            read.cached(&tenant(name), &prompt);
         }
     }
 }
