@@ -79,8 +79,8 @@ fn a_server_killed_while_it_saves_leaves_the_old_file() {
     }
     let part = folder.path().join("kv.cache.part");
     std::thread::scope(|scope| {
-        scope.spawn(|| server.try_post("/v1/cache/save", &json!({})));
-        while !fs::metadata(&part).is_ok_and(|part| part.len() > 0) {
+        let save = scope.spawn(|| server.try_post("/v1/cache/save", &json!({})));
+        while !fs::metadata(&part).is_ok_and(|part| part.len() > 0) && !save.is_finished() {
             std::thread::yield_now();
         }
         server.signal("-KILL");
