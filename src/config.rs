@@ -68,6 +68,8 @@ pub struct Serve {
     #[arg(skip)]
     pub pins: Vec<ConfiguredPrompt>,
     #[command(flatten)]
+    pub life: Life,
+    #[command(flatten)]
     pub common: Common,
 }
 
@@ -134,7 +136,8 @@ pub struct Model {
     /// holds it
     #[arg(long, value_name = "TOKENS", value_parser = count(2, 1 << 24))]
     pub max_model_len: Option<usize>,
-    /// Memory for the KV cache, such as `640MiB` or `2GiB`; unset, 640MiB
+    /// Memory for the KV cache, such as `640MiB` or `2GiB`; unset, half of what is free once the weights are loaded, at
+    /// most 640MiB, and at least what `--max-model-len` needs
     #[arg(long, value_name = "BYTES", value_parser = |s: &str| values::bytes(s, 1 << 20, 1 << 44))]
     pub kv_memory: Option<u64>,
     /// Tokens in a KV-cache block: a power of two, 1 to 256
@@ -213,6 +216,19 @@ pub struct Http {
     #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, value_parser = BoolishValueParser::new())]
     pub admin: bool,
+}
+
+/// From start to end.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Start and end")]
+pub struct Life {
+    /// Where the prefix cache is kept from one run to the next: read at the start, written at the end; unset, nowhere
+    #[arg(long, value_name = "PATH")]
+    pub cache_file: Option<PathBuf>,
+    /// How long what runs may go on when the server is told to end; what is not done by then is ended with an error
+    #[arg(long, value_name = "DURATION", default_value = "20s")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::ZERO, Duration::from_secs(24 * 3600)))]
+    pub drain_timeout: Duration,
 }
 
 /// What every command takes.

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 
 use sconce::commands;
 use sconce::config::{self, Command, Common, ConfigError, Invocation, LogFormat};
-use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
+use sconce::telemetry::log_level;
+use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 /// What sends spans; dropping it sends the last ones.
 #[cfg(feature = "otlp")]
@@ -45,7 +46,7 @@ fn main() -> ExitCode {
 
 fn run(invocation: Invocation) -> Result<(), Box<dyn Error>> {
     match invocation.command {
-        Command::Serve(settings) => commands::serve::run(settings)?,
+        Command::Serve(settings) => commands::serve::run(settings, invocation.settings)?,
         Command::Pull(settings) => commands::pull::run(&settings)?,
         Command::Loadtest(settings) => commands::loadtest::run(*settings)?,
         Command::Tune(settings) => commands::tune::run(settings)?,
@@ -57,8 +58,6 @@ fn run(invocation: Invocation) -> Result<(), Box<dyn Error>> {
 
 /// Log lines to standard error and, where asked for, spans to a collector.
 fn start_logging(settings: &Common) -> Result<Exporter, Box<dyn Error>> {
-    // The filter was read once already, when the setting was.
-    let filter = EnvFilter::new(&settings.log_level);
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
@@ -66,6 +65,7 @@ fn start_logging(settings: &Common) -> Result<Exporter, Box<dyn Error>> {
         LogFormat::Text => lines.boxed(),
         LogFormat::Json => lines.json().boxed(),
     };
+    let filter = log_level::filter(&settings.log_level);
     let registry = tracing_subscriber::registry().with(lines.with_filter(filter));
     #[cfg(feature = "otlp")]
     if let Some(endpoint) = &settings.otlp_endpoint {

@@ -159,6 +159,8 @@ pub enum Failure {
     DeadlinePassed,
     #[error("the model gave a value that is not a number for this request; try another prompt or `--dtype f32`")]
     NotANumber,
+    #[error("the server ended before the request was finished; send it to another one")]
+    ShuttingDown,
     #[error("the step that ran this request failed: {0}")]
     Step(String),
 }

@@ -48,12 +48,8 @@ pub(super) async fn change(
     configure(engine, change).await
 }
 
-/// Without the server's leave the path is as unknown as any other.
 fn engine<'a>(server: &'a Server, method: &str) -> Result<&'a Handle, ApiError> {
-    server
-        .admin
-        .get()
-        .ok_or_else(|| ApiError::unknown_path(method, "/admin/batching"))
+    server.admin_engine(method, "/admin/batching")
 }
 
 fn checked(body: ChangeBody) -> Result<Change, ApiError> {

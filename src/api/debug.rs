@@ -17,8 +17,7 @@ const LONGEST: f64 = 60.0;
 const USUAL: Duration = Duration::from_secs(5);
 
 pub(super) async fn trace(State(server): State<Arc<Server>>, uri: Uri) -> Result<Response, ApiError> {
-    let engine = server.admin.get();
-    let engine = engine.ok_or_else(|| ApiError::unknown_path("GET", "/debug/trace"))?;
+    let engine = server.admin_engine("GET", "/debug/trace")?;
     let recorded = engine.record(length(uri.query())?).await;
     let recording = recorded.map_err(|busy| ApiError::busy(&busy.to_string()))?;
     // Up to a hundred thousand notes are written out.

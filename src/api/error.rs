@@ -222,6 +222,7 @@ impl From<Failure> for ApiError {
             ),
             Failure::NotANumber => Self::failed("not_a_number", message),
             Failure::Step(_) => Self::failed("step_failed", message),
+            Failure::ShuttingDown => Self::unavailable("shutting_down", &message, 5),
         }
     }
 }
@@ -290,6 +291,7 @@ mod tests {
     fn each_failure_has_its_status() {
         let status = |failure: Failure| ApiError::from(failure).status.as_u16();
         assert_eq!(status(Failure::DeadlinePassed), 504);
+        assert_eq!(status(Failure::ShuttingDown), 503);
         assert_eq!(status(Failure::NotANumber), 500);
         assert_eq!(status(Failure::Step("lost".into())), 500);
     }

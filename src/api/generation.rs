@@ -9,6 +9,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::access::{CLIENT_GONE, End, Generated, Report};
 use super::choice::{Choice, Delta};
+use super::ending::Running;
 use super::error::ApiError;
 use super::middleware::Caller;
 use super::params::Params;
@@ -74,12 +75,14 @@ pub(super) struct Generation {
     report: Report,
     /// How it ends, as far as is known: for the longest choice's reason, or for what went wrong.
     end: Option<End>,
+    running: Running,
 }
 
 impl Generation {
     /// Hands all sequences of `plan` to the engine, or none.
     pub fn start(server: Arc<Server>, plan: Plan, caller: &Caller, arrival: Instant) -> Result<Self, ApiError> {
         let model = server.model()?;
+        let running = server.ending.begin().ok_or_else(ApiError::shutting_down)?;
         let n = plan.params.n;
         let most = server.settings.max_choices;
         if plan.prompts.len().saturating_mul(n) > most {
@@ -89,7 +92,7 @@ impl Generation {
             ));
         }
         let prompt_tokens = plan.prompts.iter().map(|prompt| prompt.tokens.len()).sum();
-        let deadline = server.settings.request_timeout.map(|timeout| arrival + timeout);
+        let deadline = server.request_timeout().map(|timeout| arrival + timeout);
         let (mut choices, mut live, mut requests) = (Vec::new(), Vec::new(), Vec::new());
         for prompt in plan.prompts {
             for i in 0..n {
@@ -124,6 +127,7 @@ impl Generation {
             model: plan.model,
             report: caller.report.clone(),
             end: None,
+            running,
         })
     }
 
@@ -136,7 +140,12 @@ impl Generation {
     /// response is over: the other choices are cancelled when this is dropped.
     pub async fn next(&mut self) -> Option<Result<(usize, Delta), Failure>> {
         while !self.live.is_empty() {
-            let (slot, event) = poll_fn(|context| self.poll_event(context)).await;
+            let (live, turn) = (&mut self.live, &mut self.turn);
+            let (slot, event) = tokio::select! {
+                biased;
+                event = poll_fn(|context| poll_event(live, turn, context)) => event,
+                () = self.running.cut() => return Some(Err(Failure::ShuttingDown)),
+            };
             match self.take(slot, event) {
                 Ok(Some(delta)) => return Some(Ok(delta)),
                 Ok(None) => {}
@@ -147,17 +156,6 @@ impl Generation {
             }
         }
         None
-    }
-
-    fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<(usize, Option<Event>)> {
-        for step in 0..self.live.len() {
-            let slot = (self.turn + step) % self.live.len();
-            if let Poll::Ready(event) = self.live[slot].1.poll_recv(context) {
-                self.turn = slot + 1;
-                return Poll::Ready((slot, event));
-            }
-        }
-        Poll::Pending
     }
 
     fn take(&mut self, slot: usize, event: Option<Event>) -> Result<Option<(usize, Delta)>, Failure> {
@@ -254,6 +252,22 @@ impl Drop for Generation {
             end,
         });
     }
+}
+
+/// The next event of those that have not ended, and its place among them.
+fn poll_event(
+    live: &mut [(usize, UnboundedReceiver<Event>)],
+    turn: &mut usize,
+    context: &mut Context<'_>,
+) -> Poll<(usize, Option<Event>)> {
+    for step in 0..live.len() {
+        let slot = (*turn + step) % live.len();
+        if let Poll::Ready(event) = live[slot].1.poll_recv(context) {
+            *turn = slot + 1;
+            return Poll::Ready((slot, event));
+        }
+    }
+    Poll::Pending
 }
 
 /// The sampling of a prompt's choice `i`, with as many tokens as there is room for.

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::HeaderValue;
+use axum::http::{HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tracing::{Instrument, Span};
@@ -61,6 +61,11 @@ pub(super) async fn observe(State(server): State<Arc<Server>>, mut request: Requ
     let mut response = next.run(request).instrument(span).await;
     if let Ok(header) = header {
         response.headers_mut().insert(HEADER, header);
+    }
+    if server.ending.stopping() {
+        // Clients that keep their connections are to find another server.
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(header::CONNECTION, close);
     }
     server.observer.answered(route, response.status().as_u16());
     exchange.answered(response)

@@ -8,10 +8,12 @@ mod access;
 mod admin;
 mod body;
 mod cache;
+mod cache_save;
 mod chat;
 mod choice;
 mod completions;
 mod debug;
+mod ending;
 mod error;
 mod generation;
 mod messages;
@@ -29,8 +31,7 @@ mod tests;
 mod tokenize;
 mod types;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
@@ -42,6 +43,7 @@ use crate::engine::{Handle, Refused};
 use crate::request::{Request, Tenant};
 use crate::text::{ChatTemplate, Tokenizer};
 pub use cache::{ConfiguredPrompt, NotPinned, pin_configured};
+use ending::Ending;
 use error::ApiError;
 pub use observe::Observer;
 
@@ -54,6 +56,8 @@ pub struct ApiSettings {
     pub request_timeout: Option<Duration>,
     /// The most sequences one request may ask for: its prompts times `n`.
     pub max_choices: usize,
+    /// Lets clients change the engine's settings under `/admin`, which is otherwise unknown.
+    pub admin: bool,
 }
 
 /// [`ApiSettings::max_choices`] where the queue has room for more.
@@ -74,16 +78,20 @@ pub struct Model {
     /// Base models have none; they take no chat requests.
     pub template: Option<ChatTemplate>,
     pub submit: Submit,
+    /// The way to the engine's settings and its cache.
+    pub engine: Option<Handle>,
 }
 
 /// All that the handlers share. It exists before the model is loaded, so that `/health` answers meanwhile.
 pub struct Server {
     model: OnceLock<Model>,
     cache: OnceLock<cache::Cache>,
-    /// Set where `/admin` is allowed.
-    admin: OnceLock<Handle>,
-    stopping: AtomicBool,
+    /// Whether `/admin` is allowed.
+    admin: bool,
+    ending: Ending,
     settings: ApiSettings,
+    /// What of the settings changes while the server runs, seldom; each request reads it once.
+    request_timeout: RwLock<Option<Duration>>,
     observer: Observer,
     quota: access::Quota,
     metrics_text: Box<dyn Fn() -> String + Send + Sync>,
@@ -103,8 +111,9 @@ impl Server {
         Self {
             model: OnceLock::new(),
             cache: OnceLock::new(),
-            admin: OnceLock::new(),
-            stopping: AtomicBool::new(false),
+            admin: settings.admin,
+            request_timeout: RwLock::new(settings.request_timeout),
+            ending: Ending::new(),
             settings,
             observer,
             quota: access::Quota::default(),
@@ -120,19 +129,47 @@ impl Server {
         let _ = self.model.set(model);
     }
 
-    /// Lets clients change this engine's settings under `/admin`, which is otherwise unknown.
-    pub fn allow_admin(&self, engine: Handle) {
-        let _ = self.admin.set(engine);
+    /// The way to the engine, once there is one.
+    pub fn engine(&self) -> Option<&Handle> {
+        self.model.get()?.engine.as_ref()
+    }
+
+    /// The engine, for clients that may change its settings; without the server's leave `path` is as unknown as any.
+    fn admin_engine(&self, method: &str, path: &str) -> Result<&Handle, ApiError> {
+        if !self.admin {
+            return Err(ApiError::unknown_path(method, path));
+        }
+        self.engine().ok_or_else(ApiError::loading)
+    }
+
+    /// Requests that come from now on fail after so long.
+    pub fn set_request_timeout(&self, timeout: Option<Duration>) {
+        // Nothing that holds the lock can panic.
+        *self.request_timeout.write().unwrap_or_else(PoisonError::into_inner) = timeout;
+    }
+
+    fn request_timeout(&self) -> Option<Duration> {
+        *self.request_timeout.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From now on `/ready` answers 503 and new requests are refused; running ones go on.
     pub fn stop_accepting(&self) {
-        self.stopping.store(true, Ordering::Relaxed);
+        self.ending.stop();
+    }
+
+    /// Completes when nothing generates.
+    pub async fn idle(&self) {
+        self.ending.idle().await;
+    }
+
+    /// Ends every request that still generates with an error; gives how many.
+    pub fn cut_off(&self) -> usize {
+        self.ending.cut()
     }
 
     /// The model, if it is loaded and the server is not shutting down.
     fn model(&self) -> Result<&Model, ApiError> {
-        if self.stopping.load(Ordering::Relaxed) {
+        if self.ending.stopping() {
             return Err(ApiError::shutting_down());
         }
         self.model.get().ok_or_else(ApiError::loading)
@@ -165,6 +202,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/health", get(service::health))
         .route("/ready", get(service::ready))
         .route("/metrics", get(service::metrics))
+        .route("/v1/cache/save", post(cache_save::save))
         .route("/admin/batching", get(admin::show).post(admin::change))
         .route("/debug/trace", get(debug::trace))
         .fallback(service::unknown_path)

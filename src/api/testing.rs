@@ -47,6 +47,7 @@ fn model_with(submit: Submit) -> Model {
         tokenizer: tokenizer(),
         template,
         submit,
+        engine: None,
     }
 }
 
@@ -68,6 +69,7 @@ pub(super) fn server(submit: impl Fn(Vec<Request>) -> Result<(), Refused> + Send
         max_body_bytes: 1 << 20,
         max_choices: 8,
         request_timeout: None,
+        admin: false,
     });
     server.serve_model(model_with(Box::new(submit)));
     server

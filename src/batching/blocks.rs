@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::{
     Namespace,
-    prefix::{CachedPrefix, PrefixTree},
+    prefix::{CachedPrefix, NodeId, PrefixTree},
 };
 use crate::request::TokenId;
 
@@ -184,6 +184,17 @@ impl BlockPool {
                 same
             }
         }
+    }
+
+    /// Every block kept for its tokens, those in use first, then the most recently used; a block comes after those above
+    /// it.
+    pub fn kept_by_use(&self) -> Vec<NodeId> {
+        self.prefix.as_ref().map_or_else(Vec::new, PrefixTree::by_use)
+    }
+
+    /// The namespace of a kept block, the block above and its tokens, if it is still kept for them.
+    pub fn kept(&self, id: NodeId) -> Option<(&Namespace, Option<BlockId>, &[TokenId])> {
+        self.prefix.as_ref()?.get(id)
     }
 
     /// Lets go of a sequence's blocks, the last first, so that a prompt's beginning is what stays cached longest.

@@ -54,6 +54,11 @@ impl LruList {
         self.len -= 1;
     }
 
+    /// All blocks, the most recently used first.
+    pub fn latest_first(&self) -> impl Iterator<Item = BlockId> {
+        std::iter::successors(self.last, |&block| self.links[block as usize].before)
+    }
+
     /// Takes out the least recently used block.
     pub fn pop(&mut self) -> Option<BlockId> {
         let block = self.first?;
@@ -77,6 +82,7 @@ mod tests {
         }
         list.push(5);
         assert_eq!(list.len(), 3);
+        assert_eq!(list.latest_first().collect::<Vec<_>>(), [5, 2, 0]);
         assert_eq!(
             [list.pop(), list.pop(), list.pop(), list.pop()],
             [Some(0), Some(2), Some(5), None]

@@ -14,7 +14,7 @@ pub use blocks::{BlockCounts, BlockId, BlockPool, PinCounts};
 pub use buckets::{Buckets, BucketsError};
 pub use namespace::{CacheScope, Namespace};
 pub use policy::{Schedule, WindowPolicy};
-pub use prefix::{AUTOMATIC_PIN_REQUESTS, CachedPrefix};
+pub use prefix::{AUTOMATIC_PIN_REQUESTS, CachedPrefix, NodeId};
 pub use scheduler::{
     Admission, Arrival, Batch, Change, Computed, Config, ConfigError, Pin, PinError, Plan, Row, Scheduler, Sequence,
     SequenceId,

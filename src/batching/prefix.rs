@@ -43,6 +43,15 @@ struct Node {
     protected: bool,
     /// Whether nobody holds the block: it is in one of the two lists.
     idle: bool,
+    /// Tells the node from earlier and later ones of the same block.
+    number: u64,
+}
+
+/// A node by its block and its own number: it names the same tokens as long as it is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeId {
+    pub block: BlockId,
+    number: u64,
 }
 
 /// Blocks found by the tokens they hold, and the order in which to give them up.
@@ -64,6 +73,7 @@ pub struct PrefixTree {
     protected: usize,
     pin_budget: usize,
     evictions: u64,
+    inserted: u64,
 }
 
 /// What is known of a cached prefix.
@@ -91,6 +101,7 @@ impl PrefixTree {
             protected: 0,
             pin_budget: 0,
             evictions: 0,
+            inserted: 0,
         }
     }
 
@@ -194,7 +205,9 @@ impl PrefixTree {
             pins: 0,
             protected: false,
             idle: false,
+            number: self.inserted,
         });
+        self.inserted += 1;
         let nodes = &self.nodes;
         self.table.insert_unique(hash, block, |&block| {
             nodes[block as usize].as_ref().map_or(0, |node| node.hash)
@@ -347,6 +360,30 @@ impl PrefixTree {
         }
     }
 
+    /// Every node, those in use first, then those that would be given up last; a node comes after those above it.
+    /// O(n log n).
+    pub fn by_use(&self) -> Vec<NodeId> {
+        let places = (0..).zip(&self.nodes);
+        let mut in_use: Vec<(u32, BlockId)> = places
+            .filter_map(|(block, node)| Some((block, node.as_ref().filter(|node| !node.idle)?)))
+            .map(|(block, node)| (node.depth, block))
+            .collect();
+        in_use.sort_unstable();
+        let in_use = in_use.into_iter().map(|(_, block)| block);
+        let idle = self.idle_protected.latest_first().chain(self.idle.latest_first());
+        let id = |block| {
+            let number = self.node(block)?.number;
+            Some(NodeId { block, number })
+        };
+        in_use.chain(idle).filter_map(id).collect()
+    }
+
+    /// A node's namespace, the block above it and its tokens, if it is still there.
+    pub fn get(&self, id: NodeId) -> Option<(&Namespace, Option<BlockId>, &[TokenId])> {
+        let node = self.node(id.block).filter(|node| node.number == id.number)?;
+        Some((&node.namespace, node.parent, self.tokens(id.block)))
+    }
+
     /// The prefixes that a tenant may be told of, in no order: wherever the tree ends, or fewer requests went on.
     /// Looks at every block.
     pub fn prefixes(&self, reader: &str) -> Vec<CachedPrefix> {
@@ -402,6 +439,29 @@ mod tests {
                 "a namespace without blocks is forgotten"
             );
         }
+    }
+
+    #[test]
+    fn nodes_come_by_use_and_after_those_above() {
+        let mut tree = tree(
+            1,
+            &[
+                (None, &[1], 0),
+                (Some(0), &[2], 1),
+                (None, &[3], 4),
+                (Some(4), &[4], 3),
+                (Some(3), &[5], 2),
+            ],
+        );
+        // One sequence goes on; of the other's blocks the first is let go last.
+        tree.release(1);
+        tree.release(0);
+        let order = tree.by_use();
+        assert_eq!(order.iter().map(|id| id.block).collect::<Vec<_>>(), [4, 3, 2, 0, 1]);
+        assert_eq!(tree.get(order[4]), Some((&space(), Some(0), [2].as_slice())));
+        assert_eq!(tree.evict(), Some(1));
+        tree.insert(&space(), Some(0), &[2], 1, Instant::now());
+        assert_eq!(tree.get(order[4]), None, "another node of the same block");
     }
 
     fn space() -> Namespace {

@@ -1,5 +1,8 @@
 //! `sconce serve`: the port first, then the model, then answers until it is told to end.
 
+mod drain;
+mod reload;
+
 use std::{
     io,
     net::SocketAddr,
@@ -12,13 +15,13 @@ use std::{
 
 use axum::serve::ListenerExt;
 use prometheus::Registry;
-use tokio::{net::TcpListener, runtime::Handle, signal};
+use tokio::{net::TcpListener, runtime::Handle, sync::oneshot};
 
 use super::{device, model_files, model_files::PullError};
 use crate::{
     api::{self, ApiSettings},
     batching,
-    config::Serve,
+    config::{Serve, Setting},
     engine::{self, Engine, LoadError},
     telemetry::{self, EngineMetrics},
     text::{ChatTemplate, TextError, Tokenizer},
@@ -51,18 +54,20 @@ pub enum ServeError {
     Metrics(#[from] prometheus::Error),
 }
 
-/// Runs the server until SIGTERM or Ctrl-C.
-pub fn run(settings: Serve) -> Result<(), ServeError> {
+/// Runs the server until SIGTERM or Ctrl-C; what runs then is finished first.
+/// `written` is where each setting's value came from.
+pub fn run(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError> {
     device::set_threads(settings.model.threads);
     // The engine and the kernels have the cores; these threads wait on sockets and cut text.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let served = runtime.block_on(serve(settings));
+    let served = runtime.block_on(serve(settings, written));
     // A model that is still loading, or the engine, has nobody left to work for. A download cleans up behind itself.
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
 }
 
-async fn serve(settings: Serve) -> Result<(), ServeError> {
+async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError> {
+    let (signals, hangups) = (drain::Signals::catch()?, reload::hangups()?);
     let (host, port) = (settings.http.host.clone(), settings.http.port);
     let bound = TcpListener::bind((host.as_str(), port)).await;
     let listener = bound.map_err(|source| ServeError::Listen { host, port, source })?;
@@ -76,21 +81,28 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     }));
     println!("sconce listens on http://{local} and loads {}", settings.choice.model);
 
+    let (closing, closed) = oneshot::channel();
+    let drained = drain::drained(server.clone(), signals, settings.life.drain_timeout, closing);
+    tokio::spawn(reload::on_hangup(hangups, server.clone(), written));
     let loading = server.clone();
     let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, local));
     // Tokens go out as they come, however small their packets.
     let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-    let ending = told_to_end(server.clone());
-    let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(ending);
+    let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(drained);
     tokio::select! {
-        served = serving.into_future() => Ok(served?),
+        served = serving.into_future() => served?,
+        () = drain::closed_late(closed) => {}
         ended = engine => {
             server.stop_accepting();
             // Whoever waits is told by the end of their events; the answers need a moment to go out.
             tokio::time::sleep(Duration::from_millis(300)).await;
-            ended.unwrap_or(Err(ServeError::LoadPanicked))
+            return ended.unwrap_or(Err(ServeError::LoadPanicked));
         }
     }
+    if let Some(engine) = server.engine() {
+        drain::save(engine).await;
+    }
+    Ok(())
 }
 
 /// Loads the model, lets clients in, and returns when there is no engine any more, or never was.
@@ -100,12 +112,11 @@ fn run_engine(
     server: &api::Server,
     address: SocketAddr,
 ) -> Result<(), ServeError> {
-    let (model, engine, thread) = load(settings, metrics)?;
-    let pinning = api::pin_configured(&model, &engine, &settings.pins);
-    Handle::current().block_on(pinning)?;
-    server.serve_cache(engine.clone(), address.ip().is_loopback());
-    if settings.http.admin {
-        server.allow_admin(engine);
+    let (model, thread) = load(settings, metrics)?;
+    if let Some(engine) = model.engine.clone() {
+        let pinning = api::pin_configured(&model, &engine, &settings.pins);
+        Handle::current().block_on(pinning)?;
+        server.serve_cache(engine, address.ip().is_loopback());
     }
     let name = model.names[0].clone();
     server.serve_model(model);
@@ -124,40 +135,17 @@ fn metrics() -> Result<(Registry, Arc<EngineMetrics>, api::Observer), prometheus
     Ok((registry, metrics, observer))
 }
 
-/// Ends at SIGTERM or Ctrl-C; what runs is then finished. A second signal ends the process at once.
-async fn told_to_end(server: Arc<api::Server>) {
-    signalled().await;
-    server.stop_accepting();
-    tracing::info!("ending once the requests that run are answered; signal again to end at once");
-    tokio::spawn(async {
-        signalled().await;
-        std::process::exit(130);
-    });
-}
-
-async fn signalled() {
-    let terminated = async {
-        match signal::unix::signal(signal::unix::SignalKind::terminate()) {
-            Ok(mut signals) => drop(signals.recv().await),
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = terminated => {}
-        _ = signal::ctrl_c() => {}
-    }
-}
-
 fn api_settings(settings: &Serve) -> ApiSettings {
     ApiSettings {
         max_body_bytes: settings.http.max_body as usize,
         request_timeout: Some(settings.http.request_timeout),
         max_choices: settings.batching.queue.min(api::MAX_CHOICES),
+        admin: settings.http.admin,
     }
 }
 
-/// A model for the HTTP side, the way into its engine, and the engine's thread.
-type Loaded = (api::Model, engine::Handle, thread::JoinHandle<()>);
+/// A model for the HTTP side, and its engine's thread.
+type Loaded = (api::Model, thread::JoinHandle<()>);
 
 /// Fetches the model if need be, loads it, and starts the engine.
 fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
@@ -184,8 +172,9 @@ fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeEr
         tokenizer,
         template,
         submit: Box::new(move |requests| queue.submit(requests)),
+        engine: Some(handle),
     };
-    Ok((model, handle, thread))
+    Ok((model, thread))
 }
 
 /// The engine's part of the settings.
@@ -208,6 +197,7 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
         kv_memory: model.kv_memory,
         block_size: model.block_size,
         prefix_cache: !model.no_prefix_cache,
+        cache_file: settings.life.cache_file.clone(),
         cache_scope: model.cache_scope,
         pin_share: model.pin_memory,
     })

@@ -1,6 +1,8 @@
 //! The one thread that owns the device: takes a plan, runs the model, samples, sends events.
 
 mod cache;
+mod cache_file;
+mod memory;
 mod model;
 mod run;
 mod sampler;
@@ -11,7 +13,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tracing::Span;
 
 pub use cache::{CacheReport, PinFailed, PinInfo, PinRequest};
-pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
+pub use cache_file::{SaveError, Saved};
+pub use memory::Memory;
+pub use model::{LoadError, Settings, default_dtype};
 
 use crate::{
     batching::{Change, Config, ConfigError},
@@ -43,6 +47,7 @@ enum Message {
     Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
     /// Asks for the sequences that have not ended.
     Live(oneshot::Sender<Vec<Life>>),
+    Save(cache_file::Reply),
 }
 
 /// A request and its place in the queue, which is free again when the place is dropped.
@@ -104,6 +109,15 @@ impl Handle {
         let _ = self.queue.send(Message::Live(reply));
         let live = tokio::time::timeout(Duration::from_secs(1), replied).await;
         Ok(session.finish(live.ok().and_then(Result::ok).unwrap_or_default()))
+    }
+
+    /// Writes the cached blocks to the cache file while requests go on, and says what it wrote.
+    pub async fn save_cache(&self) -> Result<Saved, SaveError> {
+        let (reply, replied) = oneshot::channel();
+        self.queue
+            .send(Message::Save(reply))
+            .map_err(|_| SaveError::ShuttingDown)?;
+        replied.await.map_err(|_| SaveError::ShuttingDown)?
     }
 }
 

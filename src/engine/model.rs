@@ -1,10 +1,14 @@
 //! The device's side of a step: the model, its KV cache, and the scheduler that owns the cache's blocks.
 
-use std::path::PathBuf;
+use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread};
 
 use candle_core::{DType, Device};
 use sconce_models::{Decoder, KvCache, ModelError, Span, Step, without_backtrace};
 
+use super::{
+    Memory,
+    cache_file::{self, CacheFile, Identity},
+};
 use crate::{
     batching::{BlockPool, CacheScope, Config, ConfigError, Namespace, Plan, Scheduler},
     request::Request,
@@ -22,20 +26,18 @@ pub struct Settings {
     pub batching: Config,
     /// The longest sequence, if it was asked for; else the model's own limit, or what the KV cache holds if that is less.
     pub max_model_len: Option<usize>,
-    /// Bytes for the KV cache; `None` takes [`DEFAULT_KV_MEMORY`].
+    /// Bytes for the KV cache; `None` takes a share of what is free: [`Memory::for_kv_cache`].
     pub kv_memory: Option<u64>,
     /// Slots in a block.
     pub block_size: usize,
     pub prefix_cache: bool,
+    /// Keeps the prefix cache's blocks from one run to the next.
+    pub cache_file: Option<PathBuf>,
     pub cache_scope: CacheScope,
     /// The share of the KV cache that pinned prompts may hold, 0 to 1. Less where a sequence of the greatest length
     /// would not fit beside them.
     pub pin_share: f64,
 }
-
-/// The KV cache's size where none is asked for: a hundred chats of the default model, within the memory of a small
-/// machine.
-pub const DEFAULT_KV_MEMORY: u64 = 640 << 20;
 
 /// What a device computes in where nothing else is asked for.
 pub fn default_dtype(device: &Device) -> DType {
@@ -55,6 +57,77 @@ pub enum LoadError {
     BeyondModel { asked: usize, limit: usize },
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error("cache-file keeps what no-prefix-cache switches off; leave out one of them")]
+    NoPrefixCache,
+    #[error("the folder of the cache file {} does not exist; make it, or choose another cache-file", .0.display())]
+    NoCacheFolder(PathBuf),
+    #[error("cannot read {} for its hash: {source}", path.display())]
+    Hash { path: PathBuf, source: std::io::Error },
+}
+
+impl Settings {
+    /// What would otherwise be found out when the file is written, at the end.
+    fn check_cache_file(&self) -> Result<(), LoadError> {
+        match &self.cache_file {
+            Some(_) if !self.prefix_cache => Err(LoadError::NoPrefixCache),
+            Some(path) if !cache_file::folder(path).is_dir() => Err(LoadError::NoCacheFolder(path.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    /// How many blocks of `block_bytes` bytes the KV cache has.
+    fn blocks(&self, block_bytes: usize) -> Result<usize, LoadError> {
+        let bytes = self.kv_memory.unwrap_or_else(|| {
+            let asked = self.max_model_len.unwrap_or(0).div_ceil(self.block_size);
+            Memory::look().for_kv_cache(asked as u64 * block_bytes as u64)
+        });
+        match bytes / block_bytes as u64 {
+            0 => Err(LoadError::NoBlocks { bytes, block_bytes }),
+            blocks => Ok(blocks as usize),
+        }
+    }
+
+    /// The longest sequence, of a model made for `limit` tokens and a KV cache of `kv_tokens`.
+    fn context(&self, limit: usize, kv_tokens: usize) -> Result<usize, LoadError> {
+        match self.max_model_len {
+            Some(asked) if asked > limit => Err(LoadError::BeyondModel { asked, limit }),
+            Some(asked) => Ok(asked),
+            None => {
+                if kv_tokens < limit {
+                    tracing::warn!(
+                        limit,
+                        kv_tokens,
+                        "max-model-len is what the KV cache holds; raise kv-memory for more"
+                    );
+                }
+                Ok(limit.min(kv_tokens))
+            }
+        }
+    }
+}
+
+/// The decoder and, where there is to be one, the cache file, whose hash of the weights is taken beside their loading.
+fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<Arc<CacheFile>>), LoadError> {
+    let load = || Decoder::load(&settings.path, &settings.device, dtype);
+    let Some(path) = settings.cache_file.clone() else {
+        return Ok((load()?, None));
+    };
+    let (decoder, hash) = thread::scope(|scope| {
+        let hash = scope.spawn(|| cache_file::weights_hash(&settings.path));
+        (load(), hash.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    });
+    let decoder = decoder?;
+    let identity = Identity {
+        weights: hash.map_err(|source| LoadError::Hash {
+            path: settings.path.clone(),
+            source,
+        })?,
+        dtype: dtype.as_str().into(),
+        block_size: settings.block_size,
+        block_bytes: KvCache::bytes_per_block(decoder.config(), settings.block_size, dtype),
+        layout: KvCache::LAYOUT,
+    };
+    Ok((decoder, Some(Arc::new(CacheFile { path, identity }))))
 }
 
 pub struct Model {
@@ -62,46 +135,43 @@ pub struct Model {
     pub kv_tokens: usize,
     cache_scope: CacheScope,
     decoder: Decoder,
-    cache: KvCache,
+    pub cache: KvCache,
+    pub cache_file: Option<Arc<CacheFile>>,
 }
 
 impl Model {
     pub fn load(settings: &Settings) -> Result<Self, LoadError> {
         let dtype = settings.dtype.unwrap_or(default_dtype(&settings.device));
-        let decoder = Decoder::load(&settings.path, &settings.device, dtype)?;
+        settings.check_cache_file()?;
+        let (decoder, cache_file) = load_weights(settings, dtype)?;
         let config = decoder.config();
-        let bytes = settings.kv_memory.unwrap_or(DEFAULT_KV_MEMORY);
-        let block_bytes = KvCache::bytes_per_block(config, settings.block_size, dtype);
-        let blocks = (bytes / block_bytes as u64) as usize;
-        if blocks == 0 {
-            return Err(LoadError::NoBlocks { bytes, block_bytes });
-        }
+        let blocks = settings.blocks(KvCache::bytes_per_block(config, settings.block_size, dtype))?;
         let kv_tokens = blocks * settings.block_size;
-        let limit = config.max_position_embeddings;
-        let max_model_len = match settings.max_model_len {
-            Some(asked) if asked > limit => return Err(LoadError::BeyondModel { asked, limit }),
-            Some(asked) => asked,
-            None => limit.min(kv_tokens),
-        };
+        let max_model_len = settings.context(config.max_position_embeddings, kv_tokens)?;
         let batching = Config {
             max_model_len,
             ..settings.batching.clone()
         };
         let pin_budget = (blocks as f64 * settings.pin_share) as usize;
         let pool = BlockPool::new(blocks, settings.block_size, settings.prefix_cache).with_pin_budget(pin_budget);
-        let scheduler = Scheduler::new(batching, pool)?;
-        let cache = KvCache::new(config, blocks, settings.block_size, dtype, &settings.device).map_err(|error| {
-            LoadError::KvCache {
-                blocks,
-                source: without_backtrace(error),
-            }
-        })?;
+        let mut scheduler = Scheduler::new(batching, pool)?;
+        let mut cache =
+            KvCache::new(config, blocks, settings.block_size, dtype, &settings.device).map_err(|error| {
+                LoadError::KvCache {
+                    blocks,
+                    source: without_backtrace(error),
+                }
+            })?;
+        if let Some(file) = &cache_file {
+            file.load(scheduler.blocks_mut(), &mut cache);
+        }
         Ok(Self {
             scheduler,
             kv_tokens,
             cache_scope: settings.cache_scope,
             decoder,
             cache,
+            cache_file,
         })
     }
 

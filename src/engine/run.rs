@@ -17,6 +17,7 @@ use tracing::Span;
 use super::{
     Message, Queued,
     cache::{PinOrder, Savings},
+    cache_file::Saves,
     model::Model,
     sampler::{NotANumber, Sample, Sampler},
 };
@@ -74,6 +75,7 @@ pub struct Runner {
     pub(super) clients: HashMap<SequenceId, Client>,
     pub(super) metrics: Arc<EngineMetrics>,
     preemptions: u64,
+    saves: Saves,
     savings: Savings,
     timeline: Arc<Timeline>,
 }
@@ -95,22 +97,30 @@ impl Runner {
             clients: HashMap::new(),
             metrics,
             preemptions: 0,
+            saves: Saves::default(),
             savings: Savings::default(),
             timeline,
         }
     }
 
-    /// Runs until nobody can send requests any more and all have ended.
+    /// Runs until nobody can send requests any more, all have ended, and what was to be saved is copied.
     pub fn run(mut self) {
-        while self.open || !self.clients.is_empty() {
+        while self.open || !self.clients.is_empty() || self.saves.wake(Instant::now()).is_some() {
             self.receive();
+            let Model {
+                scheduler,
+                cache,
+                cache_file,
+                ..
+            } = &self.model;
+            self.saves.advance(cache_file.as_ref(), scheduler.blocks(), cache);
             self.drop_cancelled();
             let now = Instant::now();
             let plan = self.model.scheduler.plan(now);
             self.announce(&plan, now);
             if plan.rows.is_empty() {
                 self.observe();
-                self.wait(plan.wake);
+                self.wait(plan.wake.into_iter().chain(self.saves.wake(now)).min());
             } else {
                 self.step(&plan);
                 self.observe();
@@ -152,6 +162,7 @@ impl Runner {
             Message::Live(reply) => {
                 let _ = reply.send(self.clients.values().map(|client| client.life.clone()).collect());
             }
+            Message::Save(reply) => self.saves.ask(reply),
         }
     }
 

@@ -33,6 +33,7 @@ fn settings() -> Settings {
         kv_memory: None,
         block_size: 16,
         prefix_cache: true,
+        cache_file: None,
         cache_scope: CacheScope::Tenant,
         pin_share: 0.25,
     }

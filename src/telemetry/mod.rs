@@ -3,6 +3,7 @@
 
 mod cache;
 mod chrome;
+pub mod log_level;
 mod metrics;
 #[cfg(feature = "otlp")]
 pub mod otlp;

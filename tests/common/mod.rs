@@ -21,10 +21,16 @@ pub struct Server {
 impl Server {
     /// Starts `sconce serve --port 0` with more arguments and waits until the model answers.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::start_logging_to(Stdio::inherit(), arguments)
+    }
+
+    /// The same with its log lines going elsewhere than to the test's own standard error.
+    pub fn start_logging_to(log: impl Into<Stdio>, arguments: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_sconce"))
             .args(["serve", "--port", "0"])
             .args(arguments)
             .stdout(Stdio::piped())
+            .stderr(log)
             .spawn()
             .expect("the program starts");
         let mut lines = BufReader::new(child.stdout.take().expect("stdout is a pipe")).lines();

@@ -210,10 +210,7 @@ mod tests {
         let table = table(&experiments);
         let rows: Vec<&str> = table.lines().skip(2).collect();
         assert_eq!(rows.len(), 9, "{table}");
-        assert!(
-            rows[0].starts_with("| sequential |      - |         1.00 |"),
-            "{table}"
-        );
+        assert!(rows[0].starts_with("| sequential |      - |         1.00 |"), "{table}");
         let empty = |row: &str| row.split('|').filter(|cell| cell.trim() == "-").count();
         assert_eq!(empty(rows[8]), empty(rows[7]) + 1, "{table}");
         let names: Vec<String> = figures(&experiments).into_iter().map(|figure| figure.name).collect();

@@ -87,6 +87,15 @@ impl Scheduler {
         self.running.len() + self.preempted.len()
     }
 
+    pub fn blocks(&self) -> &BlockPool {
+        &self.blocks
+    }
+
+    /// For blocks that come from elsewhere, before any sequence runs.
+    pub fn blocks_mut(&mut self) -> &mut BlockPool {
+        &mut self.blocks
+    }
+
     pub fn block_counts(&self) -> BlockCounts {
         self.blocks.counts()
     }
