@@ -57,8 +57,12 @@ impl Ending {
 
     /// Ends every generation that still runs; gives how many.
     pub fn cut(&self) -> usize {
-        self.0.send_modify(|state| state.cut = true);
-        self.0.borrow().running
+        let mut running = 0;
+        self.0.send_modify(|state| {
+            state.cut = true;
+            running = state.running;
+        });
+        running
     }
 }
 
