@@ -171,19 +171,13 @@ impl BlockPool {
         block: BlockId,
     ) -> BlockId {
         let Some(tree) = &mut self.prefix else { return block };
-        match tree.find(namespace, above, tokens).first() {
-            None => {
-                tree.insert(namespace, above, tokens, block, arrival);
-                block
-            }
-            Some(&same) if same == block => block,
-            Some(&same) => {
-                tree.hold(same, arrival);
-                self.holders[same as usize] += 1;
-                self.release(&[block]);
-                same
-            }
+        let kept = tree.keep(namespace, above, tokens, block, arrival);
+        if kept != block {
+            tree.hold(kept, arrival);
+            self.holders[kept as usize] += 1;
+            self.release(&[block]);
         }
+        kept
     }
 
     /// Every block kept for its tokens, those in use first, then the most recently used; a block comes after those above

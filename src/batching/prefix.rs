@@ -142,7 +142,17 @@ impl PrefixTree {
     }
 
     fn child(&self, namespace: &Arc<Namespace>, above: Option<BlockId>, tokens: &[TokenId]) -> Option<BlockId> {
-        let hash = self.hash(namespace, above, tokens);
+        // Below a private block there is nothing of another namespace.
+        let may_have_it =
+            |above: &Node| Arc::ptr_eq(&above.namespace, namespace) || *above.namespace == Namespace::Shared;
+        if !above.is_none_or(|above| self.node(above).is_some_and(may_have_it)) {
+            return None;
+        }
+        self.at(self.hash(namespace, above, tokens), namespace, above, tokens)
+    }
+
+    /// The block under this hash, if it is the one that is meant.
+    fn at(&self, hash: u64, namespace: &Arc<Namespace>, above: Option<BlockId>, tokens: &[TokenId]) -> Option<BlockId> {
         let same = |&block: &BlockId| {
             self.node(block)
                 .is_some_and(|node| node.parent == above && Arc::ptr_eq(&node.namespace, namespace))
@@ -172,28 +182,30 @@ impl PrefixTree {
         self.node(block).is_some()
     }
 
-    /// Adds a block that somebody holds, with every block above it. The caller has seen that [`Self::find`] finds
-    /// nothing there.
-    pub fn insert(
+    /// Adds a block that somebody holds, with every block above it, unless there is one with the same tokens. Gives the
+    /// one that is there now.
+    pub fn keep(
         &mut self,
         namespace: &Namespace,
         above: Option<BlockId>,
         tokens: &[TokenId],
         block: BlockId,
         arrival: Instant,
-    ) {
-        let namespace = match self.namespaces.get(namespace) {
-            Some(known) => known.clone(),
-            None => Arc::new(namespace.clone()),
-        };
-        self.namespaces.insert(namespace.clone());
+    ) -> BlockId {
+        if let Some(same) = self.shared_child(above, tokens) {
+            return same;
+        }
+        let namespace = self.intern(namespace, above);
+        let hash = self.hash(&namespace, above, tokens);
+        if let Some(same) = self.at(hash, &namespace, above, tokens) {
+            return same;
+        }
         let place = block as usize;
         if self.nodes.len() <= place {
             self.nodes.resize_with(place + 1, || None);
             self.tokens.resize((place + 1) * self.block_size, 0);
         }
         self.tokens[place * self.block_size..][..self.block_size].copy_from_slice(tokens);
-        let hash = self.hash(&namespace, above, tokens);
         let depth = above.and_then(|above| self.node(above)).map_or(0, |above| above.depth) + 1;
         self.nodes[place] = Some(Node {
             namespace,
@@ -212,6 +224,34 @@ impl PrefixTree {
         self.table.insert_unique(hash, block, |&block| {
             nodes[block as usize].as_ref().map_or(0, |node| node.hash)
         });
+        block
+    }
+
+    /// What everyone's namespace has below a block, if that is everyone's too.
+    fn shared_child(&self, above: Option<BlockId>, tokens: &[TokenId]) -> Option<BlockId> {
+        let everyones = |above| {
+            self.node(above)
+                .is_some_and(|node| *node.namespace == Namespace::Shared)
+        };
+        if !above.is_none_or(everyones) {
+            return None;
+        }
+        self.child(self.namespaces.get(&Namespace::Shared)?, above, tokens)
+    }
+
+    /// The namespace as the nodes share it; mostly it is that of the block above.
+    fn intern(&mut self, namespace: &Namespace, above: Option<BlockId>) -> Arc<Namespace> {
+        if let Some(above) = above.and_then(|above| self.node(above))
+            && *above.namespace == *namespace
+        {
+            return above.namespace.clone();
+        }
+        if let Some(known) = self.namespaces.get(namespace) {
+            return known.clone();
+        }
+        let namespace = Arc::new(namespace.clone());
+        self.namespaces.insert(namespace.clone());
+        namespace
     }
 
     /// A request that arrived at `arrival` took hold of a block. Of requests that arrived together, as the choices of
@@ -474,7 +514,7 @@ mod tests {
     fn tree(block_size: usize, nodes: &[(Option<BlockId>, &[TokenId], BlockId)]) -> PrefixTree {
         let mut tree = PrefixTree::new(block_size);
         for (above, tokens, block) in nodes {
-            tree.insert(&space(), *above, tokens, *block, Instant::now());
+            tree.keep(&space(), *above, tokens, *block, Instant::now());
         }
         tree
     }
