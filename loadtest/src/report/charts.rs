@@ -66,7 +66,7 @@ const COLOURS: [RGBColor; 7] = [
 
 /// Lines with dots; `None` where nothing is to be drawn.
 pub fn lines(series: &[Series], frame: &Frame) -> Option<String> {
-    draw(series, frame, &[], |mut chart, series| {
+    draw(series, &[], false, frame, |mut chart, series| {
         for series in series {
             let line = LineSeries::new(placed(series, frame), series.paint().stroke_width(2)).point_size(3);
             chart.draw_series(line).ok()?;
@@ -77,7 +77,7 @@ pub fn lines(series: &[Series], frame: &Frame) -> Option<String> {
 
 /// Points alone; those of `front` are joined by a line and ringed.
 pub fn cloud(series: &[Series], front: Option<&Series>, frame: &Frame) -> Option<String> {
-    draw(series, frame, &[], |mut chart, series| {
+    draw(series, front.as_slice(), false, frame, |mut chart, series| {
         if let Some(front) = front {
             let line = LineSeries::new(placed(front, frame), front.paint().stroke_width(2));
             chart.draw_series(line).ok()?;
@@ -95,7 +95,8 @@ pub fn cloud(series: &[Series], front: Option<&Series>, frame: &Frame) -> Option
 
 /// Lines over time; the shares have an axis of their own on the right, from 0 to 1.
 pub fn timeline(counts: &[Series], shares: &[Series], frame: &Frame) -> Option<String> {
-    draw(counts, frame, shares, |mut chart, counts| {
+    let others: Vec<&Series> = shares.iter().collect();
+    draw(counts, &others, !shares.is_empty(), frame, |mut chart, counts| {
         for series in counts {
             let line = LineSeries::new(placed(series, frame), series.paint().stroke_width(2));
             chart.draw_series(line).ok()?;
@@ -163,11 +164,13 @@ fn placed<'s>(series: &'s Series, frame: &'s Frame) -> impl Iterator<Item = (f64
     series.points.iter().filter(shown).map(place)
 }
 
-/// Draws what surrounds the points, then lets `points` draw them on the chart.
+/// Draws what surrounds the points, with room for an axis on the right, then lets `points` draw them on the chart. The
+/// series span the axes; the others are named beside it too.
 fn draw(
     series: &[Series],
+    others: &[&Series],
+    right: bool,
     frame: &Frame,
-    right: &[Series],
     points: impl for<'a, 'b> FnOnce(Chart<'a, 'b>, &[Series]) -> Option<()>,
 ) -> Option<String> {
     let all = || series.iter().flat_map(|series| &series.points);
@@ -178,12 +181,12 @@ fn draw(
     root.fill(&WHITE).ok()?;
     let title = (FONT, 17).into_font().style(FontStyle::Bold);
     root.draw(&Text::new(frame.title.to_owned(), (16, 12), title)).ok()?;
-    legend(&root, series.iter().chain(right))?;
+    legend(&root, series.iter().chain(others.iter().copied()))?;
     let (x, y) = (frame.x.scale, frame.y.scale);
     let mut builder = ChartBuilder::on(&root);
     builder.margin(12).margin_top(44).margin_right(LEGEND as i32 + 14);
     builder.x_label_area_size(46).y_label_area_size(72);
-    builder.right_y_label_area_size(if right.is_empty() { 0 } else { 58 });
+    builder.right_y_label_area_size(if right { 58 } else { 0 });
     let mut chart = builder
         .build_cartesian_2d(Places::along(x, across.clone()), Places::along(y, up))
         .ok()?

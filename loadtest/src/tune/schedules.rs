@@ -47,8 +47,11 @@ fn name(knobs: &Knobs) -> String {
     }
 }
 
+/// A setting, and its experiments in the order of the rates; `None` where it was not tried.
+type Row<'a> = (&'a Knobs, Vec<Option<&'a Experiment>>);
+
 /// The rates in the order in which they were tried, and the experiments of each setting by these rates.
-fn sorted(experiments: &[Experiment]) -> (Vec<f64>, Vec<(&Knobs, Vec<Option<&Experiment>>)>) {
+fn sorted(experiments: &[Experiment]) -> (Vec<f64>, Vec<Row<'_>>) {
     let (mut rates, mut settings): (Vec<f64>, Vec<&Knobs>) = (Vec::new(), Vec::new());
     for Trial { knobs, rate } in experiments.iter().map(|one| &one.trial) {
         if !rates.contains(rate) {
@@ -111,7 +114,7 @@ fn cells(experiment: Option<&Experiment>) -> [String; 5] {
 pub fn figures(experiments: &[Experiment]) -> Vec<Figure> {
     let (_, settings) = sorted(experiments);
     let series = |pick: fn(&Experiment) -> Option<f64>| -> Vec<Series> {
-        let line = |(knobs, tried): &(&Knobs, Vec<Option<&Experiment>>)| {
+        let line = |(knobs, tried): &Row| {
             let (colour, strength) = look(knobs);
             let point = |one: &&Experiment| Some((one.trial.rate, pick(one)?));
             let mut points: Vec<(f64, f64)> = tried.iter().flatten().filter_map(point).collect();
