@@ -17,6 +17,7 @@ use super::error::Cause;
 use super::generation::milliseconds;
 use super::middleware::Caller;
 use super::types::{Timing, Usage};
+use crate::request::Tenant;
 
 /// The outcome of a request whose client left before its end.
 pub(super) const CLIENT_GONE: &str = "client_gone";
@@ -24,6 +25,14 @@ pub(super) const CLIENT_GONE: &str = "client_gone";
 const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
 /// The outcome of an answer that no model was asked for.
 const OK: &str = "ok";
+
+/// Where a request's handler leaves word for its exchange.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    /// Whose request it is, once that is known.
+    pub tenant: OnceLock<Arc<Tenant>>,
+    pub generated: OnceLock<Generated>,
+}
 
 /// What the model did for a request; set once, when its sequences have ended or been given up.
 #[derive(Debug)]
@@ -76,7 +85,10 @@ impl Exchange {
     /// Counts what kept the request from its whole answer, and says how it ended.
     fn settle(&self) -> &'static str {
         let observer = &self.server.observer;
-        match (self.caller.report.get().map(|generated| generated.end), self.cause) {
+        match (
+            self.caller.report.generated.get().map(|generated| generated.end),
+            self.cause,
+        ) {
             (Some(End::Finished(reason)), _) => reason,
             (Some(End::Cut(cause)), _) => observer.cut(cause),
             (None, Some(cause)) if self.status == Some(StatusCode::INTERNAL_SERVER_ERROR) => observer.cut(cause),
@@ -89,7 +101,8 @@ impl Exchange {
 
     /// Writes the request's line; `untold` are those that had none since the last.
     fn tell(&self, outcome: &str, generated: Option<&Generated>, untold: Option<u64>) {
-        let (span, tenant) = (&self.caller.span, &self.caller.tenant.name);
+        let span = &self.caller.span;
+        let tenant = self.caller.report.tenant.get().map(|tenant| tenant.name.as_str());
         let status = self.status.map(|status| status.as_u16());
         let total_ms = milliseconds(self.began.elapsed());
         let Some(Generated {
@@ -124,7 +137,7 @@ impl Drop for Exchange {
         let outcome = self.settle();
         #[cfg(feature = "otlp")]
         crate::telemetry::otlp::end(&self.caller.span, self.status, outcome);
-        let generated = self.caller.report.get();
+        let generated = self.caller.report.generated.get();
         // What the model worked for is always told; the rest may come at any rate.
         let worked = generated.is_some_and(|generated| generated.usage.completion_tokens > 0);
         if worked {
@@ -195,9 +208,6 @@ impl Quota {
         Some(std::mem::take(&mut second.untold))
     }
 }
-
-/// Where a generation leaves word for its exchange.
-pub(super) type Report = Arc<OnceLock<Generated>>;
 
 #[cfg(test)]
 mod tests {

@@ -72,7 +72,7 @@ pub(super) struct Generation {
     prompt_tokens: usize,
     arrival: Instant,
     model: String,
-    report: Report,
+    report: Arc<Report>,
     /// How it ends, as far as is known: for the longest choice's reason, or for what went wrong.
     end: Option<End>,
     running: Running,
@@ -81,6 +81,8 @@ pub(super) struct Generation {
 impl Generation {
     /// Hands all sequences of `plan` to the engine, or none.
     pub fn start(server: Arc<Server>, plan: Plan, caller: &Caller, arrival: Instant) -> Result<Self, ApiError> {
+        // The first word stands; it is the same for all of a request.
+        let _ = caller.report.tenant.set(caller.tenant.clone());
         let model = server.model()?;
         let running = server.ending.begin().ok_or_else(ApiError::shutting_down)?;
         let n = plan.params.n;
@@ -245,7 +247,7 @@ impl Drop for Generation {
             _ => End::Cut(CLIENT_GONE),
         };
         // The only generation of its request is the first to say so.
-        let _ = self.report.set(Generated {
+        let _ = self.report.generated.set(Generated {
             model: std::mem::take(&mut self.model),
             usage: self.usage(),
             timing: self.timing(),

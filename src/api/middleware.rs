@@ -24,8 +24,8 @@ pub(super) struct Caller {
     pub tenant: Arc<Tenant>,
     /// The request's span; whatever is logged of it on its way carries its id.
     pub span: Span,
-    /// Where its generation says how it ended.
-    pub report: Report,
+    /// Where its handler says whose it is and how it ended.
+    pub report: Arc<Report>,
 }
 
 impl Caller {
@@ -54,7 +54,7 @@ pub(super) async fn observe(State(server): State<Arc<Server>>, mut request: Requ
         id,
         tenant: server.anyone.clone(),
         span: span.clone(),
-        report: Report::default(),
+        report: Arc::default(),
     };
     let exchange = Exchange::begin(server.clone(), caller.clone(), route);
     request.extensions_mut().insert(caller);
