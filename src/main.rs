@@ -1,4 +1,4 @@
-//! The command line: `sconce serve`, `pull`, `loadtest`, `tune`, `bench`, `doctor`.
+//! The command line: `sconce serve`, `pull`, `loadtest`, `tune`, `bench`, `doctor`, `key`.
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -36,6 +36,7 @@ fn run(invocation: Invocation) -> Result<(), Box<dyn std::error::Error>> {
         Command::Loadtest(settings) => commands::loadtest::run(*settings)?,
         Command::Tune(settings) => commands::tune::run(settings)?,
         Command::Bench(settings) => commands::bench::run(settings)?,
+        Command::Key(settings) => commands::key::run(&settings)?,
         Command::Doctor(settings) => commands::doctor::run(&settings, &invocation.settings)?,
     }
     Ok(())

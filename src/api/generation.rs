@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::choice::{Choice, Delta};
 use super::error::ApiError;
+use super::keys::Reservation;
 use super::middleware::Caller;
 use super::params::Params;
 use super::shape::Shape;
@@ -69,6 +71,10 @@ pub(super) struct Generation {
     n: usize,
     prompt_tokens: usize,
     arrival: Instant,
+    /// What the caller's key was charged.
+    reservation: Option<Reservation>,
+    /// Kept from others of the same key until this has ended.
+    _place: Option<Arc<OwnedSemaphorePermit>>,
 }
 
 impl Generation {
@@ -84,6 +90,7 @@ impl Generation {
             ));
         }
         let prompt_tokens = plan.prompts.iter().map(|prompt| prompt.tokens.len()).sum();
+        let reservation = caller.reserve(prompt_tokens, answer_tokens(&plan, model))?;
         let deadline = server.settings.request_timeout.map(|timeout| arrival + timeout);
         let (mut choices, mut live, mut requests) = (Vec::new(), Vec::new(), Vec::new());
         for prompt in plan.prompts {
@@ -114,6 +121,8 @@ impl Generation {
             n,
             prompt_tokens,
             arrival,
+            reservation,
+            _place: caller.place.clone(),
         })
     }
 
@@ -221,6 +230,30 @@ impl Generation {
         }
         longest
     }
+}
+
+impl Drop for Generation {
+    /// A request that left the queue has used its prompt, and what was generated of its answer.
+    fn drop(&mut self) {
+        let ran = self.choices.iter().any(|choice| choice.admitted.is_some());
+        let tokens = self.usage().total_tokens;
+        if let Some(reservation) = self.reservation.as_mut().filter(|_| ran) {
+            reservation.used(tokens);
+        }
+    }
+}
+
+/// The most tokens that all of a plan's answers may have.
+fn answer_tokens(plan: &Plan, model: &Model) -> usize {
+    let each = |prompt: &Prompt| {
+        let room = model.max_model_len - prompt.tokens.len();
+        sampling(&plan.params, plan.shape, room, 0).max_tokens
+    };
+    plan.prompts
+        .iter()
+        .map(each)
+        .sum::<usize>()
+        .saturating_mul(plan.params.n)
 }
 
 /// The sampling of a prompt's choice `i`, with as many tokens as there is room for.

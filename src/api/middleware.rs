@@ -7,9 +7,11 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::HeaderValue;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::Server;
 use super::error::ApiError;
+use super::keys::{Key, Reservation};
 use crate::request::Tenant;
 
 const HEADER: &str = "x-request-id";
@@ -20,9 +22,18 @@ pub(super) struct Caller {
     /// The client's own id where it is short and plain, else a random one.
     pub id: String,
     pub tenant: Arc<Tenant>,
+    /// Their key, where there are keys.
+    pub key: Option<Arc<Key>>,
+    /// The key's place that this request takes until its answer has ended.
+    pub place: Option<Arc<OwnedSemaphorePermit>>,
 }
 
 impl Caller {
+    /// Charges the caller's key for a prompt and an answer of up to so many tokens.
+    pub fn reserve(&self, prompt: usize, answer: usize) -> Result<Option<Reservation>, ApiError> {
+        self.key.as_ref().map_or(Ok(None), |key| key.reserve(prompt, answer))
+    }
+
     fn id(request: &Request) -> String {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
         let given = request.headers().get(HEADER).and_then(|value| value.to_str().ok());
@@ -41,6 +52,8 @@ pub(super) async fn observe(State(server): State<Arc<Server>>, mut request: Requ
     request.extensions_mut().insert(Caller {
         id,
         tenant: server.anyone.clone(),
+        key: None,
+        place: None,
     });
     let mut response = next.run(request).await;
     if let Ok(header) = header {

@@ -5,12 +5,16 @@
 //! server-sent events.
 
 mod admin;
+mod auth;
 mod body;
 mod chat;
 mod choice;
 mod completions;
 mod error;
 mod generation;
+mod keys;
+mod limits;
+pub mod listen;
 mod messages;
 mod middleware;
 mod observe;
@@ -39,6 +43,7 @@ use crate::engine::{Handle, Refused};
 use crate::request::{Request, Tenant};
 use crate::text::{ChatTemplate, Tokenizer};
 use error::ApiError;
+pub use keys::{Keys, KeysError, check as check_keys, hash as hash_key};
 pub use observe::Observer;
 
 /// Limits of the HTTP side.
@@ -48,6 +53,8 @@ pub struct ApiSettings {
     pub max_body_bytes: usize,
     /// After so long a request fails with 504, wherever it is.
     pub request_timeout: Option<Duration>,
+    /// A request whose body has not come after so long is refused with 408.
+    pub read_timeout: Duration,
     /// The most sequences one request may ask for: its prompts times `n`.
     pub max_choices: usize,
 }
@@ -83,8 +90,10 @@ pub struct Server {
     metrics_text: Box<dyn Fn() -> String + Send + Sync>,
     /// When the server started, in seconds since 1970: the models' `created`.
     created: u64,
-    /// Whose requests they all are.
+    /// Whose requests they all are where there are no keys.
     anyone: Arc<Tenant>,
+    /// Who may ask; `None` is everyone.
+    keys: Option<Keys>,
 }
 
 impl Server {
@@ -103,7 +112,14 @@ impl Server {
             metrics_text: Box::new(metrics_text),
             created: unix_seconds(),
             anyone: Arc::new(Tenant::anyone()),
+            keys: None,
         }
+    }
+
+    /// Answers only callers with one of these keys.
+    pub fn with_keys(mut self, keys: Option<Keys>) -> Self {
+        self.keys = keys;
+        self
     }
 
     /// The model is loaded: `/ready` says so from now on. Only the first call counts.
@@ -157,7 +173,10 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/admin/batching", get(admin::show).post(admin::change))
         .fallback(service::unknown_path)
         .method_not_allowed_fallback(service::wrong_method)
-        .layer(DefaultBodyLimit::max(server.settings.max_body_bytes))
+        // Bodies are bounded by the next layer, before the handlers take them.
+        .layer(DefaultBodyLimit::disable())
+        .layer(axum::middleware::from_fn_with_state(server.clone(), limits::bound))
+        .layer(axum::middleware::from_fn_with_state(server.clone(), auth::authenticate))
         .layer(CatchPanicLayer::custom(middleware::panicked))
         .layer(axum::middleware::from_fn_with_state(
             server.clone(),

@@ -8,6 +8,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Regi
 #[derive(Debug)]
 pub struct Observer {
     requests: IntCounterVec,
+    key_refusals: IntCounterVec,
     first_token: Histogram,
     per_token: Histogram,
     request: Histogram,
@@ -35,10 +36,22 @@ impl Observer {
             &["route", "status"],
         )?;
         registry.register(Box::new(requests.clone()))?;
-        // A counter that a client can see from the start, at zero.
+        let key_refusals = IntCounterVec::new(
+            Opts::new(
+                "sconce_key_refusals_total",
+                "Requests refused for their API key, by cause: none or unknown, not allowed, over its quota.",
+            ),
+            &["cause"],
+        )?;
+        registry.register(Box::new(key_refusals.clone()))?;
+        // Counters that a client can see from the start, at zero.
+        for cause in ["unknown", "forbidden", "quota"] {
+            key_refusals.with_label_values(&[cause]);
+        }
         requests.with_label_values(&["/v1/chat/completions", "200"]);
         Ok(Self {
             requests,
+            key_refusals,
             first_token: histogram(
                 "sconce_time_to_first_token_seconds",
                 "Time from a request's arrival to the first token of each choice.",
@@ -69,6 +82,10 @@ impl Observer {
         self.requests
             .with_label_values(&[route, status.to_string().as_str()])
             .inc();
+    }
+
+    pub(super) fn key_refused(&self, cause: &str) {
+        self.key_refusals.with_label_values(&[cause]).inc();
     }
 
     pub(super) fn accepted(&self, prompt_tokens: usize) {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use serde::{Deserialize, Serialize};
 
 use super::completions::check_tokens;
@@ -43,28 +42,18 @@ pub(super) struct Detokenized {
     prompt: String,
 }
 
-pub(super) async fn tokenize(
-    State(server): State<Arc<Server>>,
-    bytes: Result<Bytes, BytesRejection>,
-) -> Result<Json<Tokenized>, ApiError> {
+pub(super) async fn tokenize(State(server): State<Arc<Server>>, bytes: Bytes) -> Result<Json<Tokenized>, ApiError> {
     let shared = server.clone();
-    body::read(&server, bytes, move |bytes| {
-        encode(shared.model()?, body::parse(bytes)?)
-    })
-    .await
-    .map(Json)
+    body::read(bytes, move |bytes| encode(shared.model()?, body::parse(bytes)?))
+        .await
+        .map(Json)
 }
 
-pub(super) async fn detokenize(
-    State(server): State<Arc<Server>>,
-    bytes: Result<Bytes, BytesRejection>,
-) -> Result<Json<Detokenized>, ApiError> {
+pub(super) async fn detokenize(State(server): State<Arc<Server>>, bytes: Bytes) -> Result<Json<Detokenized>, ApiError> {
     let shared = server.clone();
-    body::read(&server, bytes, move |bytes| {
-        decode(shared.model()?, body::parse(bytes)?)
-    })
-    .await
-    .map(Json)
+    body::read(bytes, move |bytes| decode(shared.model()?, body::parse(bytes)?))
+        .await
+        .map(Json)
 }
 
 fn encode(model: &Model, body: TokenizeBody) -> Result<Tokenized, ApiError> {

@@ -10,15 +10,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::serve::ListenerExt;
 use prometheus::Registry;
 use tokio::{net::TcpListener, signal};
 
 use super::{device, model_files, model_files::PullError};
 use crate::{
-    api::{self, ApiSettings},
+    api::{self, ApiSettings, listen},
     batching,
-    config::Serve,
+    config::{self, Serve},
     engine::{self, Engine, LoadError},
     telemetry::{self, EngineMetrics},
     text::{ChatTemplate, TextError, Tokenizer},
@@ -31,6 +30,13 @@ pub enum ServeError {
     Listen { host: String, port: u16, source: io::Error },
     #[error("--admin lets clients change settings, so it needs a loopback address; {0} is none")]
     AdminInPublic(SocketAddr),
+    #[error(
+        "{0} is no loopback address, so anyone who reaches it could use this server: give their keys with `--api-keys` \
+         (`sconce key NAME` makes one), or answer everyone with `--allow-anonymous`"
+    )]
+    Anonymous(SocketAddr),
+    #[error(transparent)]
+    Keys(#[from] api::KeysError),
     #[error(transparent)]
     Pull(#[from] PullError),
     #[error(transparent)]
@@ -68,20 +74,20 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     if settings.http.admin && !local.ip().is_loopback() {
         return Err(ServeError::AdminInPublic(local));
     }
+    let keys = keys(&settings.http, local)?;
+    let patience = patience(&settings.http);
     let (registry, metrics, observer) = metrics()?;
-    let server = Arc::new(api::Server::new(api_settings(&settings), observer, move || {
+    let server = api::Server::new(api_settings(&settings), observer, move || {
         telemetry::exposition(&registry)
-    }));
+    });
+    let server = Arc::new(server.with_keys(keys));
     println!("sconce listens on http://{local} and loads {}", settings.choice.model);
 
     let loading = server.clone();
     let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, local));
-    // Tokens go out as they come, however small their packets.
-    let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
     let ending = told_to_end(server.clone());
-    let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(ending);
     tokio::select! {
-        served = serving.into_future() => Ok(served?),
+        () = listen::serve(listener, api::router(server.clone()), patience, ending) => Ok(()),
         ended = engine => {
             server.stop_accepting();
             // Whoever waits is told by the end of their events; the answers need a moment to go out.
@@ -89,6 +95,27 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
             ended.unwrap_or(Err(ServeError::LoadPanicked))
         }
     }
+}
+
+fn patience(http: &config::Http) -> listen::Patience {
+    listen::Patience {
+        connections: http.max_connections,
+        head: http.read_timeout,
+        stall: http.write_timeout,
+    }
+}
+
+/// The API keys, followed as their file changes. Without any, only this machine's own clients are answered, unless all
+/// are to be.
+fn keys(settings: &config::Http, local: SocketAddr) -> Result<Option<api::Keys>, ServeError> {
+    let Some(path) = &settings.api_keys else {
+        let open = local.ip().is_loopback() || settings.allow_anonymous;
+        return open.then_some(None).ok_or(ServeError::Anonymous(local));
+    };
+    let keys = api::Keys::open(path.clone())?;
+    tracing::info!(path = %path.display(), keys = keys.count(), "API keys read");
+    tokio::spawn(keys.clone().follow_file());
+    Ok(Some(keys))
 }
 
 /// Loads the model, lets clients in, and returns when there is no engine any more, or never was.
@@ -146,6 +173,7 @@ async fn signalled() {
 fn api_settings(settings: &Serve) -> ApiSettings {
     ApiSettings {
         max_body_bytes: settings.http.max_body as usize,
+        read_timeout: settings.http.read_timeout,
         request_timeout: Some(settings.http.request_timeout),
         max_choices: settings.batching.queue.min(api::MAX_CHOICES),
     }
