@@ -1,5 +1,7 @@
 //! The command line: `sconce serve`, `pull`, `loadtest`, `tune`, `bench`, `doctor`, `key`.
 
+#![forbid(unsafe_code)]
+
 use std::io::IsTerminal;
 use std::process::ExitCode;
 

@@ -4,6 +4,8 @@
 //! [`run`] sends them and [`recorder`] keeps what came of it; [`utilisation`] watches the server meanwhile; [`rubric`]
 //! chooses the loads; [`report`] shows the results, [`tune`] decides which settings to try. [`check`] refuses bad input before any load is sent.
 
+#![forbid(unsafe_code)]
+
 pub mod arrivals;
 pub mod check;
 pub mod client;

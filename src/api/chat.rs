@@ -41,7 +41,7 @@ fn plan(model: &Model, mut body: Body) -> Result<Plan, ApiError> {
     let params = Params::new(&mut body, &model.tokenizer, logprobs)?;
     let text = messages::render(model, body.messages.take(), true)?;
     messages::check_length(model, "messages", text.len())?;
-    let tokens = model.tokenizer.encode(&text, false)?;
+    let tokens = model.tokenizer.encode_chat(&text, false)?;
     let prompt = Prompt::new(model, "messages", tokens, String::new())?;
     Ok(Plan {
         shape: Shape::Chat,

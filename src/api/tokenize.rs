@@ -58,15 +58,18 @@ pub(super) async fn detokenize(State(server): State<Arc<Server>>, bytes: Bytes) 
 
 fn encode(model: &Model, body: TokenizeBody) -> Result<Tokenized, ApiError> {
     model.served_name(body.model.as_deref())?;
-    let (text, special) = match (body.prompt, body.messages) {
-        (Some(prompt), None) => (prompt, body.add_special_tokens.unwrap_or(true)),
+    let tokens = match (body.prompt, body.messages) {
+        (Some(prompt), None) => model
+            .tokenizer
+            .encode(&prompt, body.add_special_tokens.unwrap_or(true))?,
         (None, Some(messages)) => {
             let text = messages::render(model, Some(messages), body.add_generation_prompt.unwrap_or(true))?;
-            (text, body.add_special_tokens.unwrap_or(false))
+            model
+                .tokenizer
+                .encode_chat(&text, body.add_special_tokens.unwrap_or(false))?
         }
         _ => return Err(ApiError::invalid("prompt", "Send either `prompt` or `messages`.")),
     };
-    let tokens = model.tokenizer.encode(&text, special)?;
     Ok(Tokenized {
         count: tokens.len(),
         max_model_len: model.max_model_len,
