@@ -4,6 +4,7 @@
 //! here, and with it the response that was being written, whose request is thereby cancelled. Bodies have their own
 //! limit, in [`super::limits`].
 
+use std::error::Error as _;
 use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
@@ -20,6 +21,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_io_timeout::TimeoutStream;
 
+use super::Server;
 use super::error::ApiError;
 use super::limits::HEAD_BUFFER;
 
@@ -39,9 +41,10 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// For the answer to a connection too many, which fits every socket's buffer.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// Serves `router` until `ending` is done, then closes the listener and returns once every request that runs is
+/// Serves `server` until `ending` is done, then closes the listener and returns once every request that runs is
 /// answered. A drop ends the listening; connections that are open go on.
-pub async fn serve(listener: TcpListener, router: Router, patience: Patience, ending: impl Future<Output = ()>) {
+pub async fn serve(listener: TcpListener, server: Arc<Server>, patience: Patience, ending: impl Future<Output = ()>) {
+    let router = super::router(server.clone());
     let places = Arc::new(Semaphore::new(patience.connections));
     let graceful = GracefulShutdown::new();
     let mut ending = pin!(ending);
@@ -54,12 +57,16 @@ pub async fn serve(listener: TcpListener, router: Router, patience: Patience, en
             Ok((stream, _)) => match places.clone().try_acquire_owned() {
                 Ok(place) => drop(tokio::spawn(converse(
                     stream,
+                    server.clone(),
                     router.clone(),
                     patience,
                     graceful.watcher(),
                     place,
                 ))),
-                Err(_) => drop(tokio::spawn(send_away(stream))),
+                Err(_) => {
+                    server.observer.connection_cut("too_many");
+                    tokio::spawn(send_away(stream));
+                }
             },
             // The client was gone before it was accepted.
             Err(error) if is_the_clients(&error) => {}
@@ -76,6 +83,7 @@ pub async fn serve(listener: TcpListener, router: Router, patience: Patience, en
 /// Answers one connection's requests until it is closed.
 async fn converse(
     stream: TcpStream,
+    server: Arc<Server>,
     router: Router,
     patience: Patience,
     watcher: Watcher,
@@ -91,6 +99,9 @@ async fn converse(
         .max_buf_size(HEAD_BUFFER)
         .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router));
     if let Err(error) = watcher.watch(connection).await {
+        if is_stall(&error) {
+            server.observer.connection_cut("stalled");
+        }
         // Errors of a connection hold nothing of what was sent on it.
         tracing::debug!("a connection ended: {error}");
     }
@@ -123,7 +134,16 @@ async fn send_away(mut stream: TcpStream) {
     .await;
 }
 
+/// Whether the client took nothing of its answer for too long.
+fn is_stall(error: &hyper::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    cause.is_some_and(|cause| cause.kind() == io::ErrorKind::TimedOut)
+}
+
 fn is_the_clients(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Regi
 pub struct Observer {
     requests: IntCounterVec,
     key_refusals: IntCounterVec,
+    connections_cut: IntCounterVec,
     first_token: Histogram,
     per_token: Histogram,
     request: Histogram,
@@ -44,7 +45,18 @@ impl Observer {
             &["cause"],
         )?;
         registry.register(Box::new(key_refusals.clone()))?;
+        let connections_cut = IntCounterVec::new(
+            Opts::new(
+                "sconce_connections_cut_total",
+                "Connections closed on a client: one too many, or one that took nothing of its answer for too long.",
+            ),
+            &["cause"],
+        )?;
+        registry.register(Box::new(connections_cut.clone()))?;
         // Counters that a client can see from the start, at zero.
+        for cause in ["stalled", "too_many"] {
+            connections_cut.with_label_values(&[cause]);
+        }
         for cause in ["unknown", "forbidden", "quota"] {
             key_refusals.with_label_values(&[cause]);
         }
@@ -52,6 +64,7 @@ impl Observer {
         Ok(Self {
             requests,
             key_refusals,
+            connections_cut,
             first_token: histogram(
                 "sconce_time_to_first_token_seconds",
                 "Time from a request's arrival to the first token of each choice.",
@@ -86,6 +99,10 @@ impl Observer {
 
     pub(super) fn key_refused(&self, cause: &str) {
         self.key_refusals.with_label_values(&[cause]).inc();
+    }
+
+    pub(super) fn connection_cut(&self, cause: &str) {
+        self.connections_cut.with_label_values(&[cause]).inc();
     }
 
     pub(super) fn accepted(&self, prompt_tokens: usize) {

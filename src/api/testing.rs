@@ -66,6 +66,16 @@ fn fresh(settings: ApiSettings) -> Server {
     Server::new(settings, observer, text)
 }
 
+/// A server that waits only so long for a request's body.
+pub(super) fn impatient(read_timeout: Duration) -> Arc<Server> {
+    unloaded(ApiSettings {
+        max_body_bytes: 1 << 20,
+        max_choices: 8,
+        request_timeout: None,
+        read_timeout,
+    })
+}
+
 /// A server in front of an engine that does as `submit` says.
 pub(super) fn server(submit: impl Fn(Vec<Request>) -> Result<(), Refused> + Send + Sync + 'static) -> Arc<Server> {
     server_with(submit, None)

@@ -24,7 +24,7 @@ pub fn run(settings: &Key) -> Result<(), KeyError> {
     let secret = format!("sk-{}", hex(&bytes));
     let lines = lines(&settings.name, &secret);
     api::check_keys(&lines)?;
-    println!("# The key, shown this once. Its owner sends it as `Authorization: Bearer {secret}`");
+    println!("# The key, shown this once. Its owner sends it as `Authorization: Bearer KEY`:\n# {secret}\n");
     println!("# For the file of --api-keys:\n{lines}");
     Ok(())
 }

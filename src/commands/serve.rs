@@ -87,7 +87,7 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, local));
     let ending = told_to_end(server.clone());
     tokio::select! {
-        () = listen::serve(listener, api::router(server.clone()), patience, ending) => Ok(()),
+        () = listen::serve(listener, server.clone(), patience, ending) => Ok(()),
         ended = engine => {
             server.stop_accepting();
             // Whoever waits is told by the end of their events; the answers need a moment to go out.

@@ -125,18 +125,15 @@ async fn requests_are_counted_and_the_headers_say_what_is_left() {
 
 #[tokio::test]
 async fn tokens_are_reserved_and_what_was_not_used_comes_back() {
-    let Fixture { server, .. } = fixture(&lines("ann", "sk-ann", "tokens-per-minute = 1000000"));
+    let Fixture { server, .. } = fixture(&lines("ann", "sk-ann", "tokens-per-minute = 6000"));
     let response = chat(&server, "sk-ann", 5000).await;
-    // The answer has been generated but not read: its tokens are settled already.
+    // The answer has been generated but not read: its tokens are settled already. The 5000 would take most of a minute
+    // to be earned.
     let remaining: u64 = header(response.headers(), "x-ratelimit-remaining-tokens")
         .parse()
         .unwrap();
     let used = answer(response).await.1["usage"]["total_tokens"].as_u64().unwrap();
-    // Some were earned back meanwhile.
-    assert!(
-        (1_000_000 - used..1_000_000).contains(&remaining),
-        "{remaining}, {used} used"
-    );
+    assert!(remaining >= 6000 - used, "{remaining}, {used} used");
 }
 
 #[tokio::test]
