@@ -74,7 +74,7 @@ impl Tokenizer {
             path: file.clone(),
             source,
         })?;
-        let tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| TextError::format(&file, e))?;
+        let tokenizer = parse(&bytes).map_err(|e| TextError::format(&file, e))?;
         let mut end_tokens = Vec::new();
         for name in ["generation_config.json", "config.json"] {
             let config = read_optional_json(&path.join(name))?;
@@ -211,6 +211,16 @@ impl std::fmt::Debug for Tokenizer {
         f.debug_struct("Tokenizer")
             .field("vocab_size", &self.vocab_size())
             .finish_non_exhaustive()
+    }
+}
+
+/// Reads a `tokenizer.json`. The library panics on some that are not as it expects, which is the file's fault and no
+/// reason to end: nothing of it is used then.
+fn parse(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+    serde_json::from_slice::<serde::de::IgnoredAny>(bytes).map_err(|e| format!("not valid JSON: {e}"))?;
+    match std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes)) {
+        Ok(read) => read.map_err(|e| e.to_string()),
+        Err(_) => Err("its parts do not belong together".into()),
     }
 }
 
