@@ -51,6 +51,8 @@ pub enum Command {
     Bench(Bench),
     /// Show what this machine offers and what the settings would be
     Doctor(Doctor),
+    /// Make an API key: print the secret once, and the lines for the file of `--api-keys`
+    Key(Key),
 }
 
 /// Settings of `sconce serve`.
@@ -111,6 +113,15 @@ pub struct Doctor {
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub json: bool,
+}
+
+/// Settings of `sconce key`.
+#[derive(Debug, Clone, Args)]
+pub struct Key {
+    /// Whose key it is
+    pub name: String,
+    #[command(flatten)]
+    pub common: Common,
 }
 
 /// Which model.
@@ -209,6 +220,17 @@ pub struct Http {
     #[arg(long, value_name = "DURATION", default_value = "10m")]
     #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(1), Duration::from_secs(7 * 24 * 3600)))]
     pub request_timeout: Duration,
+    /// A request's head, and then its body, must each come within this; a connection without requests is closed after it
+    #[arg(long, value_name = "DURATION", default_value = "30s")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(10), Duration::from_secs(3600)))]
+    pub read_timeout: Duration,
+    /// A client that takes nothing of its answer for this long is cut off, and its request cancelled
+    #[arg(long, value_name = "DURATION", default_value = "30s")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(10), Duration::from_secs(3600)))]
+    pub write_timeout: Duration,
+    /// The most connections at a time; one more is answered with 503
+    #[arg(long, value_name = "CONNECTIONS", default_value = "4096", value_parser = count(1, 1_000_000))]
+    pub max_connections: usize,
     /// The largest request body
     #[arg(long, value_name = "BYTES", default_value = "4MiB", value_parser = |s: &str| values::bytes(s, 1 << 10, 1 << 30))]
     pub max_body: u64,
@@ -216,6 +238,14 @@ pub struct Http {
     #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, value_parser = BoolishValueParser::new())]
     pub admin: bool,
+    /// A TOML file of API keys, read again when it changes; every request but `/health` and `/ready` then needs one
+    #[arg(long, value_name = "PATH")]
+    pub api_keys: Option<PathBuf>,
+    /// Answer everyone who reaches a `--host` that is no loopback address, without `--api-keys`
+    #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub allow_anonymous: bool,
 }
 
 /// From start to end.
@@ -277,6 +307,7 @@ impl Command {
             Command::Tune(settings) => &settings.common,
             Command::Bench(settings) => &settings.common,
             Command::Doctor(settings) => &settings.serve.common,
+            Command::Key(settings) => &settings.common,
         }
     }
 }

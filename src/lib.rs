@@ -5,6 +5,8 @@
 //! text again. [`request`] holds what every station knows of it. A module imports only what stands below it:
 //! `main → api → text, engine → batching → request`.
 
+#![forbid(unsafe_code)]
+
 pub mod api;
 pub mod batching;
 pub mod commands;

@@ -1,4 +1,6 @@
-//! The command line: `sconce serve`, `pull`, `loadtest`, `tune`, `bench`, `doctor`.
+//! The command line: `sconce serve`, `pull`, `loadtest`, `tune`, `bench`, `doctor`, `key`.
+
+#![forbid(unsafe_code)]
 
 use std::error::Error;
 use std::io::IsTerminal;
@@ -51,6 +53,7 @@ fn run(invocation: Invocation) -> Result<(), Box<dyn Error>> {
         Command::Loadtest(settings) => commands::loadtest::run(*settings)?,
         Command::Tune(settings) => commands::tune::run(settings)?,
         Command::Bench(settings) => commands::bench::run(settings)?,
+        Command::Key(settings) => commands::key::run(&settings)?,
         Command::Doctor(settings) => commands::doctor::run(&settings, &invocation.settings)?,
     }
     Ok(())

@@ -5,6 +5,8 @@
 //! chooses the loads; [`report`] shows the results, [`tune`] decides which settings to try. [`check`] refuses bad input
 //! before any load is sent.
 
+#![forbid(unsafe_code)]
+
 pub mod arrivals;
 pub mod check;
 pub mod client;

@@ -7,7 +7,6 @@ use std::time::Duration;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use serde::{Deserialize, Serialize};
 
 use super::error::ApiError;
@@ -39,12 +38,9 @@ pub(super) async fn show(State(server): State<Arc<Server>>) -> Result<Json<InFor
     configure(engine(&server, "GET")?, Change::default()).await
 }
 
-pub(super) async fn change(
-    State(server): State<Arc<Server>>,
-    bytes: Result<Bytes, BytesRejection>,
-) -> Result<Json<InForce>, ApiError> {
+pub(super) async fn change(State(server): State<Arc<Server>>, bytes: Bytes) -> Result<Json<InForce>, ApiError> {
     let engine = engine(&server, "POST")?;
-    let change = body::read(&server, bytes, |bytes| checked(body::parse(bytes)?)).await?;
+    let change = body::read(bytes, |bytes| checked(body::parse(bytes)?)).await?;
     configure(engine, change).await
 }
 

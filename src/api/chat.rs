@@ -6,7 +6,6 @@ use std::time::Instant;
 use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::response::Response;
 
 use super::error::ApiError;
@@ -21,11 +20,11 @@ use super::{Model, Server, body, messages};
 pub(super) async fn chat_completions(
     State(server): State<Arc<Server>>,
     Extension(caller): Extension<Caller>,
-    bytes: Result<Bytes, BytesRejection>,
+    bytes: Bytes,
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
     let shared = server.clone();
-    let plan = body::read(&server, bytes, move |bytes| plan(shared.model()?, body::parse(bytes)?)).await?;
+    let plan = body::read(bytes, move |bytes| plan(shared.model()?, body::parse(bytes)?)).await?;
     respond(server, plan, &caller, arrival).await
 }
 

@@ -6,7 +6,6 @@ use std::time::Instant;
 use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::response::Response;
 use serde_json::Value;
 
@@ -24,11 +23,11 @@ use crate::request::TokenId;
 pub(super) async fn completions(
     State(server): State<Arc<Server>>,
     Extension(caller): Extension<Caller>,
-    bytes: Result<Bytes, BytesRejection>,
+    bytes: Bytes,
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
     let shared = server.clone();
-    let plan = body::read(&server, bytes, move |bytes| {
+    let plan = body::read(bytes, move |bytes| {
         plan(shared.model()?, body::parse(bytes)?, shared.settings.max_choices)
     });
     respond(server.clone(), plan.await?, &caller, arrival).await

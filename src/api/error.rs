@@ -1,6 +1,7 @@
 //! Errors as a client sees them: OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`.
 
-use axum::extract::rejection::BytesRejection;
+use std::time::Duration;
+
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -116,18 +117,51 @@ impl ApiError {
         )
     }
 
-    pub fn body_unread(rejection: &BytesRejection, limit: usize) -> Self {
+    pub fn head_too_large(limit: usize) -> Self {
+        let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+        let message = format!("The path and headers are larger than this server's limit of {limit} bytes.");
+        Self::new(status, "invalid_request_error", Some("headers_too_large"), message)
+    }
+
+    pub fn body_too_large(limit: usize) -> Self {
+        let message = format!("The body is larger than this server's limit of {limit} bytes.");
+        let status = StatusCode::PAYLOAD_TOO_LARGE;
+        Self::new(status, "invalid_request_error", Some("body_too_large"), message)
+    }
+
+    pub fn body_too_slow(limit: Duration) -> Self {
+        let message = format!("The body did not come within this server's limit of {limit:?}. Send it faster.");
+        let status = StatusCode::REQUEST_TIMEOUT;
+        Self::new(status, "invalid_request_error", Some("body_too_slow"), message)
+    }
+
+    pub fn body_unread() -> Self {
+        Self::invalid("", "The body could not be read to its end.")
+    }
+
+    pub fn too_many_connections() -> Self {
+        let message = "The server has all the connections that it takes. Try again.";
+        Self::unavailable("too_many_connections", message, 1)
+    }
+
+    /// No key, or none that is known here.
+    pub fn unauthorized(message: &str) -> Self {
         let kind = "invalid_request_error";
-        if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
-            let message = format!("The body is larger than this server's limit of {limit} bytes.");
-            return Self::new(StatusCode::PAYLOAD_TOO_LARGE, kind, Some("body_too_large"), message);
+        Self::new(StatusCode::UNAUTHORIZED, kind, Some("invalid_api_key"), message)
+    }
+
+    /// A key that is known and may not do this.
+    pub fn forbidden(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "permission_error", Some(code), message)
+    }
+
+    /// A key has used up what it may; `kind` says of what.
+    pub fn quota(kind: &'static str, message: impl Into<String>, retry_after: Option<u16>) -> Self {
+        let code = Some("rate_limit_exceeded");
+        Self {
+            retry_after,
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, kind, code, message)
         }
-        Self::new(
-            StatusCode::BAD_REQUEST,
-            kind,
-            None,
-            "The body could not be read to its end.",
-        )
     }
 
     /// Somebody else has what there is one of.
@@ -259,6 +293,10 @@ impl IntoResponse for ApiError {
             response
                 .headers_mut()
                 .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            let scheme = HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
         }
         response
     }

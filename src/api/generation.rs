@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::access::{CLIENT_GONE, End, Generated, Report};
 use super::choice::{Choice, Delta};
 use super::ending::Running;
 use super::error::ApiError;
+use super::keys::Reservation;
 use super::middleware::Caller;
 use super::params::Params;
 use super::shape::{Shape, finish_reason};
@@ -76,6 +78,10 @@ pub(super) struct Generation {
     /// How it ends, as far as is known: for the longest choice's reason, or for what went wrong.
     end: Option<End>,
     running: Running,
+    /// What the caller's key was charged.
+    reservation: Option<Reservation>,
+    /// Kept from others of the same key until this has ended.
+    _place: Option<Arc<OwnedSemaphorePermit>>,
 }
 
 impl Generation {
@@ -95,6 +101,7 @@ impl Generation {
         }
         let prompt_tokens = plan.prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         let deadline = server.request_timeout().map(|timeout| arrival + timeout);
+        let reservation = caller.reserve(prompt_tokens, answer_tokens(&plan, model))?;
         let (mut choices, mut live, mut requests) = (Vec::new(), Vec::new(), Vec::new());
         for prompt in plan.prompts {
             for i in 0..n {
@@ -130,6 +137,8 @@ impl Generation {
             report: caller.report.clone(),
             end: None,
             running,
+            reservation,
+            _place: caller.place.clone(),
         })
     }
 
@@ -246,6 +255,12 @@ impl Drop for Generation {
             Some(end) if self.live.is_empty() => end,
             _ => End::Cut(CLIENT_GONE),
         };
+        // A request that left the queue has used its prompt, and what was generated of its answer.
+        let ran = self.choices.iter().any(|choice| choice.admitted.is_some());
+        let tokens = self.usage().total_tokens;
+        if let Some(reservation) = self.reservation.as_mut().filter(|_| ran) {
+            reservation.used(tokens);
+        }
         // The only generation of its request is the first to say so.
         let _ = self.report.generated.set(Generated {
             model: std::mem::take(&mut self.model),
@@ -254,6 +269,19 @@ impl Drop for Generation {
             end,
         });
     }
+}
+
+/// The most tokens that all of a plan's answers may have.
+fn answer_tokens(plan: &Plan, model: &Model) -> usize {
+    let each = |prompt: &Prompt| {
+        let room = model.max_model_len - prompt.tokens.len();
+        sampling(&plan.params, plan.shape, room, 0).max_tokens
+    };
+    plan.prompts
+        .iter()
+        .map(each)
+        .sum::<usize>()
+        .saturating_mul(plan.params.n)
 }
 
 /// The next event of those that have not ended, and its place among them.

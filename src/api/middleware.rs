@@ -7,11 +7,13 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use tokio::sync::OwnedSemaphorePermit;
 use tracing::{Instrument, Span};
 
 use super::Server;
 use super::access::{Exchange, Report};
 use super::error::ApiError;
+use super::keys::{Key, Reservation};
 use crate::request::Tenant;
 
 const HEADER: &str = "x-request-id";
@@ -26,9 +28,18 @@ pub(super) struct Caller {
     pub span: Span,
     /// Where its handler says whose it is and how it ended.
     pub report: Arc<Report>,
+    /// Their key, where there are keys.
+    pub key: Option<Arc<Key>>,
+    /// The key's place that this request takes until its answer has ended.
+    pub place: Option<Arc<OwnedSemaphorePermit>>,
 }
 
 impl Caller {
+    /// Charges the caller's key for a prompt and an answer of up to so many tokens.
+    pub fn reserve(&self, prompt: usize, answer: usize) -> Result<Option<Reservation>, ApiError> {
+        self.key.as_ref().map_or(Ok(None), |key| key.reserve(prompt, answer))
+    }
+
     fn id(request: &Request) -> String {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
         let given = request.headers().get(HEADER).and_then(|value| value.to_str().ok());
@@ -55,6 +66,8 @@ pub(super) async fn observe(State(server): State<Arc<Server>>, mut request: Requ
         tenant: server.anyone.clone(),
         span: span.clone(),
         report: Arc::default(),
+        key: None,
+        place: None,
     };
     let exchange = Exchange::begin(server.clone(), caller.clone(), route);
     request.extensions_mut().insert(caller);

@@ -6,6 +6,7 @@
 
 mod access;
 mod admin;
+mod auth;
 mod body;
 mod cache;
 mod cache_save;
@@ -16,6 +17,9 @@ mod debug;
 mod ending;
 mod error;
 mod generation;
+mod keys;
+mod limits;
+pub mod listen;
 mod messages;
 mod middleware;
 mod observe;
@@ -45,6 +49,7 @@ use crate::text::{ChatTemplate, Tokenizer};
 pub use cache::{ConfiguredPrompt, NotPinned, pin_configured};
 use ending::Ending;
 use error::ApiError;
+pub use keys::{Keys, KeysError, check as check_keys, hash as hash_key};
 pub use observe::Observer;
 
 /// Limits of the HTTP side.
@@ -54,6 +59,8 @@ pub struct ApiSettings {
     pub max_body_bytes: usize,
     /// After so long a request fails with 504, wherever it is.
     pub request_timeout: Option<Duration>,
+    /// A request whose body has not come after so long is refused with 408.
+    pub read_timeout: Duration,
     /// The most sequences one request may ask for: its prompts times `n`.
     pub max_choices: usize,
     /// Lets clients change the engine's settings under `/admin`, which is otherwise unknown.
@@ -97,8 +104,10 @@ pub struct Server {
     metrics_text: Box<dyn Fn() -> String + Send + Sync>,
     /// When the server started, in seconds since 1970: the models' `created`.
     created: u64,
-    /// Whose requests they all are.
+    /// Whose requests they all are where there are no keys.
     anyone: Arc<Tenant>,
+    /// Who may ask; `None` is everyone.
+    keys: Option<Keys>,
 }
 
 impl Server {
@@ -120,7 +129,14 @@ impl Server {
             metrics_text: Box::new(metrics_text),
             created: unix_seconds(),
             anyone: Arc::new(Tenant::anyone()),
+            keys: None,
         }
+    }
+
+    /// Answers only callers with one of these keys.
+    pub fn with_keys(mut self, keys: Option<Keys>) -> Self {
+        self.keys = keys;
+        self
     }
 
     /// The model is loaded: `/ready` says so from now on. Only the first call counts.
@@ -207,7 +223,10 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/debug/trace", get(debug::trace))
         .fallback(service::unknown_path)
         .method_not_allowed_fallback(service::wrong_method)
-        .layer(DefaultBodyLimit::max(server.settings.max_body_bytes))
+        // Bodies are bounded by the next layer, before the handlers take them.
+        .layer(DefaultBodyLimit::disable())
+        .layer(axum::middleware::from_fn_with_state(server.clone(), limits::bound))
+        .layer(axum::middleware::from_fn_with_state(server.clone(), auth::authenticate))
         .layer(CatchPanicLayer::custom(middleware::panicked))
         .layer(axum::middleware::from_fn_with_state(
             server.clone(),

@@ -6,7 +6,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Regi
 
 /// Causes of [`Observer::refused`] that stand at zero from the start: an error's code, where it has one. Any other
 /// error's code joins them when it first happens.
-const REFUSALS: [&str; 10] = [
+const REFUSALS: [&str; 14] = [
     "queue_full",
     "model_loading",
     "shutting_down",
@@ -17,6 +17,10 @@ const REFUSALS: [&str; 10] = [
     "model_not_found",
     "unknown_url",
     "method_not_allowed",
+    "invalid_api_key",
+    "key_disabled",
+    "not_admin",
+    "rate_limit_exceeded",
 ];
 /// Causes of [`Observer::cut`] that stand at zero from the start.
 const CUTS: [&str; 5] = [
@@ -33,6 +37,7 @@ pub struct Observer {
     requests: IntCounterVec,
     refusals: IntCounterVec,
     cuts: IntCounterVec,
+    connections_cut: IntCounterVec,
     first_token: Histogram,
     per_token: Histogram,
     request: Histogram,
@@ -67,7 +72,18 @@ impl Observer {
             &["route", "status"],
         )?;
         registry.register(Box::new(requests.clone()))?;
-        // A counter that a client can see from the start, at zero.
+        let connections_cut = IntCounterVec::new(
+            Opts::new(
+                "sconce_connections_cut_total",
+                "Connections closed on a client: one too many, or one that took nothing of its answer for too long.",
+            ),
+            &["cause"],
+        )?;
+        registry.register(Box::new(connections_cut.clone()))?;
+        // Counters that a client can see from the start, at zero.
+        for cause in ["stalled", "too_many"] {
+            connections_cut.with_label_values(&[cause]);
+        }
         requests.with_label_values(&["/v1/chat/completions", "200"]);
         Ok(Self {
             requests,
@@ -81,6 +97,7 @@ impl Observer {
                 "Requests that were taken and ended before their whole answer, by cause.",
                 &CUTS,
             )?,
+            connections_cut,
             first_token: histogram(
                 "sconce_time_to_first_token_seconds",
                 "Time from a request's arrival to the first token of each choice.",
@@ -123,6 +140,10 @@ impl Observer {
     pub(super) fn cut(&self, cause: &'static str) -> &'static str {
         self.cuts.with_label_values(&[cause]).inc();
         cause
+    }
+
+    pub(super) fn connection_cut(&self, cause: &str) {
+        self.connections_cut.with_label_values(&[cause]).inc();
     }
 
     pub(super) fn accepted(&self, prompt_tokens: usize) {

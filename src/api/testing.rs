@@ -9,7 +9,7 @@ use axum::http::{Request as HttpRequest, Response};
 use serde_json::Value;
 use tower::ServiceExt;
 
-use super::{ApiSettings, Model, Observer, Server, Submit, router};
+use super::{ApiSettings, Keys, Model, Observer, Server, Submit, router};
 use crate::engine::Refused;
 use crate::request::{Event, FinishReason, Logprobs, Request, Token, TokenId};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -53,6 +53,10 @@ fn model_with(submit: Submit) -> Model {
 
 /// A server whose model is not loaded.
 pub(super) fn unloaded(settings: ApiSettings) -> Arc<Server> {
+    Arc::new(fresh(settings))
+}
+
+fn fresh(settings: ApiSettings) -> Server {
     let registry = prometheus::Registry::new();
     let observer = Observer::register(&registry).unwrap();
     let text = move || {
@@ -60,33 +64,58 @@ pub(super) fn unloaded(settings: ApiSettings) -> Arc<Server> {
             .encode_to_string(&registry.gather())
             .unwrap()
     };
-    Arc::new(Server::new(settings, observer, text))
+    Server::new(settings, observer, text)
+}
+
+/// A server that waits only so long for a request's body.
+pub(super) fn impatient(read_timeout: Duration) -> Arc<Server> {
+    unloaded(ApiSettings {
+        max_body_bytes: 1 << 20,
+        max_choices: 8,
+        request_timeout: None,
+        read_timeout,
+    })
 }
 
 /// A server in front of an engine that does as `submit` says.
 pub(super) fn server(submit: impl Fn(Vec<Request>) -> Result<(), Refused> + Send + Sync + 'static) -> Arc<Server> {
-    let server = unloaded(ApiSettings {
+    server_with(submit, None)
+}
+
+fn server_with(
+    submit: impl Fn(Vec<Request>) -> Result<(), Refused> + Send + Sync + 'static,
+    keys: Option<Keys>,
+) -> Arc<Server> {
+    let server = fresh(ApiSettings {
         max_body_bytes: 1 << 20,
         max_choices: 8,
         request_timeout: None,
         admin: false,
+        read_timeout: Duration::from_secs(60),
     });
+    let server = Arc::new(server.with_keys(keys));
     server.serve_model(model_with(Box::new(submit)));
     server
 }
 
 /// A server whose engine answers every request with the same text and then its end token.
 pub(super) fn saying(text: &str) -> (Arc<Server>, Arc<Mutex<Vec<Submitted>>>) {
+    saying_with(text, None)
+}
+
+/// The same, to whoever has one of these keys.
+pub(super) fn saying_with(text: &str, keys: Option<Keys>) -> (Arc<Server>, Arc<Mutex<Vec<Submitted>>>) {
     let tokens = tokenizer().encode(text, false).unwrap();
     let seen = Arc::new(Mutex::new(Vec::new()));
     let log = seen.clone();
-    let server = server(move |requests| {
+    let submit = move |requests: Vec<Request>| {
         for request in requests {
             log.lock().unwrap().push(Submitted::of(&request));
             say(request, &tokens);
         }
         Ok(())
-    });
+    };
+    let server = server_with(submit, keys);
     (server, seen)
 }
 

@@ -382,6 +382,7 @@ async fn the_server_is_alive_before_it_is_ready() {
         max_choices: 8,
         request_timeout: None,
         admin: false,
+        read_timeout: Duration::from_secs(60),
     });
     assert_eq!(get(&loading, "/health").await.0, 200);
     assert_eq!(error(&get(&loading, "/ready").await), (503, "model_loading"));

@@ -13,15 +13,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::serve::ListenerExt;
 use prometheus::Registry;
 use tokio::{net::TcpListener, runtime::Handle, sync::oneshot};
 
 use super::{device, model_files, model_files::PullError};
 use crate::{
-    api::{self, ApiSettings},
+    api::{self, ApiSettings, listen},
     batching,
-    config::{Serve, Setting},
+    config::{self, Serve, Setting},
     engine::{self, Engine, LoadError},
     telemetry::{self, EngineMetrics},
     text::{ChatTemplate, TextError, Tokenizer},
@@ -34,6 +33,13 @@ pub enum ServeError {
     Listen { host: String, port: u16, source: io::Error },
     #[error("--admin lets clients change settings, so it needs a loopback address; {0} is none")]
     AdminInPublic(SocketAddr),
+    #[error(
+        "{0} is no loopback address, so anyone who reaches it could use this server: give their keys with `--api-keys` \
+         (`sconce key NAME` makes one), or answer everyone with `--allow-anonymous`"
+    )]
+    Anonymous(SocketAddr),
+    #[error(transparent)]
+    Keys(#[from] api::KeysError),
     #[error(transparent)]
     Pull(#[from] PullError),
     #[error(transparent)]
@@ -75,10 +81,13 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
     if settings.http.admin && !local.ip().is_loopback() {
         return Err(ServeError::AdminInPublic(local));
     }
+    let keys = keys(&settings.http, local)?;
+    let patience = patience(&settings.http);
     let (registry, metrics, observer) = metrics()?;
-    let server = Arc::new(api::Server::new(api_settings(&settings), observer, move || {
+    let server = api::Server::new(api_settings(&settings), observer, move || {
         telemetry::exposition(&registry)
-    }));
+    });
+    let server = Arc::new(server.with_keys(keys));
     println!("sconce listens on http://{local} and loads {}", settings.choice.model);
 
     let (closing, closed) = oneshot::channel();
@@ -86,11 +95,8 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
     tokio::spawn(reload::on_hangup(hangups, server.clone(), written));
     let loading = server.clone();
     let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, local));
-    // Tokens go out as they come, however small their packets.
-    let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-    let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(drained);
     tokio::select! {
-        served = serving.into_future() => served?,
+        () = listen::serve(listener, server.clone(), patience, drained) => {}
         () = drain::closed_late(closed) => {}
         ended = engine => {
             server.stop_accepting();
@@ -105,6 +111,27 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
     Ok(())
 }
 
+fn patience(http: &config::Http) -> listen::Patience {
+    listen::Patience {
+        connections: http.max_connections,
+        head: http.read_timeout,
+        stall: http.write_timeout,
+    }
+}
+
+/// The API keys, followed as their file changes. Without any, only this machine's own clients are answered, unless all
+/// are to be.
+fn keys(settings: &config::Http, local: SocketAddr) -> Result<Option<api::Keys>, ServeError> {
+    let Some(path) = &settings.api_keys else {
+        let open = local.ip().is_loopback() || settings.allow_anonymous;
+        return open.then_some(None).ok_or(ServeError::Anonymous(local));
+    };
+    let keys = api::Keys::open(path.clone())?;
+    tracing::info!(path = %path.display(), keys = keys.count(), "API keys read");
+    tokio::spawn(keys.clone().follow_file());
+    Ok(Some(keys))
+}
+
 /// Loads the model, lets clients in, and returns when there is no engine any more, or never was.
 fn run_engine(
     settings: &Serve,
@@ -116,7 +143,8 @@ fn run_engine(
     if let Some(engine) = model.engine.clone() {
         let pinning = api::pin_configured(&model, &engine, &settings.pins);
         Handle::current().block_on(pinning)?;
-        server.serve_cache(engine, address.ip().is_loopback());
+        let pinning = address.ip().is_loopback() || settings.http.api_keys.is_some();
+        server.serve_cache(engine, pinning);
     }
     let name = model.names[0].clone();
     server.serve_model(model);
@@ -138,6 +166,7 @@ fn metrics() -> Result<(Registry, Arc<EngineMetrics>, api::Observer), prometheus
 fn api_settings(settings: &Serve) -> ApiSettings {
     ApiSettings {
         max_body_bytes: settings.http.max_body as usize,
+        read_timeout: settings.http.read_timeout,
         request_timeout: Some(settings.http.request_timeout),
         max_choices: settings.batching.queue.min(api::MAX_CHOICES),
         admin: settings.http.admin,

@@ -13,6 +13,8 @@ use super::check_shape;
 use crate::ModelError;
 
 const SINGLE: &str = "model.safetensors";
+/// The format's own bound of a header, in bytes.
+const MOST_HEADER: u64 = 100_000_000;
 const INDEX: &str = "model.safetensors.index.json";
 
 /// The tensors of all files of a folder, by name.
@@ -95,6 +97,12 @@ fn read_header(path: &Path, tensors: &mut HashMap<String, Location>) -> Result<(
         return Err(corrupt(
             path,
             format!("its header of {length} bytes is longer than the file"),
+        ));
+    }
+    if length > MOST_HEADER {
+        return Err(corrupt(
+            path,
+            format!("its header of {length} bytes is longer than the format's {MOST_HEADER}"),
         ));
     }
     let mut header = vec![0; length as usize];
