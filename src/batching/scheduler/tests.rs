@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use proptest::prelude::*;
 
 use super::*;
+use crate::batching::{Buckets, WindowPolicy};
 
 const BLOCK: usize = 4;
 

@@ -5,174 +5,24 @@
 //! long prompt does not stall the others (Agrawal et al. 2024, Sarathi-Serve, section 4). Whoever waits longest goes
 //! first; the youngest is preempted first, so the oldest always ends.
 
+mod config;
+mod plan;
+mod sequence;
+mod step;
+
 use std::{
     collections::{BTreeMap, VecDeque},
     time::{Duration, Instant},
 };
 
 use super::{
-    BlockCounts, BlockId, BlockPool, Buckets, Schedule, WindowPolicy,
+    BlockCounts, BlockPool, Schedule,
     window::{self, Waiting},
 };
 use crate::request::TokenId;
-
-/// What the scheduler goes by.
-#[derive(Debug, Clone)]
-pub struct Config {
-    pub schedule: Schedule,
-    pub window_policy: WindowPolicy,
-    pub window: Duration,
-    /// The most sequences that run at once, and the most that a batch gathers.
-    pub max_batch: usize,
-    /// The most tokens a step runs.
-    pub step_tokens: usize,
-    pub buckets: Buckets,
-    /// The longest sequence, prompt and output together, in tokens.
-    pub max_model_len: usize,
-}
-
-/// What may change while sequences run; `None` leaves a setting as it is.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Change {
-    pub schedule: Option<Schedule>,
-    pub window_policy: Option<WindowPolicy>,
-    pub window: Option<Duration>,
-    pub max_batch: Option<usize>,
-    pub step_tokens: Option<usize>,
-}
-
-impl Config {
-    fn with(&self, change: &Change) -> Self {
-        Self {
-            schedule: change.schedule.unwrap_or(self.schedule),
-            window_policy: change.window_policy.unwrap_or(self.window_policy),
-            window: change.window.unwrap_or(self.window),
-            max_batch: change.max_batch.unwrap_or(self.max_batch),
-            step_tokens: change.step_tokens.unwrap_or(self.step_tokens),
-            ..self.clone()
-        }
-    }
-
-    fn check(&self, blocks: &BlockPool) -> Result<(), ConfigError> {
-        let Config {
-            step_tokens,
-            max_batch,
-            max_model_len,
-            ..
-        } = *self;
-        if step_tokens < max_batch {
-            return Err(ConfigError::StepBelowBatch { step_tokens, max_batch });
-        }
-        if blocks.capacity() < max_model_len {
-            return Err(ConfigError::CacheBelowContext {
-                capacity: blocks.capacity(),
-                max_model_len,
-            });
-        }
-        Ok(())
-    }
-}
-
-/// Settings that cannot work together.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
-    #[error(
-        "a step of {step_tokens} tokens cannot decode a batch of {max_batch}; raise step-tokens or lower max-batch"
-    )]
-    StepBelowBatch { step_tokens: usize, max_batch: usize },
-    #[error(
-        "the KV cache holds {capacity} tokens, one sequence may have {max_model_len}; \
-         raise kv-memory or lower max-model-len"
-    )]
-    CacheBelowContext { capacity: usize, max_model_len: usize },
-}
-
-/// Sequences are numbered as they arrive: the smaller, the older.
-pub type SequenceId = u64;
-
-/// A request, as far as scheduling goes.
-#[derive(Debug, Clone)]
-pub struct Arrival {
-    /// At least one token, at most `max_model_len`.
-    pub prompt: Vec<TokenId>,
-    pub arrival: Instant,
-    pub deadline: Option<Instant>,
-}
-
-/// A request's tokens as the scheduler sees them.
-#[derive(Debug)]
-pub struct Sequence {
-    tokens: Vec<TokenId>,
-    prompt_len: usize,
-    /// How many of `tokens` have their keys and values in the cache.
-    computed: usize,
-    /// How many of `blocks` are full and kept for their tokens.
-    kept: usize,
-    blocks: Vec<BlockId>,
-    arrival: Instant,
-    deadline: Option<Instant>,
-    admitted: Option<Instant>,
-}
-
-impl Sequence {
-    /// The prompt and what was generated so far.
-    pub fn tokens(&self) -> &[TokenId] {
-        &self.tokens
-    }
-
-    pub fn generated(&self) -> usize {
-        self.tokens.len() - self.prompt_len
-    }
-
-    /// The block table.
-    pub fn blocks(&self) -> &[BlockId] {
-        &self.blocks
-    }
-}
-
-/// What one step runs, and what planning it changed.
-#[derive(Debug, Default)]
-pub struct Plan {
-    /// Tokens to run, each sequence at most once.
-    pub rows: Vec<Row>,
-    /// Requests that left the queue.
-    pub admitted: Vec<Admission>,
-    /// Batches that closed.
-    pub batches: Vec<Batch>,
-    /// Sequences whose deadline passed; they are gone.
-    pub expired: Vec<SequenceId>,
-    /// With no rows: when there may be some without a new arrival.
-    pub wake: Option<Instant>,
-}
-
-/// A run of one sequence's tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Row {
-    pub id: SequenceId,
-    /// Position of the first token.
-    pub start: usize,
-    pub len: usize,
-    /// Whether the run reaches the sequence's end, so that its last logits give the next token.
-    pub samples: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Admission {
-    pub id: SequenceId,
-    /// How much of its wait was for the window, with room for it to run.
-    pub window: Duration,
-    /// Prompt tokens found in the prefix cache.
-    pub cached_tokens: usize,
-}
-
-/// What a closed batch gathered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Batch {
-    pub requests: usize,
-    pub prompt_tokens: usize,
-    /// Positions that a padded layout would compute: every prompt as long as the longest.
-    pub padded_tokens: usize,
-}
+pub use config::{Change, Config, ConfigError};
+pub use plan::{Admission, Batch, Plan, Row};
+pub use sequence::{Arrival, Sequence, SequenceId};
 
 /// Owns every sequence and every KV block. Give it the arrivals, ask for a [`Plan`], run it, [`Scheduler::commit`] it,
 /// and say what was sampled ([`Scheduler::append`], [`Scheduler::remove`]).
@@ -250,17 +100,7 @@ impl Scheduler {
     pub fn push(&mut self, arrival: Arrival) -> SequenceId {
         let id = self.next_id;
         self.next_id += 1;
-        let sequence = Sequence {
-            prompt_len: arrival.prompt.len(),
-            tokens: arrival.prompt,
-            computed: 0,
-            kept: 0,
-            blocks: Vec::new(),
-            arrival: arrival.arrival,
-            deadline: arrival.deadline,
-            admitted: None,
-        };
-        self.waiting.push_back((id, sequence));
+        self.waiting.push_back((id, Sequence::new(arrival)));
         id
     }
 
@@ -452,83 +292,7 @@ impl Scheduler {
             .extend((0..wanted).map_while(|_| self.blocks.allocate()));
         true
     }
-
-    /// One token for every running sequence whose prompt is done, oldest first.
-    fn plan_decodes(&mut self, plan: &mut Plan) {
-        let decoding = |sequence: &Sequence| sequence.computed > 0 && sequence.computed + 1 == sequence.tokens.len();
-        let ids: Vec<_> = self
-            .running
-            .iter()
-            .filter(|(_, sequence)| decoding(sequence))
-            .map(|(&id, _)| id)
-            .collect();
-        for id in ids.into_iter().take(self.config.step_tokens) {
-            if self.has_block_for_next(id) {
-                let Some(sequence) = self.running.get(&id) else {
-                    continue;
-                };
-                plan.rows.push(Row {
-                    id,
-                    start: sequence.computed,
-                    len: 1,
-                    samples: true,
-                });
-            }
-        }
-    }
-
-    /// Makes sure that a sequence's next token has a slot, preempting the youngest until it does. False: the sequence
-    /// was itself the youngest, or has been preempted before its turn came.
-    fn has_block_for_next(&mut self, id: SequenceId) -> bool {
-        loop {
-            let Some(sequence) = self.running.get_mut(&id) else {
-                return false;
-            };
-            if sequence.blocks.len() * self.blocks.block_size() > sequence.computed {
-                return true;
-            }
-            if let Some(block) = self.blocks.allocate() {
-                sequence.blocks.push(block);
-                return true;
-            }
-            self.preempt_youngest();
-        }
-    }
-
-    fn preempt_youngest(&mut self) {
-        if let Some((id, mut sequence)) = self.running.pop_last() {
-            self.blocks.release(&sequence.blocks);
-            sequence.blocks.clear();
-            (sequence.computed, sequence.kept) = (0, 0);
-            self.preempted.insert(id, sequence);
-            self.preemptions += 1;
-        }
-    }
-
-    /// Prefill chunks, oldest first, in what the decodes left of the budget.
-    fn plan_prefills(&self, plan: &mut Plan) {
-        let mut budget = self.config.step_tokens - plan.rows.len();
-        let decodes = plan.rows.len();
-        for (&id, sequence) in &self.running {
-            let remaining = sequence.tokens.len() - sequence.computed;
-            if budget == 0 {
-                break;
-            }
-            if plan.rows[..decodes].binary_search_by_key(&id, |row| row.id).is_ok() {
-                continue;
-            }
-            let len = remaining.min(budget);
-            budget -= len;
-            plan.rows.push(Row {
-                id,
-                start: sequence.computed,
-                len,
-                samples: len == remaining,
-            });
-        }
-    }
 }
 
 #[cfg(test)]
-#[path = "scheduler_tests.rs"]
 mod tests;
