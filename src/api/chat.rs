@@ -7,8 +7,10 @@ use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
+use axum::http::HeaderMap;
 use axum::response::Response;
 
+use super::deadline;
 use super::error::ApiError;
 use super::generation::{Plan, Prompt};
 use super::middleware::Caller;
@@ -21,11 +23,14 @@ use super::{Model, Server, body, messages};
 pub(super) async fn chat_completions(
     State(server): State<Arc<Server>>,
     Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
+    let timeout = deadline::of_header(&headers)?;
     let shared = server.clone();
-    let plan = body::read(&server, bytes, move |bytes| plan(shared.model()?, body::parse(bytes)?)).await?;
+    let mut plan = body::read(&server, bytes, move |bytes| plan(shared.model()?, body::parse(bytes)?)).await?;
+    plan.params.timeout = deadline::shortest(&[plan.params.timeout, timeout]);
     respond(server, plan, &caller, arrival).await
 }
 

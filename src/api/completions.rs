@@ -7,9 +7,11 @@ use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
+use axum::http::HeaderMap;
 use axum::response::Response;
 use serde_json::Value;
 
+use super::deadline;
 use super::error::ApiError;
 use super::generation::{Plan, Prompt};
 use super::messages::check_length;
@@ -24,14 +26,18 @@ use crate::request::TokenId;
 pub(super) async fn completions(
     State(server): State<Arc<Server>>,
     Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
+    let timeout = deadline::of_header(&headers)?;
     let shared = server.clone();
     let plan = body::read(&server, bytes, move |bytes| {
         plan(shared.model()?, body::parse(bytes)?, shared.settings.max_choices)
     });
-    respond(server.clone(), plan.await?, &caller, arrival).await
+    let mut plan = plan.await?;
+    plan.params.timeout = deadline::shortest(&[plan.params.timeout, timeout]);
+    respond(server, plan, &caller, arrival).await
 }
 
 fn plan(model: &Model, mut body: Body, max_choices: usize) -> Result<Plan, ApiError> {

@@ -1,5 +1,7 @@
 //! Errors as a client sees them: OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`.
 
+use std::time::Duration;
+
 use axum::extract::rejection::BytesRejection;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -119,6 +121,14 @@ impl ApiError {
         )
     }
 
+    /// A request that may fit later.
+    fn busy(code: &'static str, message: String, retry_after: Duration) -> Self {
+        Self {
+            retry_after: Some(u16::try_from(retry_after.as_secs()).unwrap_or(u16::MAX)),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some(code), message)
+        }
+    }
+
     fn unavailable(code: &'static str, message: &str, retry_after: u16) -> Self {
         Self {
             retry_after: Some(retry_after),
@@ -147,15 +157,11 @@ impl ApiError {
 impl From<Refused> for ApiError {
     fn from(refused: Refused) -> Self {
         match refused {
-            Refused::QueueFull { .. } => Self {
-                retry_after: Some(1),
-                ..Self::new(
-                    StatusCode::TOO_MANY_REQUESTS,
-                    "rate_limit_error",
-                    Some("queue_full"),
-                    sentence(&refused.to_string()),
-                )
-            },
+            Refused::Refused(refusal) => Self::busy(
+                refusal.cause.label(),
+                sentence(&refusal.to_string()),
+                refusal.retry_after,
+            ),
             Refused::ShuttingDown => Self::shutting_down(),
         }
     }
@@ -171,6 +177,7 @@ impl From<Failure> for ApiError {
                 Some("deadline_passed"),
                 message,
             ),
+            Failure::TooBusy { retry_after } => Self::busy("overtaken", message, retry_after),
             Failure::NotANumber | Failure::Step(_) => Self::internal(message),
         }
     }
@@ -215,6 +222,7 @@ impl IntoResponse for ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batching::{Cause, Refusal};
 
     #[test]
     fn the_shape_is_openais() {
@@ -227,9 +235,15 @@ mod tests {
 
     #[test]
     fn a_refusal_says_when_to_come_back() {
-        let response = ApiError::from(Refused::QueueFull { limit: 7 }).into_response();
-        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
-        assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+        let retry_after = Duration::from_secs(3);
+        let cause = Cause::Requests { limit: 7 };
+        let error = ApiError::from(Refused::Refused(Refusal { cause, retry_after }));
+        assert_eq!(error.body()["error"]["code"], "queue_full");
+        let overtaken = ApiError::from(Failure::TooBusy { retry_after });
+        for response in [error.into_response(), overtaken.into_response()] {
+            assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+            assert_eq!(response.headers()[header::RETRY_AFTER], "3");
+        }
         let response = ApiError::from(Refused::ShuttingDown).into_response();
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert!(response.headers().contains_key(header::RETRY_AFTER));

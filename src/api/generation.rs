@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::choice::{Choice, Delta};
+use super::deadline;
 use super::error::ApiError;
 use super::middleware::Caller;
 use super::params::Params;
 use super::shape::Shape;
 use super::types::{PromptDetails, Timing, Usage};
 use super::{Model, Server};
-use crate::request::{Event, Failure, Request, Sampling, TokenId};
+use crate::request::{Event, Failure, FinishReason, Request, Sampling, TokenId};
 use crate::text::{Detokenizer, Start};
 
 /// Tokens of a completion that does not say how many, as OpenAI has it. (A chat answer fills the context.)
@@ -84,7 +85,8 @@ impl Generation {
             ));
         }
         let prompt_tokens = plan.prompts.iter().map(|prompt| prompt.tokens.len()).sum();
-        let deadline = server.settings.request_timeout.map(|timeout| arrival + timeout);
+        let timeout = deadline::shortest(&[plan.params.timeout, server.settings.request_timeout]);
+        let deadline = timeout.map(|timeout| arrival + timeout);
         let (mut choices, mut live, mut requests) = (Vec::new(), Vec::new(), Vec::new());
         for prompt in plan.prompts {
             for i in 0..n {
@@ -95,6 +97,7 @@ impl Generation {
                 requests.push(Request {
                     id: caller.id.clone(),
                     tenant: caller.tenant.clone(),
+                    priority: plan.params.priority,
                     prompt: prompt.tokens.clone(),
                     sampling,
                     arrival,
@@ -148,6 +151,7 @@ impl Generation {
     }
 
     fn take(&mut self, slot: usize, event: Option<Event>) -> Result<Option<(usize, Delta)>, Failure> {
+        let several = self.choices.len() > 1;
         let index = self.live[slot].0;
         let choice = &mut self.choices[index];
         let delta = match event {
@@ -170,6 +174,8 @@ impl Generation {
                 choice.push(token)
             }
             Some(Event::Finished(reason)) => choice.finish(reason),
+            // The other choices may have tokens that are worth having.
+            Some(Event::Failed(Failure::DeadlinePassed)) if several => choice.finish(FinishReason::Deadline),
             Some(Event::Failed(failure)) => return Err(failure),
             None => return Err(Failure::Step("the engine ended without a word".to_string())),
         };
@@ -182,6 +188,9 @@ impl Generation {
             if self.live.is_empty() {
                 self.server.observer.request_finished(self.arrival.elapsed());
             }
+        }
+        if self.live.is_empty() && several && self.choices.iter().all(|choice| choice.tokens == 0) {
+            return Err(Failure::DeadlinePassed);
         }
         let shows = !delta.text.is_empty() || delta.finish.is_some();
         Ok(shows.then_some((index, delta)))

@@ -9,6 +9,7 @@ mod body;
 mod chat;
 mod choice;
 mod completions;
+mod deadline;
 mod error;
 mod generation;
 mod messages;
@@ -46,7 +47,7 @@ pub use observe::Observer;
 pub struct ApiSettings {
     /// A larger body is refused with 413.
     pub max_body_bytes: usize,
-    /// After so long a request fails with 504, wherever it is.
+    /// After so long a request is cut off, wherever it is; a client may ask for less.
     pub request_timeout: Option<Duration>,
     /// The most sequences one request may ask for: its prompts times `n`.
     pub max_choices: usize,

@@ -33,6 +33,8 @@ pub(super) struct Body {
     pub logprobs: Option<LogprobsBody>,
     pub top_logprobs: Option<usize>,
     pub echo: Option<bool>,
+    pub timeout_ms: Option<u64>,
+    pub priority: Option<i32>,
 
     pub suffix: Value,
     pub best_of: Value,
@@ -136,6 +138,9 @@ pub(super) struct ChatChoice {
     pub message: AssistantMessage,
     pub logprobs: Option<ChatLogprobs>,
     pub finish_reason: &'static str,
+    /// What OpenAI's reasons have no word for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_reason: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -153,6 +158,8 @@ pub(super) struct ChatDelta {
     pub delta: DeltaBody,
     pub logprobs: Option<ChatLogprobs>,
     pub finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_reason: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -170,6 +177,8 @@ pub(super) struct TextChoice {
     pub text: String,
     pub logprobs: Option<TextLogprobs>,
     pub finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_reason: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize)]

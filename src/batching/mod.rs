@@ -1,16 +1,23 @@
 //! Policy only: window, buckets, scheduler, KV blocks, prefix tree. No tensor, no I/O, no clock of its own (the time
 //! is an argument), so that the same code runs in the server and under property tests.
 
+mod admission;
 mod blocks;
 mod buckets;
+mod outlook;
 mod policy;
+mod predict;
 mod prefix;
+mod queue;
 mod scheduler;
 mod window;
 
+pub use admission::{Accepted, Ask, Cause, Gate, Limits, Refusal};
 pub use blocks::{BlockCounts, BlockId, BlockPool};
 pub use buckets::{Buckets, BucketsError};
+pub use outlook::{Line, Outlook, Work};
 pub use policy::{Schedule, WindowPolicy};
+pub use predict::Estimates;
 pub use scheduler::{
     Admission, Arrival, Batch, Change, Config, ConfigError, Plan, Row, Scheduler, Sequence, SequenceId,
 };

@@ -206,6 +206,7 @@ pub async fn asked(
 ) -> Result<(Asked, String), LoadtestError> {
     check::url(&settings.url)?;
     let target = Target::new(&settings.url, settings.api_key.clone(), settings.timeout).map_err(CheckError::from)?;
+    let target = target.with_deadline(settings.deadline);
     let model = check::model(&target, settings.served_model_name.as_deref()).await?;
     let form = Form {
         model,

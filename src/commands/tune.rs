@@ -142,6 +142,7 @@ async fn experiments(settings: &Tune, workload: Workload, url: &str) -> Result<S
         api: None,
         no_stream: false,
         timeout: TIMEOUT,
+        deadline: None,
     };
     let (asked, _) = loadtest::asked(&server, workload, settings.workload.tokenizer.as_deref()).await?;
     let asked = Arc::new(asked);

@@ -21,6 +21,8 @@ pub enum ValueError {
     BytesRange { least: u64, most: u64 },
     #[error("a block holds a power of two of tokens, from 1 to 256")]
     BlockSize,
+    #[error("a share is a number above 0, at most 1")]
+    Share,
     #[error("{0}")]
     LogFilter(String),
 }
@@ -119,6 +121,14 @@ pub(super) fn block_size(text: &str) -> Result<usize, ValueError> {
     match text.parse::<usize>() {
         Ok(size) if size.is_power_of_two() && size <= 256 => Ok(size),
         _ => Err(ValueError::BlockSize),
+    }
+}
+
+/// A share such as `0.5`.
+pub(super) fn share(text: &str) -> Result<f64, ValueError> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err(ValueError::Share),
     }
 }
 

@@ -1,17 +1,24 @@
 //! The one thread that owns the device: takes a plan, runs the model, samples, sends events.
 
+mod admission;
 mod model;
 mod run;
 mod sampler;
 
-use std::{sync::Arc, thread};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
+
+use admission::{Place, SharedGate};
 
 pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
 
 use crate::{
-    batching::{Change, Config, ConfigError},
+    batching::{Change, Config, ConfigError, Estimates, Gate, Limits, Refusal},
     request::Request,
     telemetry::EngineMetrics,
 };
@@ -20,11 +27,11 @@ use crate::{
 /// requests have ended.
 #[derive(Debug, Clone)]
 pub struct Handle {
+    /// Bounded by the gate and not by itself, because a request keeps its place until a batch takes it, wherever it
+    /// stands until then.
     queue: mpsc::UnboundedSender<Message>,
-    /// One permit a place in the queue. The queue is bounded by these and not by its channel, because a request keeps
-    /// its place until a batch takes it, wherever it stands until then.
-    places: Arc<Semaphore>,
-    limit: usize,
+    gate: SharedGate,
+    metrics: Arc<EngineMetrics>,
 }
 
 /// What reaches the engine thread.
@@ -34,18 +41,19 @@ enum Message {
     Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
 }
 
-/// A request and its place in the queue, which is free again when the place is dropped.
+/// A request, its place before the scheduler has it, and how long it was expected to take when it came.
 #[derive(Debug)]
 struct Queued {
     request: Request,
-    place: OwnedSemaphorePermit,
+    place: Place,
+    predicted: Option<Duration>,
 }
 
 /// Why the engine did not take a request. Nothing of it was queued.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Refused {
-    #[error("the queue is full ({limit} requests wait); try again later")]
-    QueueFull { limit: usize },
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     #[error("the server is shutting down")]
     ShuttingDown,
 }
@@ -60,14 +68,19 @@ pub enum ConfigureError {
 }
 
 impl Handle {
-    /// Queues all of `requests` (the choices and prompts of one client request), or none of them.
+    /// Queues all of `requests` (the choices and prompts of one client request), or none of them. Decides without
+    /// waiting for the engine.
     pub fn submit(&self, requests: Vec<Request>) -> Result<(), Refused> {
-        let full = Refused::QueueFull { limit: self.limit };
-        let wanted = u32::try_from(requests.len()).map_err(|_| full.clone())?;
-        let mut places = self.places.clone().try_acquire_many_owned(wanted).map_err(|_| full)?;
-        for request in requests {
-            let Some(place) = places.split(1) else { break };
-            let message = Message::Request(Queued { request, place });
+        let accepted = self.gate.ask(&requests, Instant::now()).inspect_err(|refusal| {
+            self.metrics.refusals.with_label_values(&[refusal.cause.label()]).inc();
+        })?;
+        for (request, place) in requests.into_iter().zip(accepted.places) {
+            let predicted = accepted.predicted;
+            let message = Message::Request(Queued {
+                request,
+                place,
+                predicted,
+            });
             self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
         }
         Ok(())
@@ -112,17 +125,19 @@ impl Engine {
         self.model.kv_tokens
     }
 
-    /// Starts the engine thread; at most `queue` requests wait at a time. The thread ends once every [`Handle`] is
-    /// dropped and what was queued has ended.
-    pub fn start(self, queue: usize) -> std::io::Result<(Handle, thread::JoinHandle<()>)> {
+    /// Starts the engine thread behind a gate with these limits. The thread ends once every [`Handle`] is dropped and
+    /// what was queued has ended.
+    pub fn start(self, limits: Limits) -> std::io::Result<(Handle, thread::JoinHandle<()>)> {
         let (sender, inbox) = mpsc::unbounded_channel();
+        let outlook = self.model.scheduler.outlook(&Estimates::default(), Instant::now());
+        let gate = SharedGate::new(Gate::new(limits, outlook));
         let handle = Handle {
             queue: sender,
-            places: Arc::new(Semaphore::new(queue)),
-            limit: queue,
+            gate: gate.clone(),
+            metrics: self.metrics.clone(),
         };
         let timer = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-        let runner = run::Runner::new(self.model, inbox, timer, self.metrics);
+        let runner = run::Runner::new(self.model, inbox, timer, self.metrics, gate);
         let thread = thread::Builder::new()
             .name("engine".into())
             .spawn(move || runner.run())?;

@@ -8,13 +8,11 @@ use std::{
 };
 
 use rayon::prelude::*;
-use tokio::{
-    runtime::Runtime,
-    sync::{OwnedSemaphorePermit, mpsc},
-};
+use tokio::{runtime::Runtime, sync::mpsc};
 
 use super::{
     Message, Queued,
+    admission::{SharedGate, Teacher},
     model::Model,
     sampler::{NotANumber, Sample, Sampler},
 };
@@ -25,12 +23,22 @@ use crate::{
 };
 
 /// Who waits for a sequence, and how its tokens are chosen.
-struct Client {
+pub struct Client {
     events: mpsc::UnboundedSender<Event>,
     sampler: Sampler,
-    arrival: Instant,
-    /// The place in the queue, until a batch takes the request.
-    place: Option<OwnedSemaphorePermit>,
+    pub arrival: Instant,
+    pub deadline: Option<Instant>,
+    /// How long it was expected to take when it came.
+    pub predicted: Option<Duration>,
+    /// Tokens sent.
+    pub tokens: usize,
+}
+
+impl Client {
+    /// The most tokens that it asked for.
+    pub fn max_tokens(&self) -> usize {
+        self.sampler.sampling().max_tokens
+    }
 }
 
 pub struct Runner {
@@ -43,6 +51,7 @@ pub struct Runner {
     clients: HashMap<SequenceId, Client>,
     metrics: Arc<EngineMetrics>,
     preemptions: u64,
+    admission: Teacher,
 }
 
 impl Runner {
@@ -51,6 +60,7 @@ impl Runner {
         inbox: mpsc::UnboundedReceiver<Message>,
         timer: Runtime,
         metrics: Arc<EngineMetrics>,
+        gate: SharedGate,
     ) -> Self {
         metrics.max_batch.set(model.scheduler.config().max_batch as f64);
         Self {
@@ -61,6 +71,7 @@ impl Runner {
             clients: HashMap::new(),
             metrics,
             preemptions: 0,
+            admission: Teacher::new(gate),
         }
     }
 
@@ -72,11 +83,13 @@ impl Runner {
             let now = Instant::now();
             let plan = self.model.scheduler.plan(now);
             self.announce(&plan, now);
+            self.publish(now);
             if plan.rows.is_empty() {
                 self.observe();
                 self.wait(plan.wake);
             } else {
                 self.step(&plan);
+                self.admission.stepped(&plan, now.elapsed());
                 self.observe();
             }
         }
@@ -111,21 +124,33 @@ impl Runner {
         }
     }
 
-    fn enqueue(&mut self, Queued { request, place }: Queued) {
+    fn enqueue(&mut self, queued: Queued) {
+        let Queued {
+            request,
+            place,
+            predicted,
+        } = queued;
+        let max_tokens = request.sampling.max_tokens;
         let sampler = Sampler::new(request.sampling, &request.prompt);
         let arrival = request.arrival;
         let id = self.model.scheduler.push(Arrival {
             prompt: request.prompt,
+            max_tokens,
+            tenant: request.tenant,
+            priority: request.priority,
             arrival,
             deadline: request.deadline,
         });
+        drop(place);
         self.clients.insert(
             id,
             Client {
                 events: request.events,
                 sampler,
                 arrival,
-                place: Some(place),
+                deadline: request.deadline,
+                predicted,
+                tokens: 0,
             },
         );
         tracing::debug!(request = request.id, sequence = id, "queued");
@@ -172,13 +197,15 @@ impl Runner {
     /// Tells the clients what planning decided.
     fn announce(&mut self, plan: &Plan, now: Instant) {
         for &id in &plan.expired {
-            self.end(id, "expired", Some(Event::Failed(Failure::DeadlinePassed)));
+            match self.clients.get(&id).is_some_and(|client| client.tokens > 0) {
+                true => self.end(id, "cut", Some(Event::Finished(FinishReason::Deadline))),
+                false => self.end(id, "expired", Some(Event::Failed(Failure::DeadlinePassed))),
+            }
         }
         for admission in &plan.admitted {
-            let Some(client) = self.clients.get_mut(&admission.id) else {
+            let Some(client) = self.clients.get(&admission.id) else {
                 continue;
             };
-            client.place = None;
             let waited = now.saturating_duration_since(client.arrival);
             self.metrics.window_seconds.observe(admission.window.as_secs_f64());
             self.metrics
@@ -203,6 +230,15 @@ impl Runner {
             positions
                 .with_label_values(&["padded"])
                 .inc_by(batch.padded_tokens as u64);
+        }
+    }
+
+    /// Lets the gate know what is ahead of whoever comes next, and refuses one that waits in vain.
+    fn publish(&mut self, now: Instant) {
+        if let Some((id, refusal)) = self.admission.publish(&self.model.scheduler, now) {
+            self.metrics.refusals.with_label_values(&["overtaken"]).inc();
+            let retry_after = refusal.retry_after;
+            self.end(id, "refused", Some(Event::Failed(Failure::TooBusy { retry_after })));
         }
     }
 
@@ -261,13 +297,14 @@ impl Runner {
 
     /// Sends a sampled token and goes on with its sequence or ends it.
     fn deliver(&mut self, id: SequenceId, sample: Result<Sample, Failure>, at: Instant) {
-        let (Some(client), Some(sequence)) = (self.clients.get(&id), self.model.scheduler.sequence(id)) else {
+        let (Some(client), Some(sequence)) = (self.clients.get_mut(&id), self.model.scheduler.sequence(id)) else {
             return;
         };
         let Sample { token, logprobs } = match sample {
             Ok(sample) => sample,
             Err(failure) => return self.end(id, "failed", Some(Event::Failed(failure))),
         };
+        client.tokens += 1;
         let _ = client.events.send(Event::Token(Token {
             id: token,
             at,
@@ -288,10 +325,15 @@ impl Runner {
 
     /// Ends a sequence: its last event, its blocks, its place.
     fn end(&mut self, id: SequenceId, outcome: &str, event: Option<Event>) {
+        let now = Instant::now();
         if let (Some(client), Some(event)) = (self.clients.remove(&id), event) {
+            if let "stop" | "length" | "cut" | "expired" = outcome {
+                let late = matches!(outcome, "cut" | "expired");
+                self.admission.ended(&client, late, &self.metrics, now);
+            }
             let _ = client.events.send(event);
         }
-        self.model.scheduler.remove(id, Instant::now());
+        self.model.scheduler.remove(id, now);
         self.metrics.sequences.with_label_values(&[outcome]).inc();
     }
 

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::{
-    batching::{Buckets, Config, Schedule, WindowPolicy},
+    batching::{Buckets, Cause, Config, Schedule, WindowPolicy},
     commands::model_files,
     request::{Event, Failure, FinishReason, Sampling, Tenant, TokenId},
 };
@@ -41,6 +41,7 @@ fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::Unbounde
         Request {
             id: "test".into(),
             tenant: Arc::new(Tenant::anyone()),
+            priority: 0,
             prompt,
             sampling,
             arrival: Instant::now(),
@@ -77,7 +78,13 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
     let engine = Engine::load(&settings(), metrics.clone()).unwrap();
     assert_eq!(engine.max_model_len(), 256);
-    let (handle, thread) = engine.start(4).unwrap();
+    let limits = Limits {
+        requests: 4,
+        tokens: None,
+        in_flight: None,
+        key_share: 1.0,
+    };
+    let (handle, thread) = engine.start(limits).unwrap();
 
     // "What is the capital of France?" in the model's chat template; its answer is 8 tokens with the end token.
     let file: serde_json::Value =
@@ -124,7 +131,12 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     assert_eq!(answer(receiver).1, Some(Event::Failed(Failure::DeadlinePassed)));
 
     let five: Vec<_> = (0..5).map(|_| request(prompt.clone(), greedy(1)).0).collect();
-    assert_eq!(handle.submit(five), Err(Refused::QueueFull { limit: 4 }));
+    let refused = handle.submit(five).unwrap_err();
+    assert!(
+        matches!(&refused, Refused::Refused(refusal) if refusal.cause == Cause::Requests { limit: 4 }),
+        "{refused}"
+    );
+    assert_eq!(metrics.refusals.with_label_values(&["queue_full"]).get(), 1);
 
     drop(handle);
     thread.join().unwrap();

@@ -4,6 +4,8 @@ use prometheus::{
     Counter, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, core::Collector,
 };
 
+use crate::batching::Cause;
+
 /// Upper bounds in seconds: from a window's milliseconds to a long generation.
 const SECONDS: [f64; 16] = [
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0,
@@ -32,12 +34,21 @@ pub struct EngineMetrics {
     /// By state: `free`, `held`, `cached`.
     pub kv_blocks: GaugeVec,
     pub preemptions: IntCounter,
-    /// By outcome: `stop`, `length`, `cancelled`, `expired`, `failed`.
+    /// By [`OUTCOMES`].
     pub sequences: IntCounterVec,
+    /// By cause: [`Cause::LABELS`], and `overtaken` for those that were accepted and then made to give way.
+    pub refusals: IntCounterVec,
+    /// Predicted over actual time, less one.
+    pub prediction_error: Histogram,
+    pub prediction_margin: Gauge,
 }
 
 /// The ways in which a sequence ends.
-pub const OUTCOMES: [&str; 5] = ["stop", "length", "cancelled", "expired", "failed"];
+pub const OUTCOMES: [&str; 7] = ["stop", "length", "cut", "cancelled", "expired", "refused", "failed"];
+/// How wrong a prediction was: -0.5 is half of what it took, 1 twice of it.
+const ERRORS: [f64; 14] = [
+    -0.8, -0.5, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0,
+];
 
 impl EngineMetrics {
     /// Makes the metrics and registers them; an error means that a name was taken.
@@ -88,9 +99,25 @@ impl EngineMetrics {
             )?,
             sequences: make.counters(
                 "sconce_sequences_total",
-                "Sequences that ended; one cut at a stop string counts as cancelled, as one whose client left",
+                "Sequences that ended; `cut` at the deadline with tokens, `expired` without any, `refused` in the queue; \
+                 one cut at a stop string counts as cancelled, as one whose client left",
                 "outcome",
                 &OUTCOMES,
+            )?,
+            refusals: make.counters(
+                "sconce_refusals_total",
+                "Client requests refused with 429 by the engine; `overtaken` counts sequences that had been accepted",
+                "cause",
+                &[&Cause::LABELS[..], &["overtaken"]].concat(),
+            )?,
+            prediction_error: make.histogram(
+                "sconce_prediction_error_ratio",
+                "Time a request was expected to take when it came over the time it took, less 1; what came after it counts",
+                &ERRORS,
+            )?,
+            prediction_margin: make.gauge(
+                "sconce_prediction_margin",
+                "What predictions are multiplied by before they are held against a deadline",
             )?,
         };
         Ok(metrics)

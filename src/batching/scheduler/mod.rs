@@ -6,15 +6,17 @@
 //! first; the youngest is preempted first, so the oldest always ends.
 
 mod config;
+mod outlook;
 mod plan;
 mod sequence;
 mod step;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
 
+use super::queue::{Entry, FairQueue, OUTPUT_COST};
 use super::{
     BlockCounts, BlockPool, Schedule,
     window::{self, Waiting},
@@ -30,8 +32,7 @@ pub use sequence::{Arrival, Sequence, SequenceId};
 pub struct Scheduler {
     config: Config,
     blocks: BlockPool,
-    /// In order of arrival.
-    waiting: VecDeque<(SequenceId, Sequence)>,
+    waiting: FairQueue<Sequence>,
     running: BTreeMap<SequenceId, Sequence>,
     /// Lost their blocks and go before whoever waits.
     preempted: BTreeMap<SequenceId, Sequence>,
@@ -49,7 +50,7 @@ impl Scheduler {
         Ok(Self {
             config,
             blocks,
-            waiting: VecDeque::new(),
+            waiting: FairQueue::default(),
             running: BTreeMap::new(),
             preempted: BTreeMap::new(),
             next_id: 0,
@@ -100,7 +101,13 @@ impl Scheduler {
     pub fn push(&mut self, arrival: Arrival) -> SequenceId {
         let id = self.next_id;
         self.next_id += 1;
-        self.waiting.push_back((id, Sequence::new(arrival)));
+        let entry = Entry {
+            tenant: arrival.tenant.clone(),
+            priority: arrival.priority,
+            arrival: arrival.arrival,
+            item: Sequence::new(arrival),
+        };
+        self.waiting.push(id, entry);
         id
     }
 
@@ -115,7 +122,7 @@ impl Scheduler {
         self.plan_decodes(&mut plan);
         self.plan_prefills(&mut plan);
         if plan.rows.is_empty() {
-            let deadlines = self.waiting.iter().filter_map(|(_, sequence)| sequence.deadline);
+            let deadlines = self.waiting.iter().filter_map(|(_, entry)| entry.item.deadline);
             plan.wake = deadlines.chain(closes_at).min();
         }
         plan
@@ -143,6 +150,7 @@ impl Scheduler {
     pub fn append(&mut self, id: SequenceId, token: TokenId) {
         if let Some(sequence) = self.running.get_mut(&id) {
             sequence.tokens.push(token);
+            self.waiting.charge(&sequence.tenant, OUTPUT_COST);
         }
     }
 
@@ -159,15 +167,20 @@ impl Scheduler {
                 };
             }
         } else {
-            self.waiting.retain(|(waiting, _)| *waiting != id);
+            self.waiting.remove(id);
         }
     }
 
     fn expire(&mut self, now: Instant) -> Vec<SequenceId> {
         let late = |sequence: &Sequence| sequence.deadline.is_some_and(|deadline| deadline <= now);
-        let waiting = self.waiting.iter().map(|(id, sequence)| (id, sequence));
-        let all = waiting.chain(&self.running).chain(&self.preempted);
-        let expired: Vec<_> = all.filter(|(_, sequence)| late(sequence)).map(|(&id, _)| id).collect();
+        let waiting = self.waiting.iter().map(|(id, entry)| (id, &entry.item));
+        let admitted = self
+            .running
+            .iter()
+            .chain(&self.preempted)
+            .map(|(&id, sequence)| (id, sequence));
+        let all = waiting.chain(admitted);
+        let expired: Vec<_> = all.filter(|(_, sequence)| late(sequence)).map(|(id, _)| id).collect();
         for &id in &expired {
             self.remove(id, now);
         }
@@ -190,7 +203,7 @@ impl Scheduler {
 
     /// Admits batches as they close; gives the time at which the next one does.
     fn close_batches(&mut self, plan: &mut Plan, now: Instant) -> Option<Instant> {
-        while let Some((_, oldest)) = self.waiting.front() {
+        while let Some(oldest_arrival) = self.waiting.oldest_arrival() {
             let room = self.room();
             if room == 0 {
                 self.window_open = None;
@@ -204,8 +217,8 @@ impl Scheduler {
             } = self.config;
             let waiting = Waiting {
                 count: self.waiting.len(),
-                oldest_arrival: oldest.arrival,
-                deadline: self.waiting.iter().filter_map(|(_, sequence)| sequence.deadline).min(),
+                oldest_arrival,
+                deadline: self.waiting.iter().filter_map(|(_, entry)| entry.item.deadline).min(),
                 device_idle: self.running.is_empty(),
             };
             let closes_at = window::closes_at(window_policy, window, max_batch, waiting, self.service, now);
@@ -234,10 +247,12 @@ impl Scheduler {
         }
     }
 
-    /// Moves the oldest request's bucket from waiting to running, as far as blocks reach. False: not even the oldest.
+    /// Moves the bucket of the request that is next in fair order from waiting to running, as far as blocks reach.
+    /// False: not even that request.
     fn admit_batch(&mut self, room: usize, plan: &mut Plan, now: Instant) -> bool {
-        let lengths = self.waiting.iter().map(|(_, sequence)| sequence.tokens.len());
-        let chosen = self.config.buckets.select(lengths, room);
+        let order = self.waiting.order(now, |sequence| sequence.tokens.len() as f64);
+        let (ids, lengths): (Vec<_>, Vec<_>) = order.map(|(id, entry)| (id, entry.item.tokens.len())).unzip();
+        let chosen = self.config.buckets.select(lengths.into_iter(), room);
         let mut batch = Batch {
             requests: 0,
             prompt_tokens: 0,
@@ -245,14 +260,16 @@ impl Scheduler {
         };
         let mut longest = 0;
         for index in chosen {
-            // Each admission moves those behind it up by one.
-            let Some((id, mut sequence)) = self.waiting.remove(index - batch.requests) else {
+            let id = ids[index];
+            let Some(mut entry) = self.waiting.remove(id) else {
                 break;
             };
-            if !self.give_blocks(&mut sequence) {
-                self.waiting.insert(index - batch.requests, (id, sequence));
+            if !self.give_blocks(&mut entry.item) {
+                self.waiting.insert(id, entry);
                 break;
             }
+            let mut sequence = entry.item;
+            self.waiting.charge(&entry.tenant, sequence.tokens.len() as f64);
             sequence.admitted = Some(now);
             batch.requests += 1;
             batch.prompt_tokens += sequence.tokens.len();

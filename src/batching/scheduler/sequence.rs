@@ -1,8 +1,11 @@
 //! A request's tokens as the scheduler sees them.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
-use crate::{batching::BlockId, request::TokenId};
+use crate::{
+    batching::BlockId,
+    request::{Tenant, TokenId},
+};
 
 /// Sequences are numbered as they arrive: the smaller, the older.
 pub type SequenceId = u64;
@@ -12,6 +15,11 @@ pub type SequenceId = u64;
 pub struct Arrival {
     /// At least one token, at most `max_model_len`.
     pub prompt: Vec<TokenId>,
+    /// The most tokens it may generate.
+    pub max_tokens: usize,
+    pub tenant: Arc<Tenant>,
+    /// Smaller goes first among the tenant's own.
+    pub priority: i32,
     pub arrival: Instant,
     pub deadline: Option<Instant>,
 }
@@ -26,6 +34,8 @@ pub struct Sequence {
     /// How many of `blocks` are full and kept for their tokens.
     pub(super) kept: usize,
     pub(super) blocks: Vec<BlockId>,
+    pub(super) max_tokens: usize,
+    pub(super) tenant: Arc<Tenant>,
     pub(super) arrival: Instant,
     pub(super) deadline: Option<Instant>,
     pub(super) admitted: Option<Instant>,
@@ -39,6 +49,8 @@ impl Sequence {
             computed: 0,
             kept: 0,
             blocks: Vec::new(),
+            max_tokens: arrival.max_tokens,
+            tenant: arrival.tenant,
             arrival: arrival.arrival,
             deadline: arrival.deadline,
             admitted: None,

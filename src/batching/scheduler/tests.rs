@@ -1,11 +1,15 @@
 //! The scheduler's rules, and that they hold whatever arrives.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::batching::{Buckets, WindowPolicy};
+use crate::request::Tenant;
 
 const BLOCK: usize = 4;
 
@@ -28,6 +32,9 @@ fn scheduler(config: Config, blocks: usize) -> Scheduler {
 fn arrival(prompt: Vec<TokenId>, now: Instant) -> Arrival {
     Arrival {
         prompt,
+        max_tokens: 16,
+        tenant: Arc::new(Tenant::anyone()),
+        priority: 0,
         arrival: now,
         deadline: None,
     }
