@@ -125,9 +125,15 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
         );
     }
 
-    let (mut late, receiver) = request(prompt.clone(), greedy(1000));
-    late.deadline = Some(Instant::now());
-    handle.submit(vec![late]).unwrap();
+    // It is let in once the engine has said that it is idle.
+    let receiver = loop {
+        let (mut late, receiver) = request(prompt.clone(), greedy(1000));
+        late.deadline = Some(Instant::now());
+        if handle.submit(vec![late]).is_ok() {
+            break receiver;
+        }
+        thread::yield_now();
+    };
     assert_eq!(answer(receiver).1, Some(Event::Failed(Failure::DeadlinePassed)));
 
     let five: Vec<_> = (0..5).map(|_| request(prompt.clone(), greedy(1)).0).collect();
