@@ -343,7 +343,7 @@ fn ends_on_request_with_what_runs_finished() {
 
 #[test]
 fn a_request_past_its_time_is_ended() {
-    let server = Server::start(&["--request-timeout", "300ms"]);
+    let server = Server::start(&["--request-timeout", "3s"]);
     let mut body = chat("Count to a thousand.", 2000);
     body["ignore_eos"] = json!(true);
     let cut = server.ask("/v1/chat/completions", &body);
@@ -353,7 +353,7 @@ fn a_request_past_its_time_is_ended() {
     assert!((1..2000).contains(&tokens), "{cut}");
     assert!(!text(&cut).is_empty());
     // The client's own time is shorter still.
-    body["timeout_ms"] = json!(150);
+    body["timeout_ms"] = json!(1500);
     let events = server.stream("/v1/chat/completions", &body);
     let last = &events.last().expect("events")["choices"][0];
     assert_eq!(
@@ -361,8 +361,11 @@ fn a_request_past_its_time_is_ended() {
         (&json!("length"), &json!("deadline"))
     );
     assert_eq!(server.metric("sconce_sequences_total{outcome=\"cut\"}"), 2.0);
+    // Once the engine has said that it is idle, even this one is let in.
     body["timeout_ms"] = json!(1);
-    refused(&server, "/v1/chat/completions", &body, 504, "deadline");
+    server.wait_until("it had no time", Duration::from_secs(20), || {
+        server.post("/v1/chat/completions", &body).status() == 504
+    });
     assert_eq!(server.metric("sconce_sequences_total{outcome=\"expired\"}"), 1.0);
     assert_eq!(server.metric("sconce_kv_blocks{state=\"held\"}"), 0.0);
 }
@@ -373,7 +376,7 @@ fn who_cannot_be_answered_in_time_hears_it_at_once() {
     let prompt: Vec<u64> = (100..140).collect();
     // Teaches the server what its steps take.
     server.ask("/v1/completions", &completion(&prompt, 40));
-    let mut long = completion(&prompt, 400);
+    let mut long = completion(&prompt, 120);
     long["timeout_ms"] = json!(600_000);
     let (refusal, answers) = std::thread::scope(|scope| {
         let busy = scope.spawn(|| {
@@ -387,7 +390,7 @@ fn who_cannot_be_answered_in_time_hears_it_at_once() {
             server.metric("sconce_running") == 2.0
         });
         let mut hasty = completion(&prompt, 40);
-        hasty["timeout_ms"] = json!(50);
+        hasty["timeout_ms"] = json!(5);
         let refusal = server.post("/v1/completions", &hasty);
         (refusal, busy.join().expect("no panic"))
     });

@@ -1,6 +1,6 @@
 //! The gate in front of the scheduler, on a device that exists in numbers only: no clock, no thread.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
@@ -42,8 +42,8 @@ struct World {
     random: StdRng,
     /// What runs or waits, with its client and the tokens that it still gets.
     sequences: HashMap<SequenceId, (usize, usize)>,
-    /// Clients that were predicted to be in time when they came.
-    promised: HashSet<usize>,
+    /// Clients that were predicted to be in time when they came, and when that was.
+    accepted: HashMap<usize, Instant>,
     outcomes: Outcomes,
     /// Whether the gate hears what a step takes.
     learns: bool,
@@ -88,7 +88,7 @@ impl World {
             estimates,
             random: StdRng::seed_from_u64(7),
             sequences: HashMap::new(),
-            promised: HashSet::new(),
+            accepted: HashMap::new(),
             outcomes: Outcomes::default(),
             learns: true,
         }
@@ -120,7 +120,7 @@ impl World {
                     .predicted
                     .is_some_and(|time| time.as_secs_f64() <= client.timeout)
                 {
-                    self.promised.insert(number);
+                    self.accepted.insert(number, now);
                 }
                 inbox.push((number, client.clone(), accepted.ids[0]));
             }
@@ -189,8 +189,8 @@ impl World {
     }
 
     fn end(&mut self, number: usize, late: bool) {
-        if self.promised.contains(&number) {
-            self.estimates.ended(late);
+        if let Some(&accepted) = self.accepted.get(&number) {
+            self.estimates.ended(late, accepted, self.now);
         }
         match late {
             true => self.outcomes.late.push(number),
@@ -275,7 +275,6 @@ fn goodput_holds_in_overload_and_the_accepted_are_in_time() {
             .into_iter()
             .fold(0.0, f64::max);
         let (goodput, late) = run(3.0);
-        println!("exact {exact}: goodput {goodput} of {most}, late {late}");
         assert!(goodput >= 0.9 * most, "{goodput} of {most} requests a second");
         assert!(late <= 0.01, "{late} of the accepted were late");
     }
@@ -328,13 +327,6 @@ fn a_flood_of_one_key_does_not_push_out_another() {
         .filter(|&number| clients[number].tenant == few)
         .collect();
     let answered = of_few.iter().filter(|number| outcomes.in_time.contains(number)).count();
-    println!(
-        "few: {answered} of {}; in time {} late {} overtaken {}",
-        of_few.len(),
-        outcomes.in_time.len(),
-        outcomes.late.len(),
-        outcomes.overtaken.len()
-    );
     assert!(answered * 10 >= of_few.len() * 9, "{answered} of {}", of_few.len());
 }
 

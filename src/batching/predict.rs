@@ -1,6 +1,8 @@
 //! What was learned of this machine and its clients: a step's duration from what it runs, an answer's length from what
 //! was asked for, and how much either may be trusted.
 
+use std::time::Instant;
+
 /// What a step's duration is fitted to: a constant, prefill tokens, decode rows. Attention's part grows with the
 /// context, slowly beside the rest; the fit forgets, so it follows the contexts of the present load.
 const FEATURES: usize = 3;
@@ -138,19 +140,31 @@ fn class(max_tokens: usize) -> usize {
     (max_tokens.max(1).ilog2() as usize).min(CLASSES - 1)
 }
 
-/// The factor by which predictions are stretched before they are held against a deadline: raised by each accepted
-/// request that was late nonetheless, lowered a little by each that was not (the stochastic approximation of a
-/// quantile, Robbins and Monro 1951), so that late ones stay near one in two hundred.
+/// The factor by which predictions are stretched before they are held against a deadline: raised by an accepted request
+/// that was late nonetheless, lowered a little by each that was not (the stochastic approximation of a quantile, Robbins
+/// and Monro 1951), so that late ones stay near one in two hundred. Requests that were accepted before it was last raised
+/// do not raise it again: what made many late at once is one lesson.
 #[derive(Debug, Clone, Copy)]
-pub struct Margin(f64);
+pub struct Margin {
+    factor: f64,
+    raised: Option<Instant>,
+}
 
 impl Margin {
     const LEAST: f64 = 1.1;
-    const MOST: f64 = 3.0;
+    const MOST: f64 = 2.0;
+    const RAISE: f64 = 0.08;
 
-    fn observe(&mut self, late: bool) {
-        let factor = if late { 1.04 } else { 1.0 - 0.04 / 200.0 };
-        self.0 = (self.0 * factor).clamp(Self::LEAST, Self::MOST);
+    fn observe(&mut self, late: bool, accepted: Instant, now: Instant) {
+        let factor = match late {
+            true if self.raised.is_some_and(|raised| accepted < raised) => return,
+            true => 1.0 + Self::RAISE,
+            false => 1.0 - Self::RAISE / 200.0,
+        };
+        if late {
+            self.raised = Some(now);
+        }
+        self.factor = (self.factor * factor).clamp(Self::LEAST, Self::MOST);
     }
 }
 
@@ -167,7 +181,10 @@ impl Default for Estimates {
         Self {
             step: StepCost::default(),
             lengths: OutputLengths::default(),
-            margin: Margin(Margin::LEAST),
+            margin: Margin {
+                factor: Margin::LEAST,
+                raised: None,
+            },
         }
     }
 }
@@ -180,17 +197,19 @@ impl Estimates {
 
     /// What a predicted duration is multiplied by before it is held against a deadline.
     pub fn margin(&self) -> f64 {
-        self.margin.0
+        self.margin.factor
     }
 
-    /// An accepted request that was predicted to keep its deadline ended, in time or late.
-    pub fn ended(&mut self, late: bool) {
-        self.margin.observe(late);
+    /// A request that was accepted at some time, in the belief that it would keep its deadline, ended, in time or late.
+    pub fn ended(&mut self, late: bool, accepted: Instant, now: Instant) {
+        self.margin.observe(late, accepted, now);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -274,14 +293,30 @@ mod tests {
         let mut estimates = Estimates::default();
         // Each request needs up to a half more than was predicted, all equally likely; it is late where that is more
         // than the margin.
-        let mut late = 0;
+        let (mut late, start) = (0, Instant::now());
         for request in 0..40_000u32 {
             let needs = 1.0 + f64::from(request.wrapping_mul(2_654_435_761) >> 16) / 65_536.0 * 0.5;
             let is_late = needs > estimates.margin();
             late += u32::from(is_late && request >= 20_000);
-            estimates.ended(is_late);
+            let now = start + Duration::from_millis(request.into());
+            estimates.ended(is_late, now, now);
         }
         assert!((50..200).contains(&late), "{late} of 20000");
         assert!(estimates.margin() > 1.4);
+    }
+
+    #[test]
+    fn many_late_at_once_are_one_lesson() {
+        let (mut estimates, start) = (Estimates::default(), Instant::now());
+        let later = start + Duration::from_secs(1);
+        for _ in 0..50 {
+            estimates.ended(true, start, later);
+        }
+        assert!((estimates.margin() / Margin::LEAST - 1.08).abs() < 1e-9);
+        estimates.ended(true, later, later);
+        assert!(
+            estimates.margin() > Margin::LEAST * 1.15,
+            "what came after it is another"
+        );
     }
 }

@@ -123,7 +123,7 @@ impl Teacher {
             .deadline
             .is_none_or(|deadline| client.arrival + predicted <= deadline)
         {
-            self.estimates.ended(late);
+            self.estimates.ended(late, client.arrival, now);
         }
         if !late {
             self.estimates.lengths.observe(client.max_tokens(), client.tokens);
