@@ -34,7 +34,7 @@ pub struct EngineMetrics {
     /// By state: `free`, `held`, `cached`.
     pub kv_blocks: GaugeVec,
     pub preemptions: IntCounter,
-    /// By [`OUTCOMES`].
+    /// By how they ended: `OUTCOMES`.
     pub sequences: IntCounterVec,
     /// By cause: [`Cause::LABELS`], and `overtaken` for those that were accepted and then made to give way.
     pub refusals: IntCounterVec,
