@@ -3,11 +3,15 @@
 
 use std::{
     hint::black_box,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use sconce::batching::{Arrival, BlockPool, Buckets, Config, Namespace, Schedule, Scheduler, WindowPolicy};
+use sconce::{
+    batching::{Arrival, BlockPool, Buckets, Config, Namespace, Schedule, Scheduler, WindowPolicy},
+    request::Tenant,
+};
 
 const BLOCK: usize = 16;
 
@@ -31,10 +35,14 @@ fn busy_scheduler(now: Instant) -> Scheduler {
     };
     let pool = BlockPool::new(10_000, BLOCK, true);
     let mut scheduler = Scheduler::new(config, pool).expect("settings that fit together");
+    let tenant = Arc::new(Tenant::anyone());
     for first in 0..150 {
         scheduler.push(Arrival {
             prompt: (first..first + 160).collect(),
             namespace: namespace(),
+            max_tokens: 64,
+            tenant: tenant.clone(),
+            priority: 0,
             arrival: now,
             deadline: None,
         });

@@ -201,6 +201,15 @@ pub struct Batching {
     /// The most requests that wait; one more is refused with status 429
     #[arg(long, value_name = "REQUESTS", default_value = "1024", value_parser = count(1, 1_000_000))]
     pub queue: usize,
+    /// The most prompt tokens of requests that wait; unset, no limit besides `--queue`
+    #[arg(long, value_name = "TOKENS", value_parser = count(1, 1 << 40))]
+    pub queue_tokens: Option<usize>,
+    /// The most requests that wait or run; unset, no limit besides `--queue` and `--max-batch`
+    #[arg(long, value_name = "REQUESTS", value_parser = count(1, 1_000_000))]
+    pub max_in_flight: Option<usize>,
+    /// The share of these three limits that one API key may take, above 0, at most 1
+    #[arg(long, value_name = "SHARE", default_value = "0.5", value_parser = values::share)]
+    pub key_share: f64,
 }
 
 /// The HTTP side.
@@ -216,7 +225,7 @@ pub struct Http {
     /// The model's name in requests and answers; unset, the name in `--model`
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    /// A request that has not ended after this long fails
+    /// A request that has not ended after this long is cut off; a client may ask for less
     #[arg(long, value_name = "DURATION", default_value = "10m")]
     #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(1), Duration::from_secs(7 * 24 * 3600)))]
     pub request_timeout: Duration,

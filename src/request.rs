@@ -17,6 +17,8 @@ pub struct Request {
     /// Shown in logs and in the response; the same for every choice of one client request.
     pub id: String,
     pub tenant: Arc<Tenant>,
+    /// Smaller goes first among the tenant's own; 0 is usual.
+    pub priority: i32,
     /// The prompt's tokens, at least one.
     pub prompt: Vec<TokenId>,
     /// Requests with different salts do not find each other's prefixes.
@@ -24,7 +26,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// When the server had read the request.
     pub arrival: Instant,
-    /// When the client stops caring; a request that has not ended by then fails with [`Failure::DeadlinePassed`].
+    /// When the client stops caring; a request that runs then is cut ([`FinishReason::Deadline`]), one without a token
+    /// fails with [`Failure::DeadlinePassed`].
     pub deadline: Option<Instant>,
     /// The client request's span: what is logged of this sequence belongs to it.
     pub span: tracing::Span,
@@ -150,6 +153,8 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the context length was reached.
     Length,
+    /// The deadline passed; the tokens so far stand.
+    Deadline,
 }
 
 /// Why a request ended without an answer.
@@ -157,6 +162,11 @@ pub enum FinishReason {
 pub enum Failure {
     #[error("the request's deadline passed before it was finished; send it again when the server is less busy")]
     DeadlinePassed,
+    #[error(
+        "the server has become too busy to finish the request by its deadline; try again in {} s",
+        .retry_after.as_secs()
+    )]
+    TooBusy { retry_after: Duration },
     #[error("the model gave a value that is not a number for this request; try another prompt or `--dtype f32`")]
     NotANumber,
     #[error("the server ended before the request was finished; send it to another one")]

@@ -214,6 +214,7 @@ pub struct Target {
     url: String,
     key: Option<String>,
     timeout: Duration,
+    deadline: Option<Duration>,
 }
 
 impl Target {
@@ -228,6 +229,7 @@ impl Target {
             url: url.strip_suffix("/v1").unwrap_or(url).to_owned(),
             key,
             timeout,
+            deadline: None,
         })
     }
 
@@ -238,6 +240,11 @@ impl Target {
     pub fn with_any_certificate(mut self) -> Result<Self, reqwest::Error> {
         self.http = tls::client(&self.url, true)?;
         Ok(self)
+    }
+
+    /// The same target, told with each generation request how long its client waits (`x-request-timeout-ms`).
+    pub fn with_deadline(self, deadline: Option<Duration>) -> Self {
+        Self { deadline, ..self }
     }
 
     /// The base URL, without `/v1` and without a slash at its end.
@@ -270,6 +277,10 @@ impl Target {
     /// [`Failure`]
     pub async fn ask(&self, api: Api, body: Vec<u8>, stream: bool) -> Result<Answer, Failure> {
         let request = self.http.post(format!("{}{}", self.url, api.path()));
+        let request = match self.deadline {
+            Some(deadline) => request.header("x-request-timeout-ms", deadline.as_millis().to_string()),
+            None => request,
+        };
         let request = self
             .authorized(request)
             .header("content-type", "application/json")

@@ -47,6 +47,8 @@ pub struct Recorder {
     pub e2e: Histogram<u64>,
     /// How much later than intended the generator sent.
     pub lateness: Histogram<u64>,
+    /// From the intended time to hearing that there will be no answer (429 or 503).
+    pub refusals: Histogram<u64>,
     pub records: Vec<Record>,
     pub failures: BTreeMap<String, u64>,
     pub sent: u64,
@@ -74,6 +76,7 @@ impl Recorder {
             itl: histogram(),
             e2e: histogram(),
             lateness: histogram(),
+            refusals: histogram(),
             records: Vec::new(),
             failures: BTreeMap::new(),
             sent: 0,
@@ -98,6 +101,10 @@ impl Recorder {
         match outcome {
             Ok(answer) => self.answered(start, intended, turn, answer),
             Err(failure) => *self.failures.entry(failure.to_string()).or_default() += 1,
+        }
+        if let Err(Failure::Status(429 | 503)) = outcome {
+            let heard = now.saturating_duration_since(intended);
+            self.refusals.saturating_record(micros(heard).max(1));
         }
         self.last_end = Some(now);
     }
@@ -207,6 +214,6 @@ mod tests {
         assert_eq!((record.tpot, record.longest_gap), (Some(50_000), Some(150_000)));
         assert_eq!(recorder.itl.len(), 2);
         assert_eq!(recorder.failures, BTreeMap::from([("status_503".to_owned(), 1)]));
-        assert_eq!(recorder.e2e.len(), 1);
+        assert_eq!((recorder.e2e.len(), recorder.refusals.len()), (1, 1));
     }
 }

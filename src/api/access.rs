@@ -219,6 +219,7 @@ mod tests {
 
     use super::super::testing;
     use super::*;
+    use crate::batching::Refusal;
     use crate::engine::Refused;
     use crate::request::{Event, Failure};
 
@@ -310,7 +311,12 @@ mod tests {
     #[tokio::test]
     async fn a_flood_of_refusals_is_counted_whole_and_told_in_part() {
         let (lines, _guard) = Lines::at(tracing::Level::INFO);
-        let server = testing::server(|_| Err(Refused::QueueFull { limit: 1 }));
+        let server = testing::server(|_| {
+            Err(Refused::Refused(Refusal {
+                cause: crate::batching::Cause::Requests { limit: 1 },
+                retry_after: std::time::Duration::from_secs(1),
+            }))
+        });
         for _ in 0..50 {
             assert_eq!(
                 testing::post(&server, "/v1/chat/completions", hello(&json!({})))

@@ -15,7 +15,7 @@ use super::middleware::Caller;
 /// Probes ask these, have no key, and learn nothing but whether the server is up.
 const OPEN: [&str; 2] = ["/health", "/ready"];
 /// These speak of every caller, or change what they get.
-const ADMIN: [&str; 3] = ["/metrics", "/admin", "/debug"];
+const ADMIN: [&str; 4] = ["/metrics", "/admin", "/debug", "/v1/cache/save"];
 
 /// Refuses who has no key, or none for this, and says in each answer what is left of the key's quotas.
 pub(super) async fn authenticate(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {

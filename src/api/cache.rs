@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::{Extension, Json};
@@ -103,6 +102,7 @@ impl Server {
             return Ok(&cache.engine);
         }
         Err(ApiError::forbidden(
+            "forbidden",
             "This server can be reached from other machines and knows no API keys, so clients may not pin prompts. \
              Pin them in the settings file, or listen on a loopback address.",
         ))
@@ -132,15 +132,12 @@ pub(super) async fn list(
 pub(super) async fn pin(
     State(server): State<Arc<Server>>,
     Extension(caller): Extension<Caller>,
-    bytes: Result<Bytes, BytesRejection>,
+    bytes: Bytes,
 ) -> Result<Json<Pinned>, ApiError> {
     let arrival = Instant::now();
     let engine = server.pins()?;
     let shared = server.clone();
-    let asked = body::read(&server, bytes, move |bytes| {
-        checked(shared.model()?, body::parse(bytes)?)
-    })
-    .await?;
+    let asked = body::read(bytes, move |bytes| checked(shared.model()?, body::parse(bytes)?)).await?;
     let pin = PinRequest {
         id: format!("pin-{:016x}", rand::random::<u64>()),
         owner: Some(caller.tenant.name.clone()),
@@ -237,6 +234,7 @@ fn request(prompt: Vec<TokenId>, cache_salt: Option<String>, tenant: Arc<Tenant>
     Request {
         id: "pin".to_string(),
         tenant,
+        priority: 0,
         prompt,
         cache_salt,
         sampling: Sampling::default(),

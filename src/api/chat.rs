@@ -6,8 +6,10 @@ use std::time::Instant;
 use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
+use axum::http::HeaderMap;
 use axum::response::Response;
 
+use super::deadline;
 use super::error::ApiError;
 use super::generation::Plan;
 use super::middleware::Caller;
@@ -20,11 +22,14 @@ use super::{Model, Server, body, messages};
 pub(super) async fn chat_completions(
     State(server): State<Arc<Server>>,
     Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
     bytes: Bytes,
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
+    let timeout = deadline::of_header(&headers)?;
     let shared = server.clone();
-    let plan = body::read(bytes, move |bytes| plan(shared.model()?, body::parse(bytes)?)).await?;
+    let mut plan = body::read(bytes, move |bytes| plan(shared.model()?, body::parse(bytes)?)).await?;
+    plan.params.timeout = deadline::shortest(&[plan.params.timeout, timeout]);
     respond(server, plan, &caller, arrival).await
 }
 

@@ -6,9 +6,11 @@ use std::time::Instant;
 use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
+use axum::http::HeaderMap;
 use axum::response::Response;
 use serde_json::Value;
 
+use super::deadline;
 use super::error::ApiError;
 use super::generation::{Plan, Prompt};
 use super::messages::check_length;
@@ -23,14 +25,18 @@ use crate::request::TokenId;
 pub(super) async fn completions(
     State(server): State<Arc<Server>>,
     Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
     bytes: Bytes,
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
+    let timeout = deadline::of_header(&headers)?;
     let shared = server.clone();
     let plan = body::read(bytes, move |bytes| {
         plan(shared.model()?, body::parse(bytes)?, shared.settings.max_choices)
     });
-    respond(server.clone(), plan.await?, &caller, arrival).await
+    let mut plan = plan.await?;
+    plan.params.timeout = deadline::shortest(&[plan.params.timeout, timeout]);
+    respond(server, plan, &caller, arrival).await
 }
 
 fn plan(model: &Model, mut body: Body, max_choices: usize) -> Result<Plan, ApiError> {

@@ -103,10 +103,6 @@ impl ApiError {
         Self::new(status, "invalid_request_error", Some("not_pinned"), sentence(message))
     }
 
-    pub fn forbidden(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::FORBIDDEN, "permission_error", Some("forbidden"), message)
-    }
-
     pub fn wrong_method(method: &str, path: &str) -> Self {
         let message = format!("{path} does not take {method}.");
         Self::new(
@@ -150,7 +146,7 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, kind, Some("invalid_api_key"), message)
     }
 
-    /// A key that is known and may not do this.
+    /// A caller that may not do this.
     pub fn forbidden(code: &'static str, message: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, "permission_error", Some(code), message)
     }
@@ -184,6 +180,14 @@ impl ApiError {
             "The server is shutting down. Send the request to another one.",
             5,
         )
+    }
+
+    /// A request that may fit later.
+    fn for_now(code: &'static str, message: String, retry_after: Duration) -> Self {
+        Self {
+            retry_after: Some(u16::try_from(retry_after.as_secs()).unwrap_or(u16::MAX)),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some(code), message)
+        }
     }
 
     fn unavailable(code: &'static str, message: &str, retry_after: u16) -> Self {
@@ -230,15 +234,11 @@ impl ApiError {
 impl From<Refused> for ApiError {
     fn from(refused: Refused) -> Self {
         match refused {
-            Refused::QueueFull { .. } => Self {
-                retry_after: Some(1),
-                ..Self::new(
-                    StatusCode::TOO_MANY_REQUESTS,
-                    "rate_limit_error",
-                    Some("queue_full"),
-                    sentence(&refused.to_string()),
-                )
-            },
+            Refused::Refused(refusal) => Self::for_now(
+                refusal.cause.label(),
+                sentence(&refusal.to_string()),
+                refusal.retry_after,
+            ),
             Refused::ShuttingDown => Self::shutting_down(),
         }
     }
@@ -254,6 +254,7 @@ impl From<Failure> for ApiError {
                 Some("deadline_passed"),
                 message,
             ),
+            Failure::TooBusy { retry_after } => Self::for_now("overtaken", message, retry_after),
             Failure::NotANumber => Self::failed("not_a_number", message),
             Failure::Step(_) => Self::failed("step_failed", message),
             Failure::ShuttingDown => Self::unavailable("shutting_down", &message, 5),
@@ -305,6 +306,7 @@ impl IntoResponse for ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batching::{Cause, Refusal};
 
     #[test]
     fn the_shape_is_openais() {
@@ -317,9 +319,15 @@ mod tests {
 
     #[test]
     fn a_refusal_says_when_to_come_back() {
-        let response = ApiError::from(Refused::QueueFull { limit: 7 }).into_response();
-        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
-        assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+        let retry_after = Duration::from_secs(3);
+        let cause = Cause::Requests { limit: 7 };
+        let error = ApiError::from(Refused::Refused(Refusal { cause, retry_after }));
+        assert_eq!(error.body()["error"]["code"], "queue_full");
+        let overtaken = ApiError::from(Failure::TooBusy { retry_after });
+        for response in [error.into_response(), overtaken.into_response()] {
+            assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+            assert_eq!(response.headers()[header::RETRY_AFTER], "3");
+        }
         let response = ApiError::from(Refused::ShuttingDown).into_response();
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert!(response.headers().contains_key(header::RETRY_AFTER));

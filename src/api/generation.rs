@@ -10,6 +10,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::access::{CLIENT_GONE, End, Generated, Report};
 use super::choice::{Choice, Delta};
+use super::deadline;
 use super::ending::Running;
 use super::error::ApiError;
 use super::keys::Reservation;
@@ -100,7 +101,8 @@ impl Generation {
             ));
         }
         let prompt_tokens = plan.prompts.iter().map(|prompt| prompt.tokens.len()).sum();
-        let deadline = server.request_timeout().map(|timeout| arrival + timeout);
+        let timeout = deadline::shortest(&[plan.params.timeout, server.request_timeout()]);
+        let deadline = timeout.map(|timeout| arrival + timeout);
         let reservation = caller.reserve(prompt_tokens, answer_tokens(&plan, model))?;
         let (mut choices, mut live, mut requests) = (Vec::new(), Vec::new(), Vec::new());
         for prompt in plan.prompts {
@@ -112,6 +114,7 @@ impl Generation {
                 requests.push(Request {
                     id: caller.id.clone(),
                     tenant: caller.tenant.clone(),
+                    priority: plan.params.priority,
                     prompt: prompt.tokens.clone(),
                     cache_salt: plan.params.cache_salt.clone(),
                     sampling,
@@ -170,6 +173,7 @@ impl Generation {
     }
 
     fn take(&mut self, slot: usize, event: Option<Event>) -> Result<Option<(usize, Delta)>, Failure> {
+        let several = self.choices.len() > 1;
         let index = self.live[slot].0;
         let choice = &mut self.choices[index];
         let delta = match event {
@@ -191,6 +195,8 @@ impl Generation {
                 choice.push(token)
             }
             Some(Event::Finished(reason)) => choice.finish(reason),
+            // The other choices may have tokens that are worth having.
+            Some(Event::Failed(Failure::DeadlinePassed)) if several => choice.finish(FinishReason::Deadline),
             Some(Event::Failed(failure)) => return Err(failure),
             None => return Err(Failure::Step("the engine ended without a word".to_string())),
         };
@@ -206,6 +212,9 @@ impl Generation {
             if self.live.is_empty() {
                 self.server.observer.request_finished(self.arrival.elapsed());
             }
+        }
+        if self.live.is_empty() && several && self.choices.iter().all(|choice| choice.tokens == 0) {
+            return Err(Failure::DeadlinePassed);
         }
         let shows = !delta.text.is_empty() || delta.finish.is_some();
         Ok(shows.then_some((index, delta)))

@@ -13,6 +13,7 @@ mod cache_save;
 mod chat;
 mod choice;
 mod completions;
+mod deadline;
 mod debug;
 mod ending;
 mod error;
@@ -57,7 +58,7 @@ pub use observe::Observer;
 pub struct ApiSettings {
     /// A larger body is refused with 413.
     pub max_body_bytes: usize,
-    /// After so long a request fails with 504, wherever it is.
+    /// After so long a request is cut off, wherever it is; a client may ask for less.
     pub request_timeout: Option<Duration>,
     /// A request whose body has not come after so long is refused with 408.
     pub read_timeout: Duration,

@@ -6,8 +6,12 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Regi
 
 /// Causes of [`Observer::refused`] that stand at zero from the start: an error's code, where it has one. Any other
 /// error's code joins them when it first happens.
-const REFUSALS: [&str; 14] = [
+const REFUSALS: [&str; 18] = [
     "queue_full",
+    "queue_tokens",
+    "in_flight",
+    "key_share",
+    "deadline",
     "model_loading",
     "shutting_down",
     "invalid_request",
@@ -23,7 +27,8 @@ const REFUSALS: [&str; 14] = [
     "rate_limit_exceeded",
 ];
 /// Causes of [`Observer::cut`] that stand at zero from the start.
-const CUTS: [&str; 5] = [
+const CUTS: [&str; 6] = [
+    "overtaken",
     "client_gone",
     "deadline_passed",
     "not_a_number",

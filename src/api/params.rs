@@ -1,9 +1,11 @@
 //! The fields that chat and completions share, checked: sampling, stopping, number of choices.
 
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::deadline;
 use super::error::ApiError;
 use super::types::{Body, LogprobsBody, Stop};
 use crate::request::{Sampling, TokenId};
@@ -31,6 +33,10 @@ pub(super) struct Params {
     pub stream: bool,
     pub include_usage: bool,
     pub cache_salt: Option<String>,
+    /// How long the client waits, if it says so.
+    pub timeout: Option<Duration>,
+    /// Smaller goes first among the tenant's own.
+    pub priority: i32,
 }
 
 impl Params {
@@ -60,6 +66,8 @@ impl Params {
                 .as_ref()
                 .and_then(|o| o.include_usage)
                 .unwrap_or(false),
+            timeout: deadline::of_body(body.timeout_ms)?,
+            priority: body.priority.unwrap_or(0),
         })
     }
 }

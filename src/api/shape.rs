@@ -54,6 +54,7 @@ impl Head {
         match self.shape {
             Shape::Chat => {
                 let finish_reason = delta.finish.map(finish_reason);
+                let stop_reason = delta.finish.and_then(stop_reason);
                 let logprobs = self.chat_logprobs(&delta.logprobs);
                 let content = Some(delta.text).filter(|text| !text.is_empty());
                 let delta = DeltaBody { role: None, content };
@@ -63,6 +64,7 @@ impl Head {
                         delta,
                         logprobs,
                         finish_reason,
+                        stop_reason,
                     },
                     usage,
                 )
@@ -82,6 +84,7 @@ impl Head {
             delta,
             logprobs: None,
             finish_reason: None,
+            stop_reason: None,
         };
         (self.shape == Shape::Chat).then(|| self.chat_chunk(chunk, usage))
     }
@@ -131,6 +134,7 @@ impl Head {
             message,
             logprobs,
             finish_reason,
+            stop_reason: choice.finish.and_then(stop_reason),
         }
     }
 
@@ -141,6 +145,7 @@ impl Head {
             text: choice.text,
             logprobs,
             finish_reason: choice.finish.map(finish_reason),
+            stop_reason: choice.finish.and_then(stop_reason),
         }
     }
 
@@ -191,8 +196,13 @@ impl Head {
 pub(super) fn finish_reason(reason: FinishReason) -> &'static str {
     match reason {
         FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
+        FinishReason::Length | FinishReason::Deadline => "length",
     }
+}
+
+/// OpenAI's clients know no word for a deadline; `stop_reason` is where other servers say more, too.
+fn stop_reason(reason: FinishReason) -> Option<&'static str> {
+    (reason == FinishReason::Deadline).then_some("deadline")
 }
 
 #[cfg(test)]

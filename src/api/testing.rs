@@ -73,6 +73,7 @@ pub(super) fn impatient(read_timeout: Duration) -> Arc<Server> {
         max_body_bytes: 1 << 20,
         max_choices: 8,
         request_timeout: None,
+        admin: false,
         read_timeout,
     })
 }

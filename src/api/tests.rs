@@ -10,6 +10,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::testing::*;
 use super::{ApiSettings, Server};
+use crate::batching::{Cause, Refusal};
 use crate::engine::Refused;
 use crate::request::{Event, Failure, FinishReason};
 
@@ -256,7 +257,11 @@ async fn unknown_paths_and_methods_have_openais_error_shape() {
 
 #[tokio::test]
 async fn a_refusal_by_the_engine_has_its_status() {
-    let full = server(|_| Err(Refused::QueueFull { limit: 3 }));
+    let refusal = Refusal {
+        cause: Cause::Requests { limit: 3 },
+        retry_after: Duration::from_secs(1),
+    };
+    let full = server(move |_| Err(Refused::Refused(refusal.clone())));
     let request = HttpRequest::post(CHAT)
         .body(Body::from(hello(json!({"stream": true})).to_string()))
         .unwrap();

@@ -500,7 +500,7 @@ mod tests {
         assert_eq!(order.iter().map(|id| id.block).collect::<Vec<_>>(), [4, 3, 2, 0, 1]);
         assert_eq!(tree.get(order[4]), Some((&space(), Some(0), [2].as_slice())));
         assert_eq!(tree.evict(), Some(1));
-        tree.insert(&space(), Some(0), &[2], 1, Instant::now());
+        tree.keep(&space(), Some(0), &[2], 1, Instant::now());
         assert_eq!(tree.get(order[4]), None, "another node of the same block");
     }
 

@@ -220,6 +220,7 @@ pub async fn asked(
     if settings.insecure {
         target = target.with_any_certificate().map_err(CheckError::from)?;
     }
+    let target = target.with_deadline(settings.deadline);
     let model = check::model(&target, settings.served_model_name.as_deref()).await?;
     let form = Form {
         model,

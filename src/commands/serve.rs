@@ -173,6 +173,16 @@ fn api_settings(settings: &Serve) -> ApiSettings {
     }
 }
 
+fn limits(settings: &Serve) -> batching::Limits {
+    let batching = &settings.batching;
+    batching::Limits {
+        requests: batching.queue,
+        tokens: batching.queue_tokens,
+        in_flight: batching.max_in_flight,
+        key_share: batching.key_share,
+    }
+}
+
 /// A model for the HTTP side, and its engine's thread.
 type Loaded = (api::Model, thread::JoinHandle<()>);
 
@@ -188,7 +198,7 @@ fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeEr
         Ok::<_, ServeError>((engine, tokenizer, template))
     })?;
     let (max_model_len, vocab_size, kv_tokens) = (engine.max_model_len(), engine.vocab_size(), engine.kv_tokens());
-    let (handle, thread) = engine.start(settings.batching.queue)?;
+    let (handle, thread) = engine.start(limits(settings))?;
     tracing::info!(
         path = %path.display(), seconds = started.elapsed().as_secs_f64(), max_model_len, kv_tokens, "model loaded"
     );

@@ -210,6 +210,7 @@ async fn measure(settings: &Tune, workload: Workload, url: &str) -> Result<Tried
         api: None,
         no_stream: false,
         timeout: TIMEOUT,
+        deadline: None,
     };
     let (asked, _) = loadtest::asked(&server, workload, settings.workload.tokenizer.as_deref()).await?;
     let begun = change(&asked.target, None).await?;

@@ -141,6 +141,10 @@ pub struct Asked {
     #[arg(long, value_name = "DURATION", default_value = "5m")]
     #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(1), DAY))]
     pub timeout: Duration,
+    /// Tell the server with each request that its client waits no longer (the header `x-request-timeout-ms`)
+    #[arg(long, value_name = "DURATION")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(1), DAY))]
+    pub deadline: Option<Duration>,
 }
 
 /// What requests ask.

@@ -91,11 +91,21 @@ impl Handle {
     pub async fn pin(&self, mut request: Request, pin: PinRequest) -> Result<PinInfo, PinFailed> {
         let (events, mut ended) = mpsc::unbounded_channel();
         request.events = events;
-        let full = Refused::QueueFull { limit: self.limit };
-        let place = self.places.clone().try_acquire_owned().map_err(|_| full)?;
+        let mut accepted = self
+            .gate
+            .ask(std::slice::from_ref(&request), Instant::now())
+            .map_err(Refused::from)?;
+        let Some(place) = accepted.places.pop() else {
+            return Err(Refused::ShuttingDown.into());
+        };
         let (reply, replied) = oneshot::channel();
         let phase = tracing::debug_span!(parent: &request.span, "queue");
-        let queued = Box::new(Queued { request, place, phase });
+        let queued = Box::new(Queued {
+            request,
+            place,
+            predicted: None,
+            phase,
+        });
         let message = Message::Pin(queued, PinOrder { pin, reply });
         self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
         if let Ok(pinned) = replied.await {

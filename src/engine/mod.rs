@@ -1,5 +1,6 @@
 //! The one thread that owns the device: takes a plan, runs the model, samples, sends events.
 
+mod admission;
 mod cache;
 mod cache_file;
 mod memory;
@@ -7,10 +8,16 @@ mod model;
 mod run;
 mod sampler;
 
-use std::{sync::Arc, thread, time::Duration};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tracing::Span;
+
+use admission::{Place, SharedGate};
 
 pub use cache::{CacheReport, PinFailed, PinInfo, PinRequest};
 pub use cache_file::{SaveError, Saved};
@@ -18,7 +25,7 @@ pub use memory::Memory;
 pub use model::{LoadError, Settings, default_dtype};
 
 use crate::{
-    batching::{Change, Config, ConfigError},
+    batching::{Change, Config, ConfigError, Estimates, Gate, Limits, Refusal},
     request::Request,
     telemetry::{
         EngineMetrics,
@@ -30,11 +37,10 @@ use crate::{
 /// requests have ended.
 #[derive(Debug, Clone)]
 pub struct Handle {
+    /// Bounded by the gate and not by itself, because a request keeps its place until a batch takes it, wherever it
+    /// stands until then.
     queue: mpsc::UnboundedSender<Message>,
-    /// One permit a place in the queue. The queue is bounded by these and not by its channel, because a request keeps
-    /// its place until a batch takes it, wherever it stands until then.
-    places: Arc<Semaphore>,
-    limit: usize,
+    gate: SharedGate,
     timeline: Arc<Timeline>,
 }
 
@@ -50,20 +56,21 @@ enum Message {
     Save(cache_file::Reply),
 }
 
-/// A request and its place in the queue, which is free again when the place is dropped.
+/// A request, its place before the scheduler has it, and how long it was expected to take when it came.
 #[derive(Debug)]
 struct Queued {
     request: Request,
-    place: OwnedSemaphorePermit,
+    place: Place,
+    predicted: Option<Duration>,
     /// The span of its time in the queue.
     phase: Span,
 }
 
 /// Why the engine did not take a request. Nothing of it was queued.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Refused {
-    #[error("the queue is full ({limit} requests wait); try again later")]
-    QueueFull { limit: usize },
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     #[error("the server is shutting down")]
     ShuttingDown,
 }
@@ -78,15 +85,18 @@ pub enum ConfigureError {
 }
 
 impl Handle {
-    /// Queues all of `requests` (the choices and prompts of one client request), or none of them.
+    /// Queues all of `requests` (the choices and prompts of one client request), or none of them. Decides without
+    /// waiting for the engine.
     pub fn submit(&self, requests: Vec<Request>) -> Result<(), Refused> {
-        let full = Refused::QueueFull { limit: self.limit };
-        let wanted = u32::try_from(requests.len()).map_err(|_| full.clone())?;
-        let mut places = self.places.clone().try_acquire_many_owned(wanted).map_err(|_| full)?;
-        for request in requests {
-            let Some(place) = places.split(1) else { break };
+        let accepted = self.gate.ask(&requests, Instant::now())?;
+        for (request, place) in requests.into_iter().zip(accepted.places) {
             let phase = tracing::debug_span!(parent: &request.span, "queue");
-            let message = Message::Request(Box::new(Queued { request, place, phase }));
+            let message = Message::Request(Box::new(Queued {
+                request,
+                place,
+                predicted: accepted.predicted,
+                phase,
+            }));
             self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
         }
         Ok(())
@@ -151,18 +161,20 @@ impl Engine {
         self.model.kv_tokens
     }
 
-    /// Starts the engine thread; at most `queue` requests wait at a time. The thread ends once every [`Handle`] is
-    /// dropped and what was queued has ended.
-    pub fn start(self, queue: usize) -> std::io::Result<(Handle, thread::JoinHandle<()>)> {
+    /// Starts the engine thread behind a gate with these limits. The thread ends once every [`Handle`] is dropped and
+    /// what was queued has ended.
+    pub fn start(self, limits: Limits) -> std::io::Result<(Handle, thread::JoinHandle<()>)> {
         let (sender, inbox) = mpsc::unbounded_channel();
+        let outlook = self.model.scheduler.outlook(&Estimates::default(), Instant::now());
+        let gate = SharedGate::new(Gate::new(limits, outlook));
         let handle = Handle {
             queue: sender,
-            places: Arc::new(Semaphore::new(queue)),
-            limit: queue,
+            gate: gate.clone(),
             timeline: Arc::default(),
         };
         let timer = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-        let runner = run::Runner::new(self.model, inbox, timer, self.metrics, handle.timeline.clone());
+        let timeline = handle.timeline.clone();
+        let runner = run::Runner::new(self.model, inbox, timer, self.metrics, timeline, gate);
         let thread = thread::Builder::new()
             .name("engine".into())
             .spawn(move || runner.run())?;

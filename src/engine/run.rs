@@ -8,14 +8,12 @@ use std::{
 };
 
 use rayon::prelude::*;
-use tokio::{
-    runtime::Runtime,
-    sync::{OwnedSemaphorePermit, mpsc},
-};
+use tokio::{runtime::Runtime, sync::mpsc};
 use tracing::Span;
 
 use super::{
     Message, Queued,
+    admission::{SharedGate, Teacher},
     cache::{PinOrder, Savings},
     cache_file::Saves,
     model::Model,
@@ -37,14 +35,20 @@ pub(super) struct Client {
     phase: Span,
     events: mpsc::UnboundedSender<Event>,
     sampler: Sampler,
-    life: Life,
-    /// The place in the queue, until a batch takes the request.
-    place: Option<OwnedSemaphorePermit>,
+    pub(super) life: Life,
+    pub(super) deadline: Option<Instant>,
+    /// How long it was expected to take when it came.
+    pub(super) predicted: Option<Duration>,
     /// The prompt is to be pinned; no token is wanted.
     pub(super) pin: Option<PinOrder>,
 }
 
 impl Client {
+    /// The most tokens that it asked for.
+    pub(super) fn max_tokens(&self) -> usize {
+        self.sampler.sampling().max_tokens
+    }
+
     /// It left the queue: its prefill begins.
     fn admitted(&mut self, at: Instant, window: Duration, cached_tokens: usize) {
         self.life.admitted = Some((at, window));
@@ -78,6 +82,7 @@ pub struct Runner {
     saves: Saves,
     savings: Savings,
     timeline: Arc<Timeline>,
+    admission: Teacher,
 }
 
 impl Runner {
@@ -87,6 +92,7 @@ impl Runner {
         timer: Runtime,
         metrics: Arc<EngineMetrics>,
         timeline: Arc<Timeline>,
+        gate: SharedGate,
     ) -> Self {
         metrics.max_batch.set(model.scheduler.config().max_batch as f64);
         Self {
@@ -100,6 +106,7 @@ impl Runner {
             saves: Saves::default(),
             savings: Savings::default(),
             timeline,
+            admission: Teacher::new(gate),
         }
     }
 
@@ -118,11 +125,13 @@ impl Runner {
             let now = Instant::now();
             let plan = self.model.scheduler.plan(now);
             self.announce(&plan, now);
+            self.publish(now);
             if plan.rows.is_empty() {
                 self.observe();
                 self.wait(plan.wake.into_iter().chain(self.saves.wake(now)).min());
             } else {
                 self.step(&plan);
+                self.admission.stepped(&plan, now.elapsed());
                 self.observe();
             }
         }
@@ -167,21 +176,27 @@ impl Runner {
     }
 
     /// Queues a request as a sequence.
-    pub(super) fn enqueue(
-        &mut self,
-        Queued { request, place, phase }: Queued,
-        namespace: Namespace,
-        pin: Option<PinOrder>,
-    ) {
+    pub(super) fn enqueue(&mut self, queued: Queued, namespace: Namespace, pin: Option<PinOrder>) {
+        let Queued {
+            request,
+            place,
+            predicted,
+            phase,
+        } = queued;
         let prompt_tokens = request.prompt.len();
+        let max_tokens = request.sampling.max_tokens;
         let sampler = Sampler::new(request.sampling, &request.prompt);
         let (arrival, span) = (request.arrival, request.span);
         let id = self.model.scheduler.push(Arrival {
             namespace,
             prompt: request.prompt,
+            max_tokens,
+            tenant: request.tenant.clone(),
+            priority: request.priority,
             arrival,
             deadline: request.deadline,
         });
+        drop(place);
         tracing::debug!(parent: &span, sequence = id, "queued");
         self.clients.insert(
             id,
@@ -203,7 +218,8 @@ impl Runner {
                     last_token: None,
                     ended: None,
                 },
-                place: Some(place),
+                deadline: request.deadline,
+                predicted,
                 pin,
             },
         );
@@ -250,13 +266,15 @@ impl Runner {
     /// Tells the clients what planning decided.
     fn announce(&mut self, plan: &Plan, now: Instant) {
         for &id in &plan.expired {
-            self.end(id, "expired", Some(Event::Failed(Failure::DeadlinePassed)));
+            match self.clients.get(&id).is_some_and(|client| client.life.generated > 0) {
+                true => self.end(id, "cut", Some(Event::Finished(FinishReason::Deadline))),
+                false => self.end(id, "expired", Some(Event::Failed(Failure::DeadlinePassed))),
+            }
         }
         for admission in &plan.admitted {
             let Some(client) = self.clients.get_mut(&admission.id) else {
                 continue;
             };
-            client.place = None;
             let waited = now.saturating_duration_since(client.life.arrival);
             self.metrics.window_seconds.observe(admission.window.as_secs_f64());
             self.metrics
@@ -293,6 +311,14 @@ impl Runner {
             positions
                 .with_label_values(&["padded"])
                 .inc_by(batch.padded_tokens as u64);
+        }
+    }
+
+    /// Lets the gate know what is ahead of whoever comes next, and refuses one that waits in vain.
+    fn publish(&mut self, now: Instant) {
+        if let Some((id, refusal)) = self.admission.publish(&self.model.scheduler, now) {
+            let retry_after = refusal.retry_after;
+            self.end(id, "refused", Some(Event::Failed(Failure::TooBusy { retry_after })));
         }
     }
 
@@ -407,20 +433,25 @@ impl Runner {
 
     /// Ends a sequence: its last event, its blocks, its place.
     pub(super) fn end(&mut self, id: SequenceId, outcome: &'static str, event: Option<Event>) {
+        let now = Instant::now();
         if let Some(mut client) = self.clients.remove(&id) {
-            client.life.ended = Some((Instant::now(), outcome));
+            client.life.ended = Some((now, outcome));
             match &event {
                 Some(Event::Failed(failure)) if outcome == "failed" => {
                     tracing::warn!(parent: &client.span, sequence = id, %failure, "failed");
                 }
                 _ => tracing::debug!(parent: &client.span, sequence = id, outcome, "ended"),
             }
+            if let "stop" | "length" | "cut" | "expired" = outcome {
+                let late = matches!(outcome, "cut" | "expired");
+                self.admission.ended(&client, late, &self.metrics, now);
+            }
             if let Some(event) = event {
                 let _ = client.events.send(event);
             }
             self.timeline.note(|| Note::Ended(client.life));
         }
-        self.model.scheduler.remove(id, Instant::now());
+        self.model.scheduler.remove(id, now);
         self.metrics.sequences.with_label_values(&[outcome]).inc();
     }
 

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::{
-    batching::{Buckets, CacheScope, Config, Schedule, WindowPolicy},
+    batching::{Buckets, CacheScope, Cause, Config, Schedule, WindowPolicy},
     commands::model_files,
     request::{Event, Failure, FinishReason, Sampling, Tenant, TokenId},
 };
@@ -45,6 +45,7 @@ fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::Unbounde
         Request {
             id: "test".into(),
             tenant: Arc::new(Tenant::anyone()),
+            priority: 0,
             prompt,
             cache_salt: None,
             sampling,
@@ -99,11 +100,21 @@ fn mixed(count: u64) -> Vec<(Vec<TokenId>, Sampling)> {
     (0..count).map(&mut one).collect()
 }
 
+/// No limit but this many requests that wait.
+fn places(requests: usize) -> Limits {
+    Limits {
+        requests,
+        tokens: None,
+        in_flight: None,
+        key_share: 1.0,
+    }
+}
+
 /// The answers to all of the requests, sent in bursts of eight, and what the engine counted.
 fn answers(settings: &Settings, requests: &[(Vec<TokenId>, Sampling)]) -> (Vec<Vec<TokenId>>, Arc<EngineMetrics>) {
     let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
     let engine = Engine::load(settings, metrics.clone()).unwrap();
-    let (handle, thread) = engine.start(requests.len()).unwrap();
+    let (handle, thread) = engine.start(places(requests.len())).unwrap();
     let mut answers = Vec::new();
     for burst in requests.chunks(8) {
         let (burst, receivers): (Vec<_>, Vec<_>) = burst
@@ -163,7 +174,7 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
     let engine = Engine::load(&settings(), metrics.clone()).unwrap();
     assert_eq!(engine.max_model_len(), 256);
-    let (handle, thread) = engine.start(4).unwrap();
+    let (handle, thread) = engine.start(places(4)).unwrap();
 
     // "What is the capital of France?" in the model's chat template; its answer is 8 tokens with the end token.
     let file: serde_json::Value =
@@ -204,13 +215,23 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
         );
     }
 
-    let (mut late, receiver) = request(prompt.clone(), greedy(1000));
-    late.deadline = Some(Instant::now());
-    handle.submit(vec![late]).unwrap();
+    // It is let in once the engine has said that it is idle.
+    let receiver = loop {
+        let (mut late, receiver) = request(prompt.clone(), greedy(1000));
+        late.deadline = Some(Instant::now());
+        if handle.submit(vec![late]).is_ok() {
+            break receiver;
+        }
+        thread::yield_now();
+    };
     assert_eq!(answer(receiver).1, Some(Event::Failed(Failure::DeadlinePassed)));
 
     let five: Vec<_> = (0..5).map(|_| request(prompt.clone(), greedy(1)).0).collect();
-    assert_eq!(handle.submit(five), Err(Refused::QueueFull { limit: 4 }));
+    let refused = handle.submit(five).unwrap_err();
+    assert!(
+        matches!(&refused, Refused::Refused(refusal) if refusal.cause == Cause::Requests { limit: 4 }),
+        "{refused}"
+    );
 
     drop(handle);
     thread.join().unwrap();

@@ -35,12 +35,28 @@ pub struct EngineMetrics {
     /// By state: `free`, `held`, `cached`, `pinned`.
     pub kv_blocks: GaugeVec,
     pub preemptions: IntCounter,
-    /// By outcome: `stop`, `length`, `cancelled`, `expired`, `failed`, `pinned`.
+    /// By how they ended: `OUTCOMES`.
     pub sequences: IntCounterVec,
+    /// Predicted over actual time, less one.
+    pub prediction_error: Histogram,
+    pub prediction_margin: Gauge,
 }
 
 /// The ways in which a sequence ends.
-pub const OUTCOMES: [&str; 6] = ["stop", "length", "cancelled", "expired", "failed", "pinned"];
+pub const OUTCOMES: [&str; 8] = [
+    "stop",
+    "length",
+    "cut",
+    "cancelled",
+    "expired",
+    "refused",
+    "failed",
+    "pinned",
+];
+/// How wrong a prediction was: -0.5 is half of what it took, 1 twice of it.
+const ERRORS: [f64; 14] = [
+    -0.8, -0.5, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0,
+];
 
 impl EngineMetrics {
     /// Makes the metrics and registers them; an error means that a name was taken.
@@ -100,9 +116,19 @@ impl EngineMetrics {
             )?,
             sequences: make.counters(
                 "sconce_sequences_total",
-                "Sequences that ended; one cut at a stop string counts as cancelled, as one whose client left",
+                "Sequences that ended; `cut` at the deadline with tokens, `expired` without any, `refused` in the queue; \
+                 one cut at a stop string counts as cancelled, as one whose client left",
                 "outcome",
                 &OUTCOMES,
+            )?,
+            prediction_error: make.histogram(
+                "sconce_prediction_error_ratio",
+                "Time a request was expected to take when it came over the time it took, less 1; what came after it counts",
+                &ERRORS,
+            )?,
+            prediction_margin: make.gauge(
+                "sconce_prediction_margin",
+                "What predictions are multiplied by before they are held against a deadline",
             )?,
         };
         Ok(metrics)

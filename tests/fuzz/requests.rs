@@ -21,6 +21,7 @@ static ROUTER: LazyLock<Router> = LazyLock::new(|| {
     let observer = Observer::register(&prometheus::Registry::new()).expect("metrics");
     let settings = ApiSettings {
         max_body_bytes: 64 << 10,
+        admin: false,
         max_choices: 16,
         request_timeout: None,
         read_timeout: Duration::from_secs(60),
@@ -32,6 +33,7 @@ static ROUTER: LazyLock<Router> = LazyLock::new(|| {
         vocab_size: TOKENIZER.vocab_size(),
         tokenizer: TOKENIZER.clone(),
         template: ChatTemplate::open(Path::new(VOCABULARY)).expect("the fixture"),
+        engine: None,
         submit: Box::new(|requests| {
             requests.into_iter().for_each(answer);
             Ok(())

@@ -81,6 +81,9 @@ pub struct Run {
     pub latency_ms: BTreeMap<Metric, Summary>,
     /// How much later than intended requests went out.
     pub lateness_ms: Option<Summary>,
+    /// How long refused requests (429 or 503) waited to hear it; absent where none was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal_ms: Option<Summary>,
     /// The lateness was large enough to matter.
     pub late: bool,
     pub slo_kept: Option<bool>,
@@ -205,6 +208,7 @@ impl Run {
                 .collect(),
             late: lateness > LATE_MS || (answered > 0 && lateness > LATE_SHARE * median),
             lateness_ms,
+            refusal_ms: Summary::of(&recorder.refusals),
             slo_kept: slo.map(|slo| slo.holds(&recorder.records, recorder.failed()) && !measured.gave_up),
             goodput: slo.map(|slo| good(slo) as f64 / seconds),
             curves: by_metric

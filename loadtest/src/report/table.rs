@@ -9,7 +9,7 @@ use crate::slo::Metric;
 type Column = (&'static str, fn(&Run) -> Option<String>);
 
 /// What a reader looks at first.
-pub const MAIN: [Column; 15] = [
+pub const MAIN: [Column; 17] = [
     ("load", |run| Some(run.label.clone())),
     ("offered/s", |run| run.offered_rate.map(short)),
     ("achieved/s", |run| Some(short(run.achieved_rate))),
@@ -18,6 +18,10 @@ pub const MAIN: [Column; 15] = [
         run.slo_kept.map(|kept| if kept { "kept" } else { "broken" }.to_owned())
     }),
     ("failed", |run| Some(run.requests.failed.to_string())),
+    ("refused P50", |run| {
+        run.refusal_ms.as_ref().map(|s| milliseconds(s.p50))
+    }),
+    ("P99", |run| run.refusal_ms.as_ref().map(|s| milliseconds(s.p99))),
     ("TTFT P50", |run| at(run, Metric::Ttft, |s| s.p50)),
     ("P99", |run| at(run, Metric::Ttft, |s| s.p99)),
     ("TPOT P50", |run| at(run, Metric::Tpot, |s| s.p50)),

@@ -6,16 +6,18 @@
 //! first; the youngest is preempted first, so the oldest always ends.
 
 mod config;
+mod outlook;
 mod pins;
 mod plan;
 mod sequence;
 mod step;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
 
+use super::queue::{Entry, FairQueue, OUTPUT_COST};
 use super::{
     BlockCounts, BlockPool, CachedPrefix, PinCounts, Schedule,
     window::{self, Waiting},
@@ -32,8 +34,7 @@ pub use sequence::{Arrival, Computed, Sequence, SequenceId};
 pub struct Scheduler {
     config: Config,
     blocks: BlockPool,
-    /// In order of arrival.
-    waiting: VecDeque<(SequenceId, Sequence)>,
+    waiting: FairQueue<Sequence>,
     running: BTreeMap<SequenceId, Sequence>,
     /// Lost their blocks and go before whoever waits.
     preempted: BTreeMap<SequenceId, Sequence>,
@@ -53,7 +54,7 @@ impl Scheduler {
         Ok(Self {
             config,
             blocks,
-            waiting: VecDeque::new(),
+            waiting: FairQueue::default(),
             running: BTreeMap::new(),
             preempted: BTreeMap::new(),
             pins: Vec::new(),
@@ -128,7 +129,13 @@ impl Scheduler {
     pub fn push(&mut self, arrival: Arrival) -> SequenceId {
         let id = self.next_id;
         self.next_id += 1;
-        self.waiting.push_back((id, Sequence::new(arrival)));
+        let entry = Entry {
+            tenant: arrival.tenant.clone(),
+            priority: arrival.priority,
+            arrival: arrival.arrival,
+            item: Sequence::new(arrival),
+        };
+        self.waiting.push(id, entry);
         id
     }
 
@@ -144,7 +151,7 @@ impl Scheduler {
         self.plan_decodes(&mut plan);
         self.plan_prefills(&mut plan);
         if plan.rows.is_empty() {
-            let deadlines = self.waiting.iter().filter_map(|(_, sequence)| sequence.deadline);
+            let deadlines = self.waiting.iter().filter_map(|(_, entry)| entry.item.deadline);
             plan.wake = deadlines.chain(closes_at).chain(unpinned_at).min();
         }
         plan
@@ -165,6 +172,7 @@ impl Scheduler {
     pub fn append(&mut self, id: SequenceId, token: TokenId) {
         if let Some(sequence) = self.running.get_mut(&id) {
             sequence.tokens.push(token);
+            self.waiting.charge(&sequence.tenant, OUTPUT_COST);
         }
     }
 
@@ -181,15 +189,20 @@ impl Scheduler {
                 };
             }
         } else {
-            self.waiting.retain(|(waiting, _)| *waiting != id);
+            self.waiting.remove(id);
         }
     }
 
     fn expire(&mut self, now: Instant) -> Vec<SequenceId> {
         let late = |sequence: &Sequence| sequence.deadline.is_some_and(|deadline| deadline <= now);
-        let waiting = self.waiting.iter().map(|(id, sequence)| (id, sequence));
-        let all = waiting.chain(&self.running).chain(&self.preempted);
-        let expired: Vec<_> = all.filter(|(_, sequence)| late(sequence)).map(|(&id, _)| id).collect();
+        let waiting = self.waiting.iter().map(|(id, entry)| (id, &entry.item));
+        let admitted = self
+            .running
+            .iter()
+            .chain(&self.preempted)
+            .map(|(&id, sequence)| (id, sequence));
+        let all = waiting.chain(admitted);
+        let expired: Vec<_> = all.filter(|(_, sequence)| late(sequence)).map(|(id, _)| id).collect();
         for &id in &expired {
             self.remove(id, now);
         }
@@ -213,7 +226,7 @@ impl Scheduler {
 
     /// Admits batches as they close; gives the time at which the next one does.
     fn close_batches(&mut self, plan: &mut Plan, now: Instant) -> Option<Instant> {
-        while let Some((_, oldest)) = self.waiting.front() {
+        while let Some(oldest_arrival) = self.waiting.oldest_arrival() {
             let room = self.room();
             if room == 0 {
                 self.window_open = None;
@@ -227,8 +240,8 @@ impl Scheduler {
             } = self.config;
             let waiting = Waiting {
                 count: self.waiting.len(),
-                oldest_arrival: oldest.arrival,
-                deadline: self.waiting.iter().filter_map(|(_, sequence)| sequence.deadline).min(),
+                oldest_arrival,
+                deadline: self.waiting.iter().filter_map(|(_, entry)| entry.item.deadline).min(),
                 device_idle: self.running.is_empty(),
             };
             let closes_at = window::closes_at(window_policy, window, max_batch, waiting, self.service, now);
@@ -257,10 +270,12 @@ impl Scheduler {
         }
     }
 
-    /// Moves the oldest request's bucket from waiting to running, as far as blocks reach. False: not even the oldest.
+    /// Moves the bucket of the request that is next in fair order from waiting to running, as far as blocks reach.
+    /// False: not even that request.
     fn admit_batch(&mut self, room: usize, plan: &mut Plan, now: Instant) -> bool {
-        let lengths = self.waiting.iter().map(|(_, sequence)| sequence.tokens.len());
-        let chosen = self.config.buckets.select(lengths, room);
+        let order = self.waiting.order(now, |sequence| sequence.tokens.len() as f64);
+        let (ids, lengths): (Vec<_>, Vec<_>) = order.map(|(id, entry)| (id, entry.item.tokens.len())).unzip();
+        let chosen = self.config.buckets.select(lengths.into_iter(), room);
         let mut batch = Batch {
             requests: 0,
             prompt_tokens: 0,
@@ -268,15 +283,17 @@ impl Scheduler {
         };
         let mut longest = 0;
         for index in chosen {
-            // Each admission moves those behind it up by one.
-            let Some((id, mut sequence)) = self.waiting.remove(index - batch.requests) else {
+            let id = ids[index];
+            let Some(mut entry) = self.waiting.remove(id) else {
                 break;
             };
-            let Some(cached_tokens) = self.give_blocks(&mut sequence) else {
-                self.waiting.insert(index - batch.requests, (id, sequence));
+            let Some(cached_tokens) = self.give_blocks(&mut entry.item) else {
+                self.waiting.insert(id, entry);
                 break;
             };
             plan.cached_tokens += cached_tokens;
+            let mut sequence = entry.item;
+            self.waiting.charge(&entry.tenant, sequence.tokens.len() as f64);
             sequence.admitted = Some(now);
             batch.requests += 1;
             batch.prompt_tokens += sequence.tokens.len();

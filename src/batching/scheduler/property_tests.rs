@@ -1,6 +1,9 @@
 //! What holds of every plan, whatever arrives and whoever leaves.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use proptest::prelude::*;
 
@@ -8,7 +11,10 @@ use super::{
     tests::{BLOCK, config},
     *,
 };
-use crate::batching::{BlockId, Namespace, WindowPolicy};
+use crate::{
+    batching::{BlockId, Namespace, WindowPolicy},
+    request::Tenant,
+};
 
 const STEP: Duration = Duration::from_millis(3);
 
@@ -125,6 +131,9 @@ impl<'a> Drive<'a> {
             let id = self.scheduler.push(Arrival {
                 prompt: client.prompt.clone(),
                 namespace: namespace(client.salt),
+                max_tokens: client.output,
+                tenant: Arc::new(Tenant::anyone()),
+                priority: 0,
                 arrival: now,
                 deadline: client.deadline.map(|steps| now + STEP * steps),
             });

@@ -1,10 +1,10 @@
 //! A request's tokens as the scheduler sees them.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use crate::{
     batching::{BlockId, BlockPool, Namespace},
-    request::TokenId,
+    request::{Tenant, TokenId},
 };
 
 /// Sequences are numbered as they arrive: the smaller, the older.
@@ -17,6 +17,11 @@ pub struct Arrival {
     pub prompt: Vec<TokenId>,
     /// Where its blocks are found and kept.
     pub namespace: Namespace,
+    /// The most tokens it may generate.
+    pub max_tokens: usize,
+    pub tenant: Arc<Tenant>,
+    /// Smaller goes first among the tenant's own.
+    pub priority: i32,
     pub arrival: Instant,
     pub deadline: Option<Instant>,
 }
@@ -36,6 +41,8 @@ pub struct Sequence {
     reached: usize,
     /// How many tokens of the prompt were found in the cache before they were computed.
     cached: usize,
+    pub(super) max_tokens: usize,
+    pub(super) tenant: Arc<Tenant>,
     pub(super) arrival: Instant,
     pub(super) deadline: Option<Instant>,
     pub(super) admitted: Option<Instant>,
@@ -52,6 +59,8 @@ impl Sequence {
             blocks: Vec::new(),
             reached: 0,
             cached: 0,
+            max_tokens: arrival.max_tokens,
+            tenant: arrival.tenant,
             arrival: arrival.arrival,
             deadline: arrival.deadline,
             admitted: None,

@@ -1,11 +1,12 @@
 //! The scheduler's rules, and that they hold whatever arrives.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::Arc};
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::batching::{Buckets, Namespace, WindowPolicy};
+use crate::request::Tenant;
 
 pub(super) const BLOCK: usize = 4;
 
@@ -36,6 +37,9 @@ pub(super) fn arrival(prompt: Vec<TokenId>, now: Instant) -> Arrival {
     Arrival {
         prompt,
         namespace: anyone(),
+        max_tokens: 16,
+        tenant: Arc::new(Tenant::anyone()),
+        priority: 0,
         arrival: now,
         deadline: None,
     }
