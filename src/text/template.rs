@@ -248,7 +248,7 @@ mod tests {
                 "{{ 1 + 2 * 3 }}{{ 'a' ~ 1 ~ none }}{{ ([1] + [2])|length }}{{ {'a': {'b': 4}}.a.b }}{{ 'ab' * 2 }}"
             )
             .unwrap(),
-            "7a1none24abab"
+            "7a1None24abab"
         );
         assert_eq!(render("{{ strftime_now('%Y') | length }}").unwrap(), "4");
         assert_eq!(
