@@ -25,11 +25,11 @@ pub(super) async fn chat_completions(
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
     let shared = server.clone();
-    let plan = body::read(&server, bytes, move |bytes| plan(shared.model()?, body::parse(bytes)?)).await?;
+    let plan = body::read(&server, bytes, move |bytes| plan(&shared.model()?, body::parse(bytes)?)).await?;
     respond(server, plan, &caller, arrival).await
 }
 
-fn plan(model: &Model, mut body: Body) -> Result<Plan, ApiError> {
+fn plan(model: &Arc<Model>, mut body: Body) -> Result<Plan, ApiError> {
     let name = model.served_name(body.model.as_deref())?;
     if body.echo == Some(true) || !asks_nothing(&body.prompt) {
         let field = if body.echo == Some(true) { "echo" } else { "prompt" };
@@ -46,6 +46,7 @@ fn plan(model: &Model, mut body: Body) -> Result<Plan, ApiError> {
     let prompt = Prompt::new(model, "messages", tokens, String::new())?;
     Ok(Plan {
         shape: Shape::Chat,
+        served: model.clone(),
         model: name,
         prompts: vec![prompt],
         params,

@@ -119,6 +119,11 @@ impl ApiError {
         )
     }
 
+    /// The engine is being started again; `message` says what became of the request.
+    pub fn engine_lost(message: &str) -> Self {
+        Self::unavailable("engine_lost", &sentence(message), 1)
+    }
+
     fn unavailable(code: &'static str, message: &str, retry_after: u16) -> Self {
         Self {
             retry_after: Some(retry_after),
@@ -129,6 +134,16 @@ impl ApiError {
                 message,
             )
         }
+    }
+
+    /// A change that cannot be made now, because another is being made.
+    pub fn conflict(message: impl Into<String>) -> Self {
+        Self::new(
+            StatusCode::CONFLICT,
+            "invalid_request_error",
+            Some("change_in_progress"),
+            message,
+        )
     }
 
     /// Something this server should not have done; `message` goes to the client.
@@ -156,7 +171,7 @@ impl From<Refused> for ApiError {
                     sentence(&refused.to_string()),
                 )
             },
-            Refused::ShuttingDown => Self::shutting_down(),
+            Refused::EngineLost => Self::engine_lost(&refused.to_string()),
         }
     }
 }
@@ -171,7 +186,8 @@ impl From<Failure> for ApiError {
                 Some("deadline_passed"),
                 message,
             ),
-            Failure::NotANumber | Failure::Step(_) => Self::internal(message),
+            Failure::EngineLost(_) => Self::engine_lost(&message),
+            Failure::NotANumber | Failure::Step(_) | Failure::Sampler | Failure::Text => Self::internal(message),
         }
     }
 }
@@ -230,7 +246,7 @@ mod tests {
         let response = ApiError::from(Refused::QueueFull { limit: 7 }).into_response();
         assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
         assert_eq!(response.headers()[header::RETRY_AFTER], "1");
-        let response = ApiError::from(Refused::ShuttingDown).into_response();
+        let response = ApiError::from(Refused::EngineLost).into_response();
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert!(response.headers().contains_key(header::RETRY_AFTER));
     }
@@ -241,5 +257,6 @@ mod tests {
         assert_eq!(status(Failure::DeadlinePassed), 504);
         assert_eq!(status(Failure::NotANumber), 500);
         assert_eq!(status(Failure::Step("lost".into())), 500);
+        assert_eq!(status(Failure::EngineLost("lost".into())), 503);
     }
 }

@@ -1,6 +1,7 @@
 //! From a checked request to engine requests, and from their events to the choices of one response.
 
 use std::future::poll_fn;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -10,10 +11,13 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::choice::{Choice, Delta};
 use super::error::ApiError;
 use super::middleware::Caller;
+use super::observe::Place;
 use super::params::Params;
 use super::shape::Shape;
 use super::types::{PromptDetails, Timing, Usage};
 use super::{Model, Server};
+#[cfg(any(test, feature = "fault-injection"))]
+use crate::fault_injection::Fault;
 use crate::request::{Event, Failure, Request, Sampling, TokenId};
 use crate::text::{Detokenizer, Start};
 
@@ -21,9 +25,10 @@ use crate::text::{Detokenizer, Start};
 const COMPLETION_TOKENS: usize = 16;
 
 /// What to generate.
-#[derive(Debug)]
 pub(super) struct Plan {
     pub shape: Shape,
+    /// The model that the prompts were made for.
+    pub served: Arc<Model>,
     /// The name the client called the model by.
     pub model: String,
     pub prompts: Vec<Prompt>,
@@ -60,6 +65,8 @@ impl Prompt {
 /// The sequences of one client request, running. Dropping it cancels those that have not ended.
 pub(super) struct Generation {
     server: Arc<Server>,
+    #[cfg(any(test, feature = "fault-injection"))]
+    id: String,
     choices: Vec<Choice>,
     /// The choices that have not ended, by index.
     live: Vec<(usize, UnboundedReceiver<Event>)>,
@@ -74,7 +81,7 @@ pub(super) struct Generation {
 impl Generation {
     /// Hands all sequences of `plan` to the engine, or none.
     pub fn start(server: Arc<Server>, plan: Plan, caller: &Caller, arrival: Instant) -> Result<Self, ApiError> {
-        let model = server.model()?;
+        let model = &*plan.served;
         let n = plan.params.n;
         let most = server.settings.max_choices;
         if plan.prompts.len().saturating_mul(n) > most {
@@ -108,6 +115,8 @@ impl Generation {
         server.observer.accepted(prompt_tokens);
         Ok(Self {
             server,
+            #[cfg(any(test, feature = "fault-injection"))]
+            id: caller.id.clone(),
             choices,
             live,
             turn: 0,
@@ -127,7 +136,13 @@ impl Generation {
     pub async fn next(&mut self) -> Option<Result<(usize, Delta), Failure>> {
         while !self.live.is_empty() {
             let (slot, event) = poll_fn(|context| self.poll_event(context)).await;
-            match self.take(slot, event) {
+            // A panic here would end the connection without a word.
+            let taken = catch_unwind(AssertUnwindSafe(|| self.take(slot, event)));
+            let taken = taken.unwrap_or_else(|_| {
+                self.server.observer.panicked(Place::Text);
+                Err(Failure::Text)
+            });
+            match taken {
                 Ok(Some(delta)) => return Some(Ok(delta)),
                 Ok(None) => {}
                 Err(failure) => return Some(Err(failure)),
@@ -161,6 +176,8 @@ impl Generation {
                 return Ok(None);
             }
             Some(Event::Token(token)) => {
+                #[cfg(any(test, feature = "fault-injection"))]
+                Fault::Detokenizer.panic_if_asked(&self.id, choice.tokens);
                 self.server.observer.token();
                 if choice.first.is_none() {
                     self.server
@@ -171,7 +188,7 @@ impl Generation {
             }
             Some(Event::Finished(reason)) => choice.finish(reason),
             Some(Event::Failed(failure)) => return Err(failure),
-            None => return Err(Failure::Step("the engine ended without a word".to_string())),
+            None => return Err(Failure::EngineLost("it ended without a word".to_string())),
         };
         if delta.finish.is_some() {
             // Dropping the receiver tells the engine that a stop string was found.

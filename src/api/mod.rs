@@ -33,11 +33,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
+use tokio::sync::{mpsc, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::engine::{Handle, Refused};
 use crate::request::{Request, Tenant};
 use crate::text::{ChatTemplate, Tokenizer};
+pub use admin::{ModelCommand, ModelState, NotChanged};
 use error::ApiError;
 pub use observe::Observer;
 
@@ -68,15 +70,26 @@ pub struct Model {
     pub vocab_size: usize,
     pub tokenizer: Tokenizer,
     /// Base models have none; they take no chat requests.
-    pub template: Option<ChatTemplate>,
+    pub template: Option<Arc<ChatTemplate>>,
     pub submit: Submit,
+    /// The way to the engine's settings, for `/admin/batching`.
+    pub engine: Option<Handle>,
+}
+
+/// What stands behind the API now.
+#[derive(Clone)]
+enum Stage {
+    Loading,
+    /// Requests that were begun with this model end with it, whatever comes after it.
+    Serving(Arc<Model>),
+    Restarting,
 }
 
 /// All that the handlers share. It exists before the model is loaded, so that `/health` answers meanwhile.
 pub struct Server {
-    model: OnceLock<Model>,
-    /// Set where `/admin` is allowed.
-    admin: OnceLock<Handle>,
+    stage: watch::Sender<Stage>,
+    /// Set where `/admin` is allowed: the way to whoever loads models.
+    admin: OnceLock<mpsc::Sender<ModelCommand>>,
     stopping: AtomicBool,
     settings: ApiSettings,
     observer: Observer,
@@ -95,7 +108,7 @@ impl Server {
         metrics_text: impl Fn() -> String + Send + Sync + 'static,
     ) -> Self {
         Self {
-            model: OnceLock::new(),
+            stage: watch::Sender::new(Stage::Loading),
             admin: OnceLock::new(),
             stopping: AtomicBool::new(false),
             settings,
@@ -106,15 +119,21 @@ impl Server {
         }
     }
 
-    /// The model is loaded: `/ready` says so from now on. Only the first call counts.
-    pub fn serve_model(&self, model: Model) {
-        // A second model would have nowhere to go; the first stays.
-        let _ = self.model.set(model);
+    /// New requests go to this model from now on, and `/ready` says that they may; those that run end with the model
+    /// that they began with.
+    pub fn serve_model(&self, model: Arc<Model>) {
+        self.stage.send_replace(Stage::Serving(model));
     }
 
-    /// Lets clients change this engine's settings under `/admin`, which is otherwise unknown.
-    pub fn allow_admin(&self, engine: Handle) {
-        let _ = self.admin.set(engine);
+    /// The model's engine is lost: `/ready` answers 503 and new requests are refused until there is a model again.
+    pub fn restarting(&self) {
+        self.stage.send_replace(Stage::Restarting);
+    }
+
+    /// Lets clients change settings and models under `/admin`, which is otherwise unknown.
+    pub fn allow_admin(&self, models: mpsc::Sender<ModelCommand>) {
+        // There is one loader of models, and it asks once.
+        let _ = self.admin.set(models);
     }
 
     /// From now on `/ready` answers 503 and new requests are refused; running ones go on.
@@ -122,12 +141,16 @@ impl Server {
         self.stopping.store(true, Ordering::Relaxed);
     }
 
-    /// The model, if it is loaded and the server is not shutting down.
-    fn model(&self) -> Result<&Model, ApiError> {
+    /// The model, if there is one now and the server is not shutting down.
+    fn model(&self) -> Result<Arc<Model>, ApiError> {
         if self.stopping.load(Ordering::Relaxed) {
             return Err(ApiError::shutting_down());
         }
-        self.model.get().ok_or_else(ApiError::loading)
+        match &*self.stage.borrow() {
+            Stage::Loading => Err(ApiError::loading()),
+            Stage::Serving(model) => Ok(model.clone()),
+            Stage::Restarting => Err(Refused::EngineLost.into()),
+        }
     }
 }
 
@@ -144,6 +167,7 @@ impl Model {
 
 /// Every route the server answers.
 pub fn router(server: Arc<Server>) -> Router {
+    let counting = server.clone();
     Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))
@@ -155,10 +179,11 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/ready", get(service::ready))
         .route("/metrics", get(service::metrics))
         .route("/admin/batching", get(admin::show).post(admin::change))
+        .route("/admin/model", get(admin::show_model).post(admin::change_model))
         .fallback(service::unknown_path)
         .method_not_allowed_fallback(service::wrong_method)
         .layer(DefaultBodyLimit::max(server.settings.max_body_bytes))
-        .layer(CatchPanicLayer::custom(middleware::panicked))
+        .layer(CatchPanicLayer::custom(move |_| middleware::panicked(&counting)))
         .layer(axum::middleware::from_fn_with_state(
             server.clone(),
             middleware::observe,

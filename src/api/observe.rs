@@ -13,6 +13,14 @@ pub struct Observer {
     request: Histogram,
     prompt_tokens: IntCounter,
     completion_tokens: IntCounter,
+    panics: IntCounterVec,
+}
+
+/// Where a request's own panic was caught.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    Handler,
+    Text,
 }
 
 impl Observer {
@@ -35,10 +43,22 @@ impl Observer {
             &["route", "status"],
         )?;
         registry.register(Box::new(requests.clone()))?;
-        // A counter that a client can see from the start, at zero.
+        let panics = IntCounterVec::new(
+            Opts::new(
+                "sconce_request_panics_total",
+                "Requests that failed by a panic of their own outside the engine, by place.",
+            ),
+            &["place"],
+        )?;
+        registry.register(Box::new(panics.clone()))?;
+        // Counters that a client can see from the start, at zero.
+        for place in ["handler", "text"] {
+            panics.with_label_values(&[place]);
+        }
         requests.with_label_values(&["/v1/chat/completions", "200"]);
         Ok(Self {
             requests,
+            panics,
             first_token: histogram(
                 "sconce_time_to_first_token_seconds",
                 "Time from a request's arrival to the first token of each choice.",
@@ -69,6 +89,14 @@ impl Observer {
         self.requests
             .with_label_values(&[route, status.to_string().as_str()])
             .inc();
+    }
+
+    pub(super) fn panicked(&self, place: Place) {
+        let place = match place {
+            Place::Handler => "handler",
+            Place::Text => "text",
+        };
+        self.panics.with_label_values(&[place]).inc();
     }
 
     pub(super) fn accepted(&self, prompt_tokens: usize) {

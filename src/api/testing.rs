@@ -35,7 +35,7 @@ pub(super) fn token(id: TokenId) -> Token {
 
 /// The default model with an engine that takes nothing.
 pub(super) fn model() -> Model {
-    model_with(Box::new(|_| Err(Refused::ShuttingDown)))
+    model_with(Box::new(|_| Err(Refused::EngineLost)))
 }
 
 fn model_with(submit: Submit) -> Model {
@@ -45,8 +45,9 @@ fn model_with(submit: Submit) -> Model {
         max_model_len: 8192,
         vocab_size: 49_152,
         tokenizer: tokenizer(),
-        template,
+        template: template.map(Arc::new),
         submit,
+        engine: None,
     }
 }
 
@@ -69,7 +70,7 @@ pub(super) fn server(submit: impl Fn(Vec<Request>) -> Result<(), Refused> + Send
         max_choices: 8,
         request_timeout: None,
     });
-    server.serve_model(model_with(Box::new(submit)));
+    server.serve_model(Arc::new(model_with(Box::new(submit))));
     server
 }
 

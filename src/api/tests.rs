@@ -265,10 +265,10 @@ async fn a_refusal_by_the_engine_has_its_status() {
         (response.status().as_u16(), &response.headers()["retry-after"]),
         (429, &"1".parse().unwrap())
     );
-    let stopping = server(|_| Err(Refused::ShuttingDown));
+    let lost = server(|_| Err(Refused::EngineLost));
     assert_eq!(
-        error(&post(&stopping, CHAT, hello(json!({}))).await),
-        (503, "shutting_down")
+        error(&post(&lost, CHAT, hello(json!({}))).await),
+        (503, "engine_lost")
     );
 }
 
@@ -292,7 +292,8 @@ async fn a_failure_before_the_first_token_has_its_status_even_in_a_stream() {
         assert_eq!(error(&answer), (504, "deadline_passed"));
     }
     let silent = sending(vec![]);
-    assert_eq!(post(&silent, CHAT, hello(json!({}))).await.0, 500);
+    let answer = post(&silent, CHAT, hello(json!({}))).await;
+    assert_eq!(error(&answer), (503, "engine_lost"));
 }
 
 #[tokio::test]

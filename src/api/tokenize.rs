@@ -49,7 +49,7 @@ pub(super) async fn tokenize(
 ) -> Result<Json<Tokenized>, ApiError> {
     let shared = server.clone();
     body::read(&server, bytes, move |bytes| {
-        encode(shared.model()?, body::parse(bytes)?)
+        encode(&*shared.model()?, body::parse(bytes)?)
     })
     .await
     .map(Json)
@@ -61,7 +61,7 @@ pub(super) async fn detokenize(
 ) -> Result<Json<Detokenized>, ApiError> {
     let shared = server.clone();
     body::read(&server, bytes, move |bytes| {
-        decode(shared.model()?, body::parse(bytes)?)
+        decode(&*shared.model()?, body::parse(bytes)?)
     })
     .await
     .map(Json)

@@ -1,28 +1,23 @@
 //! `sconce serve`: the port first, then the model, then answers until it is told to end.
 
-use std::{
-    io,
-    net::SocketAddr,
-    panic::resume_unwind,
-    path::Path,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use axum::serve::ListenerExt;
 use prometheus::Registry;
-use tokio::{net::TcpListener, signal};
+use tokio::{net::TcpListener, signal, sync::mpsc};
 
-use super::{device, model_files, model_files::PullError};
+mod supervisor;
+
+use super::{device, model_files::PullError};
 use crate::{
     api::{self, ApiSettings},
     batching,
     config::Serve,
-    engine::{self, Engine, LoadError},
+    engine::{self, LoadError},
     telemetry::{self, EngineMetrics},
-    text::{ChatTemplate, TextError, Tokenizer},
+    text::TextError,
 };
+use supervisor::Supervisor;
 
 /// Why the server could not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -41,8 +36,10 @@ pub enum ServeError {
     Device(#[from] device::DeviceError),
     #[error("the model could not be loaded: its file made the loader panic; fetch it again")]
     LoadPanicked,
-    #[error("the engine ended by a panic; every waiting client was told; start the server again")]
+    #[error("the engine failed too often; every waiting client was told; see the log for what failed")]
     EngineLost,
+    #[error("the device was lost: {0}; every waiting client was told; reset the device and start the server again")]
+    DeviceLost(String),
     #[error("cannot start: {0}")]
     Start(#[from] io::Error),
     #[error("cannot register metrics: {0}")]
@@ -74,8 +71,12 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     }));
     println!("sconce listens on http://{local} and loads {}", settings.choice.model);
 
-    let loading = server.clone();
-    let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, local));
+    let (commands, models) = mpsc::channel(1);
+    if settings.http.admin {
+        server.allow_admin(commands);
+    }
+    let supervisor = Supervisor::new(settings, metrics, server.clone());
+    let engine = supervisor.run(models, |name| print_example(local, name));
     // Tokens go out as they come, however small their packets.
     let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
     let ending = told_to_end(server.clone());
@@ -86,26 +87,9 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
             server.stop_accepting();
             // Whoever waits is told by the end of their events; the answers need a moment to go out.
             tokio::time::sleep(Duration::from_millis(300)).await;
-            ended.unwrap_or(Err(ServeError::LoadPanicked))
+            ended
         }
     }
-}
-
-/// Loads the model, lets clients in, and returns when there is no engine any more, or never was.
-fn run_engine(
-    settings: &Serve,
-    metrics: Arc<EngineMetrics>,
-    server: &api::Server,
-    address: SocketAddr,
-) -> Result<(), ServeError> {
-    let (model, engine, thread) = load(settings, metrics)?;
-    if settings.http.admin {
-        server.allow_admin(engine);
-    }
-    let name = model.names[0].clone();
-    server.serve_model(model);
-    print_example(address, &name);
-    thread.join().map_err(|_| ServeError::EngineLost)
 }
 
 /// Everything that `/metrics` shows.
@@ -151,38 +135,6 @@ fn api_settings(settings: &Serve) -> ApiSettings {
     }
 }
 
-/// A model for the HTTP side, the way into its engine, and the engine's thread.
-type Loaded = (api::Model, engine::Handle, thread::JoinHandle<()>);
-
-/// Fetches the model if need be, loads it, and starts the engine.
-fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
-    let path = model_files::resolve(&settings.choice.model)?;
-    let started = Instant::now();
-    // The vocabulary takes a moment of its own, on one core.
-    let (engine, tokenizer, template) = thread::scope(|scope| {
-        let text = scope.spawn(|| Ok::<_, TextError>((Tokenizer::open(&path)?, ChatTemplate::open(&path)?)));
-        let engine = Engine::load(&engine_settings(settings, &path)?, metrics)?;
-        let (tokenizer, template) = text.join().unwrap_or_else(|panic| resume_unwind(panic))?;
-        Ok::<_, ServeError>((engine, tokenizer, template))
-    })?;
-    let (max_model_len, vocab_size, kv_tokens) = (engine.max_model_len(), engine.vocab_size(), engine.kv_tokens());
-    let (handle, thread) = engine.start(settings.batching.queue)?;
-    tracing::info!(
-        path = %path.display(), seconds = started.elapsed().as_secs_f64(), max_model_len, kv_tokens, "model loaded"
-    );
-    let name = settings.http.served_model_name.clone();
-    let queue = handle.clone();
-    let model = api::Model {
-        names: vec![name.unwrap_or_else(|| settings.choice.model.clone())],
-        max_model_len,
-        vocab_size,
-        tokenizer,
-        template,
-        submit: Box::new(move |requests| queue.submit(requests)),
-    };
-    Ok((model, handle, thread))
-}
-
 /// The engine's part of the settings.
 pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings, device::DeviceError> {
     let (model, batching) = (&settings.model, &settings.batching);
@@ -203,6 +155,7 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
         kv_memory: model.kv_memory,
         block_size: model.block_size,
         prefix_cache: !model.no_prefix_cache,
+        step_timeout: model.step_timeout,
     })
 }
 

@@ -1,14 +1,26 @@
 //! The one thread that owns the device: takes a plan, runs the model, samples, sends events.
 
+mod budget;
+mod fault;
+#[cfg(any(test, feature = "fault-injection"))]
+mod inject;
 mod model;
 mod run;
 mod sampler;
+mod step;
+mod watch;
 
-use std::{sync::Arc, thread};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
-pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
+pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, Weights, default_dtype};
+pub use watch::{End, Guard};
 
 use crate::{
     batching::{Change, Config, ConfigError},
@@ -25,6 +37,7 @@ pub struct Handle {
     /// its place until a batch takes it, wherever it stands until then.
     places: Arc<Semaphore>,
     limit: usize,
+    watch: watch::Watch,
 }
 
 /// What reaches the engine thread.
@@ -46,8 +59,8 @@ struct Queued {
 pub enum Refused {
     #[error("the queue is full ({limit} requests wait); try again later")]
     QueueFull { limit: usize },
-    #[error("the server is shutting down")]
-    ShuttingDown,
+    #[error("the engine failed and is being started again; try again in a moment")]
+    EngineLost,
 }
 
 /// Why settings did not change.
@@ -55,8 +68,8 @@ pub enum Refused {
 pub enum ConfigureError {
     #[error(transparent)]
     Config(#[from] ConfigError),
-    #[error("the server is shutting down")]
-    ShuttingDown,
+    #[error("the engine failed and is being started again; try again in a moment")]
+    EngineLost,
 }
 
 impl Handle {
@@ -65,34 +78,44 @@ impl Handle {
         let full = Refused::QueueFull { limit: self.limit };
         let wanted = u32::try_from(requests.len()).map_err(|_| full.clone())?;
         let mut places = self.places.clone().try_acquire_many_owned(wanted).map_err(|_| full)?;
+        if !self.watch.waiters.enter(&requests) {
+            return Err(Refused::EngineLost);
+        }
         for request in requests {
             let Some(place) = places.split(1) else { break };
             let message = Message::Request(Queued { request, place });
-            self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
+            self.queue.send(message).map_err(|_| Refused::EngineLost)?;
         }
         Ok(())
+    }
+
+    /// Another engine takes the new requests: this one finishes its own, and `/metrics` shows the other's state.
+    pub fn retire(&self) {
+        self.watch.pulse.retire();
     }
 
     /// Changes batching settings while the engine runs, and gives those now in force.
     pub async fn configure(&self, change: Change) -> Result<Config, ConfigureError> {
         let (reply, replied) = oneshot::channel();
         let message = Message::Configure(change, reply);
-        self.queue.send(message).map_err(|_| ConfigureError::ShuttingDown)?;
-        Ok(replied.await.map_err(|_| ConfigureError::ShuttingDown)??)
+        self.queue.send(message).map_err(|_| ConfigureError::EngineLost)?;
+        Ok(replied.await.map_err(|_| ConfigureError::EngineLost)??)
     }
 }
 
 /// A loaded model with its engine not yet running.
 pub struct Engine {
     model: model::Model,
+    step_timeout: Duration,
     metrics: Arc<EngineMetrics>,
 }
 
 impl Engine {
-    /// Loads the model and makes the KV cache. Takes as long as reading the weights does.
-    pub fn load(settings: &Settings, metrics: Arc<EngineMetrics>) -> Result<Self, LoadError> {
+    /// An engine for these weights, with an empty KV cache.
+    pub fn new(weights: &Weights, metrics: Arc<EngineMetrics>) -> Result<Self, LoadError> {
         Ok(Self {
-            model: model::Model::load(settings)?,
+            model: model::Model::new(weights)?,
+            step_timeout: weights.step_timeout(),
             metrics,
         })
     }
@@ -113,21 +136,45 @@ impl Engine {
     }
 
     /// Starts the engine thread; at most `queue` requests wait at a time. The thread ends once every [`Handle`] is
-    /// dropped and what was queued has ended.
-    pub fn start(self, queue: usize) -> std::io::Result<(Handle, thread::JoinHandle<()>)> {
+    /// dropped and what was queued has ended, or when it cannot go on; its [`Guard`] says which.
+    pub fn start(self, queue: usize) -> std::io::Result<(Handle, Guard)> {
         let (sender, inbox) = mpsc::unbounded_channel();
+        let watch = watch::Watch::new();
         let handle = Handle {
             queue: sender,
             places: Arc::new(Semaphore::new(queue)),
             limit: queue,
+            watch: watch.clone(),
         };
         let timer = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-        let runner = run::Runner::new(self.model, inbox, timer, self.metrics);
-        let thread = thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || runner.run())?;
-        Ok((handle, thread))
+        let runner = run::Runner::new(self.model, inbox, timer, self.metrics, watch.clone());
+        let (ending, ended) = oneshot::channel();
+        let waiters = watch.waiters.clone();
+        thread::Builder::new().name("engine".into()).spawn(move || {
+            let end = run_to_the_end(runner, &waiters);
+            // A guard that gave up does not listen any more.
+            let _ = ending.send(end);
+        })?;
+        let step_timeout = self.step_timeout;
+        Ok((
+            handle,
+            Guard {
+                watch,
+                ended,
+                step_timeout,
+            },
+        ))
     }
+}
+
+/// Runs the engine; whoever still waits when it ends is told before the runner, with their channels, goes.
+fn run_to_the_end(mut runner: run::Runner, waiters: &watch::Waiters) -> End {
+    let end = catch_unwind(AssertUnwindSafe(|| runner.run()))
+        .unwrap_or_else(|panic| End::Panicked(fault::panic_message(&*panic)));
+    if let Some(failure) = end.failure() {
+        waiters.close(&failure);
+    }
+    end
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The device's side of a step: the model, its KV cache, and the scheduler that owns the cache's blocks.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use candle_core::{DType, Device};
 use sconce_models::{Decoder, KvCache, ModelError, Span, Step, without_backtrace};
@@ -24,6 +24,8 @@ pub struct Settings {
     /// Slots in a block.
     pub block_size: usize,
     pub prefix_cache: bool,
+    /// A step that takes longer is hung.
+    pub step_timeout: Duration,
 }
 
 /// The KV cache's size where none is asked for: a hundred chats of the default model, within the memory of a small
@@ -50,18 +52,46 @@ pub enum LoadError {
     Config(#[from] ConfigError),
 }
 
+/// A model's weights, and what is to be made of them. Whatever is made of the same ones shares them.
+#[derive(Clone)]
+pub struct Weights {
+    decoder: Arc<Decoder>,
+    settings: Settings,
+}
+
+impl Weights {
+    /// Reads the weights, which takes most of the time that an engine needs to start.
+    pub fn load(settings: &Settings) -> Result<Self, LoadError> {
+        let decoder = Decoder::load(&settings.path, &settings.device, settings.dtype())?;
+        Ok(Self {
+            decoder: Arc::new(decoder),
+            settings: settings.clone(),
+        })
+    }
+
+    pub(super) fn step_timeout(&self) -> Duration {
+        self.settings.step_timeout
+    }
+}
+
+impl Settings {
+    fn dtype(&self) -> DType {
+        self.dtype.unwrap_or(default_dtype(&self.device))
+    }
+}
+
 pub struct Model {
     pub scheduler: Scheduler,
     pub kv_tokens: usize,
-    decoder: Decoder,
+    decoder: Arc<Decoder>,
     cache: KvCache,
 }
 
 impl Model {
-    pub fn load(settings: &Settings) -> Result<Self, LoadError> {
-        let dtype = settings.dtype.unwrap_or(default_dtype(&settings.device));
-        let decoder = Decoder::load(&settings.path, &settings.device, dtype)?;
-        let config = decoder.config();
+    /// A scheduler and an empty KV cache for these weights.
+    pub fn new(weights: &Weights) -> Result<Self, LoadError> {
+        let Weights { decoder, settings } = weights;
+        let (config, dtype) = (decoder.config(), settings.dtype());
         let bytes = settings.kv_memory.unwrap_or(DEFAULT_KV_MEMORY);
         let block_bytes = KvCache::bytes_per_block(config, settings.block_size, dtype);
         let blocks = (bytes / block_bytes as u64) as usize;
@@ -90,13 +120,18 @@ impl Model {
         Ok(Self {
             scheduler,
             kv_tokens,
-            decoder,
+            decoder: decoder.clone(),
             cache,
         })
     }
 
     pub fn vocab_size(&self) -> usize {
         self.decoder.config().vocab_size
+    }
+
+    /// Whether the KV cache can be used; a panic while it was written makes it useless.
+    pub fn cache_is_whole(&self) -> bool {
+        self.cache.is_whole()
     }
 
     /// Runs a plan: the logits of its sampling rows, one after the other, `[rows × vocabulary]`.

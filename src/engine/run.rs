@@ -15,8 +15,10 @@ use tokio::{
 
 use super::{
     Message, Queued,
+    budget::Budget,
     model::Model,
     sampler::{NotANumber, Sample, Sampler},
+    watch::{End, Watch},
 };
 use crate::{
     batching::{Arrival, Plan, Sequence, SequenceId},
@@ -34,15 +36,19 @@ struct Client {
 }
 
 pub struct Runner {
-    model: Model,
+    pub(super) model: Model,
     inbox: mpsc::UnboundedReceiver<Message>,
     /// Gives the wait for an arrival its timeout.
     timer: Runtime,
     /// Whether anyone can still send requests.
     open: bool,
     clients: HashMap<SequenceId, Client>,
-    metrics: Arc<EngineMetrics>,
+    pub(super) metrics: Arc<EngineMetrics>,
     preemptions: u64,
+    pub(super) budget: Budget,
+    pub(super) watch: Watch,
+    #[cfg(any(test, feature = "fault-injection"))]
+    pub(super) faults: super::inject::Faults,
 }
 
 impl Runner {
@@ -51,6 +57,7 @@ impl Runner {
         inbox: mpsc::UnboundedReceiver<Message>,
         timer: Runtime,
         metrics: Arc<EngineMetrics>,
+        watch: Watch,
     ) -> Self {
         metrics.max_batch.set(model.scheduler.config().max_batch as f64);
         Self {
@@ -61,12 +68,17 @@ impl Runner {
             clients: HashMap::new(),
             metrics,
             preemptions: 0,
+            budget: Budget::default(),
+            watch,
+            #[cfg(any(test, feature = "fault-injection"))]
+            faults: super::inject::Faults::default(),
         }
     }
 
-    /// Runs until nobody can send requests any more and all have ended.
-    pub fn run(mut self) {
+    /// Runs until nobody can send requests any more and all have ended, or until it cannot go on.
+    pub fn run(&mut self) -> End {
         while self.open || !self.clients.is_empty() {
+            self.watch.pulse.beat();
             self.receive();
             self.drop_cancelled();
             let now = Instant::now();
@@ -74,12 +86,16 @@ impl Runner {
             self.announce(&plan, now);
             if plan.rows.is_empty() {
                 self.observe();
+                self.watch.pulse.rest();
                 self.wait(plan.wake);
             } else {
-                self.step(&plan);
+                if let Err(end) = self.step(&plan) {
+                    return end;
+                }
                 self.observe();
             }
         }
+        End::Finished
     }
 
     /// Takes in what has arrived.
@@ -128,6 +144,8 @@ impl Runner {
                 place: Some(place),
             },
         );
+        #[cfg(any(test, feature = "fault-injection"))]
+        self.faults.note(id, &request.id);
         tracing::debug!(request = request.id, sequence = id, "queued");
     }
 
@@ -206,7 +224,7 @@ impl Runner {
         }
     }
 
-    fn step(&mut self, plan: &Plan) {
+    fn step(&mut self, plan: &Plan) -> Result<(), End> {
         let started = Instant::now();
         let generated = |id| self.model.scheduler.sequence(id).map_or(0, Sequence::generated);
         let decodes = plan
@@ -214,19 +232,7 @@ impl Runner {
             .iter()
             .filter(|row| row.len == 1 && generated(row.id) > 0)
             .count();
-        match self.model.forward(plan) {
-            Ok(logits) => {
-                self.model.scheduler.commit(plan);
-                self.sample(plan, logits);
-            }
-            Err(error) => {
-                let error = sconce_models::without_backtrace(error);
-                tracing::error!(%error, sequences = plan.rows.len(), "a step failed");
-                for row in &plan.rows {
-                    self.end(row.id, "failed", Some(Event::Failed(Failure::Step(error.to_string()))));
-                }
-            }
-        }
+        self.run_plan(plan)?;
         let seconds = started.elapsed().as_secs_f64();
         let tokens: usize = plan.rows.iter().map(|row| row.len).sum();
         self.metrics.busy_seconds.inc_by(seconds);
@@ -238,36 +244,38 @@ impl Runner {
             .occupancy_steps
             .inc_by(plan.rows.len() as f64 / self.model.scheduler.config().max_batch as f64);
         tracing::trace!(tokens, sequences = plan.rows.len(), seconds, "step");
+        Ok(())
     }
 
     /// Chooses a token for each row that reached its sequence's end.
-    fn sample(&mut self, plan: &Plan, mut logits: Vec<f32>) {
+    pub(super) fn choose(&mut self, plan: &Plan, mut logits: Vec<f32>) -> Vec<(SequenceId, Result<Sample, Failure>)> {
         let sampling = plan.rows.iter().filter(|row| row.samples);
-        let mut clients: Vec<_> = sampling.map(|row| (row.id, self.clients.remove(&row.id))).collect();
+        let mut clients: Vec<_> = sampling
+            .filter_map(|row| Some((row.id, self.clients.remove(&row.id)?)))
+            .collect();
         let vocabulary = self.model.vocab_size();
         let samples: Vec<_> = clients
             .par_iter_mut()
             .zip(logits.par_chunks_mut(vocabulary))
-            .map(|((_, client), logits)| client.as_mut().map(|client| sample_one(&mut client.sampler, logits)))
+            .map(|((id, client), logits)| {
+                let choose = || {
+                    #[cfg(any(test, feature = "fault-injection"))]
+                    self.faults.sampler(*id, &self.model.scheduler);
+                    client.sampler.sample(logits)
+                };
+                (*id, guarded(choose))
+            })
             .collect();
-        let at = Instant::now();
-        for ((id, client), sample) in clients.into_iter().zip(samples) {
-            if let (Some(client), Some(sample)) = (client, sample) {
-                self.clients.insert(id, client);
-                self.deliver(id, sample, at);
-            }
-        }
+        self.clients.extend(clients);
+        samples
     }
 
     /// Sends a sampled token and goes on with its sequence or ends it.
-    fn deliver(&mut self, id: SequenceId, sample: Result<Sample, Failure>, at: Instant) {
+    pub(super) fn deliver(&mut self, id: SequenceId, sample: Sample, at: Instant) {
         let (Some(client), Some(sequence)) = (self.clients.get(&id), self.model.scheduler.sequence(id)) else {
             return;
         };
-        let Sample { token, logprobs } = match sample {
-            Ok(sample) => sample,
-            Err(failure) => return self.end(id, "failed", Some(Event::Failed(failure))),
-        };
+        let Sample { token, logprobs } = sample;
         let _ = client.events.send(Event::Token(Token {
             id: token,
             at,
@@ -287,7 +295,7 @@ impl Runner {
     }
 
     /// Ends a sequence: its last event, its blocks, its place.
-    fn end(&mut self, id: SequenceId, outcome: &str, event: Option<Event>) {
+    pub(super) fn end(&mut self, id: SequenceId, outcome: &str, event: Option<Event>) {
         if let (Some(client), Some(event)) = (self.clients.remove(&id), event) {
             let _ = client.events.send(event);
         }
@@ -298,24 +306,27 @@ impl Runner {
     /// Publishes the scheduler's present state.
     fn observe(&mut self) {
         let scheduler = &self.model.scheduler;
+        self.metrics
+            .preemptions
+            .inc_by(scheduler.preemptions() - self.preemptions);
+        self.preemptions = scheduler.preemptions();
+        if !self.watch.pulse.shown() {
+            return;
+        }
         self.metrics.waiting.set(scheduler.waiting() as f64);
         self.metrics.running.set(scheduler.running() as f64);
         let counts = scheduler.block_counts();
         for (state, blocks) in [("free", counts.free), ("held", counts.held), ("cached", counts.cached)] {
             self.metrics.kv_blocks.with_label_values(&[state]).set(blocks as f64);
         }
-        self.metrics
-            .preemptions
-            .inc_by(scheduler.preemptions() - self.preemptions);
-        self.preemptions = scheduler.preemptions();
     }
 }
 
 /// Samples one sequence; whatever goes wrong is that sequence's alone.
-fn sample_one(sampler: &mut Sampler, logits: &mut [f32]) -> Result<Sample, Failure> {
+fn guarded(choose: impl FnOnce() -> Result<Sample, NotANumber>) -> Result<Sample, Failure> {
     // A sampler that panicked is not used again: its sequence ends with this failure.
-    match catch_unwind(AssertUnwindSafe(|| sampler.sample(logits))) {
+    match catch_unwind(AssertUnwindSafe(choose)) {
         Ok(sample) => sample.map_err(|NotANumber| Failure::NotANumber),
-        Err(_) => Err(Failure::Step("choosing a token failed".into())),
+        Err(_) => Err(Failure::Sampler),
     }
 }

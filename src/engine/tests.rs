@@ -32,6 +32,7 @@ fn settings() -> Settings {
         kv_memory: None,
         block_size: 16,
         prefix_cache: true,
+        step_timeout: std::time::Duration::from_secs(60),
     }
 }
 
@@ -59,6 +60,11 @@ fn greedy(max_tokens: usize) -> Sampling {
     }
 }
 
+fn wait(guard: Guard) -> End {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+    runtime.unwrap().block_on(guard.wait())
+}
+
 /// A request's tokens and how it ended.
 fn answer(mut events: mpsc::UnboundedReceiver<Event>) -> (Vec<TokenId>, Option<Event>) {
     let mut tokens = Vec::new();
@@ -75,9 +81,9 @@ fn answer(mut events: mpsc::UnboundedReceiver<Event>) -> (Vec<TokenId>, Option<E
 #[test]
 fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
-    let engine = Engine::load(&settings(), metrics.clone()).unwrap();
+    let engine = Engine::new(&Weights::load(&settings()).unwrap(), metrics.clone()).unwrap();
     assert_eq!(engine.max_model_len(), 256);
-    let (handle, thread) = engine.start(4).unwrap();
+    let (handle, guard) = engine.start(4).unwrap();
 
     // "What is the capital of France?" in the model's chat template; its answer is 8 tokens with the end token.
     let file: serde_json::Value =
@@ -127,7 +133,7 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     assert_eq!(handle.submit(five), Err(Refused::QueueFull { limit: 4 }));
 
     drop(handle);
-    thread.join().unwrap();
+    assert_eq!(wait(guard), End::Finished);
     assert_eq!(metrics.sequences.with_label_values(&["stop"]).get(), 1);
     assert_eq!(metrics.sequences.with_label_values(&["expired"]).get(), 1);
     assert_eq!(metrics.kv_blocks.with_label_values(&["held"]).get(), 0.0);

@@ -34,7 +34,23 @@ pub struct EngineMetrics {
     pub preemptions: IntCounter,
     /// By outcome: `stop`, `length`, `cancelled`, `expired`, `failed`.
     pub sequences: IntCounterVec,
+    /// By cause: [`FAULTS`].
+    pub faults: IntCounterVec,
+    /// By cause: `panicked`, `hung`.
+    pub restarts: IntCounterVec,
+    /// By outcome: `swapped`, `failed`.
+    pub model_changes: IntCounterVec,
 }
+
+/// What can go wrong in a step or in what follows it.
+pub const FAULTS: [&str; 6] = [
+    "not_a_number",
+    "sampler_panicked",
+    "step_failed",
+    "step_panicked",
+    "out_of_memory",
+    "device_lost",
+];
 
 /// The ways in which a sequence ends.
 pub const OUTCOMES: [&str; 5] = ["stop", "length", "cancelled", "expired", "failed"];
@@ -91,6 +107,24 @@ impl EngineMetrics {
                 "Sequences that ended; one cut at a stop string counts as cancelled, as one whose client left",
                 "outcome",
                 &OUTCOMES,
+            )?,
+            faults: make.counters(
+                "sconce_faults_total",
+                "Forward passes that failed, and rows that gave no token, by cause",
+                "cause",
+                &FAULTS,
+            )?,
+            restarts: make.counters(
+                "sconce_engine_restarts_total",
+                "Engines that failed as a whole and were started again, by cause",
+                "cause",
+                &["panicked", "hung"],
+            )?,
+            model_changes: make.counters(
+                "sconce_model_changes_total",
+                "Models that were to be swapped in while the server runs",
+                "outcome",
+                &["swapped", "failed"],
             )?,
         };
         Ok(metrics)
