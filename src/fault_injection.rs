@@ -14,7 +14,7 @@ pub enum Fault {
     Step,
     /// A forward pass with its row panics.
     StepPanic,
-    /// A forward pass with its row, once, has no memory.
+    /// A forward pass with its row, once, has no memory for more than one token.
     OutOfMemory,
     /// A forward pass with its row ends only when nobody waits for it any more.
     Hang,
@@ -26,9 +26,11 @@ pub enum Fault {
     Handler,
     /// Making text of its token panics.
     Detokenizer,
+    /// Loading the model that has this name panics.
+    Loader,
 }
 
-const NAMES: [(&str, Fault); 11] = [
+const NAMES: [(&str, Fault); 12] = [
     ("nan", Fault::NotANumber),
     ("infinity", Fault::Infinity),
     ("sampler", Fault::Sampler),
@@ -40,6 +42,7 @@ const NAMES: [(&str, Fault); 11] = [
     ("engine", Fault::Engine),
     ("handler", Fault::Handler),
     ("detokenizer", Fault::Detokenizer),
+    ("loader", Fault::Loader),
 ];
 
 impl Fault {

@@ -148,6 +148,10 @@ impl Server {
         }
         match &*self.stage.borrow() {
             Stage::Loading => Err(ApiError::loading()),
+            // The next engine is on its way, whether or not this has been noted yet.
+            Stage::Serving(model) if model.engine.as_ref().is_some_and(Handle::is_lost) => {
+                Err(Refused::EngineLost.into())
+            }
             Stage::Serving(model) => Ok(model.clone()),
             Stage::Restarting => Err(Refused::EngineLost.into()),
         }

@@ -266,10 +266,7 @@ async fn a_refusal_by_the_engine_has_its_status() {
         (429, &"1".parse().unwrap())
     );
     let lost = server(|_| Err(Refused::EngineLost));
-    assert_eq!(
-        error(&post(&lost, CHAT, hello(json!({}))).await),
-        (503, "engine_lost")
-    );
+    assert_eq!(error(&post(&lost, CHAT, hello(json!({}))).await), (503, "engine_lost"));
 }
 
 /// A server whose engine sends these events to every request, and then nothing more.

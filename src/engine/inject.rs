@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, thread, time::Duration};
 
-use super::{fault::StepError, watch::Pulse};
+use super::{budget::tokens, fault::StepError, watch::Pulse};
 use crate::{
     batching::{Plan, Scheduler, Sequence, SequenceId},
     fault_injection::Fault,
@@ -42,7 +42,7 @@ impl Faults {
                 Fault::Step => return Err(StepError::Failed("injected".into())),
                 Fault::StepPanic => panic!("injected: a forward pass"),
                 Fault::DeviceLost => return Err(StepError::DeviceLost("injected".into())),
-                Fault::OutOfMemory => {
+                Fault::OutOfMemory if tokens(&pass.rows) > 1 => {
                     self.0.remove(&id);
                     return Err(StepError::OutOfMemory("injected".into()));
                 }

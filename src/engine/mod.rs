@@ -89,6 +89,11 @@ impl Handle {
         Ok(())
     }
 
+    /// Whether the engine is lost: it takes no requests, and those it had were told, or are about to be.
+    pub fn is_lost(&self) -> bool {
+        self.watch.pulse.abandoned()
+    }
+
     /// Another engine takes the new requests: this one finishes its own, and `/metrics` shows the other's state.
     pub fn retire(&self) {
         self.watch.pulse.retire();
@@ -149,9 +154,9 @@ impl Engine {
         let timer = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
         let runner = run::Runner::new(self.model, inbox, timer, self.metrics, watch.clone());
         let (ending, ended) = oneshot::channel();
-        let waiters = watch.waiters.clone();
+        let watched = watch.clone();
         thread::Builder::new().name("engine".into()).spawn(move || {
-            let end = run_to_the_end(runner, &waiters);
+            let end = run_to_the_end(runner, &watched);
             // A guard that gave up does not listen any more.
             let _ = ending.send(end);
         })?;
@@ -168,12 +173,10 @@ impl Engine {
 }
 
 /// Runs the engine; whoever still waits when it ends is told before the runner, with their channels, goes.
-fn run_to_the_end(mut runner: run::Runner, waiters: &watch::Waiters) -> End {
+fn run_to_the_end(mut runner: run::Runner, watch: &watch::Watch) -> End {
     let end = catch_unwind(AssertUnwindSafe(|| runner.run()))
         .unwrap_or_else(|panic| End::Panicked(fault::panic_message(&*panic)));
-    if let Some(failure) = end.failure() {
-        waiters.close(&failure);
-    }
+    watch.tell(&end);
     end
 }
 

@@ -29,7 +29,7 @@ pub enum End {
 
 impl End {
     /// What those who waited are told, unless all have their answers.
-    pub(super) fn failure(&self) -> Option<Failure> {
+    fn failure(&self) -> Option<Failure> {
         match self {
             Self::Finished => None,
             Self::Panicked(_) => Some(Failure::EngineLost("it failed".into())),
@@ -69,7 +69,12 @@ impl Pulse {
         self.beat.store(0, Ordering::Relaxed);
     }
 
-    /// Whether others have given up on this thread: it is to end and touch nothing.
+    /// The engine is lost; whoever waits is told after this.
+    pub fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Release);
+    }
+
+    /// Whether the engine is lost. Its thread, if it still runs, is to end and touch nothing.
     pub fn abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
     }
@@ -153,6 +158,14 @@ impl Watch {
             waiters: Arc::new(Waiters::new()),
         }
     }
+
+    /// Unless the engine ended as it should, everyone who waits for it is told how it did.
+    pub fn tell(&self, end: &End) {
+        if let Some(failure) = end.failure() {
+            self.pulse.abandon();
+            self.waiters.close(&failure);
+        }
+    }
 }
 
 /// Watches one engine thread.
@@ -184,10 +197,7 @@ impl Guard {
     }
 
     fn give_up(&self) -> End {
-        self.watch.pulse.abandoned.store(true, Ordering::Release);
-        if let Some(failure) = End::Hung.failure() {
-            self.watch.waiters.close(&failure);
-        }
+        self.watch.tell(&End::Hung);
         End::Hung
     }
 }

@@ -242,6 +242,8 @@ impl Supervisor {
 
 /// Fetches the model if need be and reads it.
 fn load(settings: &Serve, name: String, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
+    #[cfg(any(test, feature = "fault-injection"))]
+    crate::fault_injection::Fault::Loader.panic_if_asked(&name, 0);
     let path = model_files::resolve(&name)?;
     let started = Instant::now();
     // The vocabulary takes a moment of its own, on one core.
