@@ -36,7 +36,7 @@ fn settings() -> Settings {
     }
 }
 
-fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::UnboundedReceiver<Event>) {
+pub(super) fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::UnboundedReceiver<Event>) {
     let (events, receiver) = mpsc::unbounded_channel();
     (
         Request {
@@ -52,7 +52,7 @@ fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::Unbounde
     )
 }
 
-fn greedy(max_tokens: usize) -> Sampling {
+pub(super) fn greedy(max_tokens: usize) -> Sampling {
     Sampling {
         temperature: 0.0,
         max_tokens,
@@ -137,4 +137,42 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     assert_eq!(metrics.sequences.with_label_values(&["stop"]).get(), 1);
     assert_eq!(metrics.sequences.with_label_values(&["expired"]).get(), 1);
     assert_eq!(metrics.kv_blocks.with_label_values(&["held"]).get(), 0.0);
+}
+
+#[test]
+fn whoever_leaves_frees_its_place_within_a_step() {
+    let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
+    let mut settings = settings();
+    (settings.batching.max_batch, settings.batching.step_tokens) = (1, 8);
+    let engine = Engine::new(&Weights::load(&settings).unwrap(), metrics.clone()).unwrap();
+    let (handle, guard) = engine.start(4).unwrap();
+    let wait_until = |condition: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed().as_secs() < 60);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    };
+    let held = || metrics.kv_blocks.with_label_values(&["held"]).get();
+    // In its prefill of 30 steps, and in its decode, each with another that waits behind it.
+    for (prompt, decodes) in [(vec![300; 240], 0), (vec![300; 4], 3)] {
+        let ignoring = Sampling {
+            ignore_eos: true,
+            ..greedy(1000)
+        };
+        let (runs, running) = request(prompt.clone(), ignoring);
+        let (waits, waiting) = request(prompt, greedy(1));
+        let (prefilled, decoded) = (metrics.prefill_tokens.get(), metrics.decode_tokens.get());
+        handle.submit(vec![runs, waits]).unwrap();
+        wait_until(&|| metrics.prefill_tokens.get() > prefilled && metrics.decode_tokens.get() >= decoded + decodes);
+        assert!(held() > 0.0);
+        drop((running, waiting));
+        let steps = metrics.step_seconds.get_sample_count();
+        wait_until(&|| held() == 0.0 && metrics.waiting.get() == 0.0);
+        // The step that ran as they left, and none after it.
+        assert!(metrics.step_seconds.get_sample_count() <= steps + 1);
+    }
+    drop(handle);
+    assert_eq!(wait(guard), End::Finished);
+    assert_eq!(metrics.sequences.with_label_values(&["cancelled"]).get(), 4);
 }

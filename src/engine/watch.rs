@@ -201,3 +201,46 @@ impl Guard {
         End::Hung
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::engine::tests::{greedy, request};
+
+    #[test]
+    fn those_who_wait_are_told_once_and_nobody_enters_after_them() {
+        let watch = Watch::new();
+        let (waiting, mut told) = request(vec![1], greedy(1));
+        let (answered, mut done) = request(vec![1], greedy(1));
+        assert!(watch.waiters.enter(std::slice::from_ref(&waiting)));
+        assert!(watch.waiters.enter(std::slice::from_ref(&answered)));
+        drop(answered);
+        watch.tell(&End::Finished);
+        assert!(told.try_recv().is_err());
+        watch.tell(&End::Hung);
+        watch.tell(&End::Hung);
+        assert!(matches!(told.try_recv(), Ok(Event::Failed(Failure::EngineLost(_)))));
+        assert_eq!(told.try_recv(), Err(mpsc::error::TryRecvError::Empty));
+        assert_eq!(done.try_recv(), Err(mpsc::error::TryRecvError::Disconnected));
+        assert!(watch.pulse.abandoned() && !watch.waiters.enter(&[waiting]));
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_rests_is_not_given_up_and_one_that_is_silent_in_its_work_is() {
+        let watch = Watch::new();
+        let (_thread, ended) = oneshot::channel();
+        let guard = Guard {
+            watch: watch.clone(),
+            ended,
+            step_timeout: Duration::from_millis(20),
+        };
+        let guarding = tokio::spawn(guard.wait());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!guarding.is_finished() && !watch.pulse.abandoned());
+        watch.pulse.beat();
+        assert_eq!(guarding.await.unwrap(), End::Hung);
+        assert!(watch.pulse.abandoned());
+    }
+}
