@@ -34,7 +34,7 @@ pub struct EngineMetrics {
     pub preemptions: IntCounter,
     /// By outcome: `stop`, `length`, `cancelled`, `expired`, `failed`.
     pub sequences: IntCounterVec,
-    /// By cause: [`FAULTS`].
+    /// By cause, see `FAULTS`.
     pub faults: IntCounterVec,
     /// By cause: `panicked`, `hung`.
     pub restarts: IntCounterVec,
