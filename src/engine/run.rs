@@ -296,11 +296,12 @@ impl Runner {
 
     /// Ends a sequence: its last event, its blocks, its place.
     pub(super) fn end(&mut self, id: SequenceId, outcome: &str, event: Option<Event>) {
+        self.model.scheduler.remove(id, Instant::now());
+        // Counted before its client hears of it, who may look.
+        self.metrics.sequences.with_label_values(&[outcome]).inc();
         if let (Some(client), Some(event)) = (self.clients.remove(&id), event) {
             let _ = client.events.send(event);
         }
-        self.model.scheduler.remove(id, Instant::now());
-        self.metrics.sequences.with_label_values(&[outcome]).inc();
     }
 
     /// Publishes the scheduler's present state.
