@@ -166,6 +166,10 @@ pub struct Model {
     /// beside them
     #[arg(long, value_name = "SHARE", default_value = "0.25", value_parser = values::share)]
     pub pin_memory: f64,
+    /// A step that runs longer than this is hung: its engine is given up and started again
+    #[arg(long, value_name = "DURATION", default_value = "5m")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(100), Duration::from_secs(24 * 3600)))]
+    pub step_timeout: Duration,
     /// Threads that compute; unset, one a core
     #[arg(long, value_parser = count(1, 1024))]
     pub threads: Option<usize>,
@@ -243,7 +247,7 @@ pub struct Http {
     /// The largest request body
     #[arg(long, value_name = "BYTES", default_value = "4MiB", value_parser = |s: &str| values::bytes(s, 1 << 10, 1 << 30))]
     pub max_body: u64,
-    /// Let clients change batching settings through `/admin/batching`; only with a `--host` that is a loopback address
+    /// Let clients change batching settings and the model through `/admin`; only with a `--host` that is a loopback address
     #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, value_parser = BoolishValueParser::new())]
     pub admin: bool,

@@ -12,6 +12,8 @@ pub mod batching;
 pub mod commands;
 pub mod config;
 pub mod engine;
+#[cfg(any(test, feature = "fault-injection"))]
+pub mod fault_injection;
 pub mod request;
 pub mod telemetry;
 pub mod text;

@@ -173,4 +173,10 @@ pub enum Failure {
     ShuttingDown,
     #[error("the step that ran this request failed: {0}")]
     Step(String),
+    #[error("choosing this request's next token failed; please report it with its x-request-id")]
+    Sampler,
+    #[error("making text of this request's tokens failed; please report it with its x-request-id")]
+    Text,
+    #[error("the engine was lost while it ran this request: {0}; send it again in a moment")]
+    EngineLost(String),
 }

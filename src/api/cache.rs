@@ -26,13 +26,6 @@ const MAX_TTL: f64 = 3650.0 * 24.0 * 3600.0;
 /// Prefixes in a report, of each kind.
 const SHOWN: usize = 10;
 
-/// The way to the cache.
-pub(super) struct Cache {
-    engine: Handle,
-    /// Whether clients may pin and unpin.
-    open: bool,
-}
-
 /// A prompt of the settings file that is to be pinned.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -85,21 +78,14 @@ pub(super) struct Pinned {
 }
 
 impl Server {
-    /// Shows this engine's cache under `/v1/cache`; `open` lets clients pin prompts in it.
-    pub fn serve_cache(&self, engine: Handle, open: bool) {
-        // Only the first call counts, as with the model.
-        let _ = self.cache.set(Cache { engine, open });
-    }
-
-    fn cache(&self) -> Result<&Cache, ApiError> {
-        self.cache.get().ok_or_else(ApiError::loading)
+    fn cache(&self) -> Result<Handle, ApiError> {
+        self.engine().ok_or_else(ApiError::loading)
     }
 
     /// The way to change what is pinned.
-    fn pins(&self) -> Result<&Handle, ApiError> {
-        let cache = self.cache()?;
-        if cache.open {
-            return Ok(&cache.engine);
+    fn pins(&self) -> Result<Handle, ApiError> {
+        if self.settings.pinning {
+            return self.cache();
         }
         Err(ApiError::forbidden(
             "forbidden",
@@ -114,7 +100,7 @@ pub(super) async fn show(
     State(server): State<Arc<Server>>,
     Extension(caller): Extension<Caller>,
 ) -> Result<Json<Value>, ApiError> {
-    let report = server.cache()?.engine.cache_report(caller.tenant.name.clone()).await?;
+    let report = server.cache()?.cache_report(caller.tenant.name.clone()).await?;
     Ok(Json(readable(report)))
 }
 
@@ -123,7 +109,7 @@ pub(super) async fn list(
     State(server): State<Arc<Server>>,
     Extension(caller): Extension<Caller>,
 ) -> Result<Json<Value>, ApiError> {
-    let report = server.cache()?.engine.cache_report(caller.tenant.name.clone()).await?;
+    let report = server.cache()?.cache_report(caller.tenant.name.clone()).await?;
     let data: Vec<_> = report.prompts.into_iter().map(pinned).collect();
     Ok(Json(json!({"object": "list", "data": data})))
 }
@@ -137,7 +123,7 @@ pub(super) async fn pin(
     let arrival = Instant::now();
     let engine = server.pins()?;
     let shared = server.clone();
-    let asked = body::read(bytes, move |bytes| checked(shared.model()?, body::parse(bytes)?)).await?;
+    let asked = body::read(bytes, move |bytes| checked(&*shared.model()?, body::parse(bytes)?)).await?;
     let pin = PinRequest {
         id: format!("pin-{:016x}", rand::random::<u64>()),
         owner: Some(caller.tenant.name.clone()),

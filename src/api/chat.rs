@@ -28,12 +28,12 @@ pub(super) async fn chat_completions(
     let arrival = Instant::now();
     let timeout = deadline::of_header(&headers)?;
     let shared = server.clone();
-    let mut plan = body::read(bytes, move |bytes| plan(shared.model()?, body::parse(bytes)?)).await?;
+    let mut plan = body::read(bytes, move |bytes| plan(&shared.model()?, body::parse(bytes)?)).await?;
     plan.params.timeout = deadline::shortest(&[plan.params.timeout, timeout]);
     respond(server, plan, &caller, arrival).await
 }
 
-fn plan(model: &Model, mut body: Body) -> Result<Plan, ApiError> {
+fn plan(model: &Arc<Model>, mut body: Body) -> Result<Plan, ApiError> {
     let name = model.served_name(body.model.as_deref())?;
     if body.echo == Some(true) || !asks_nothing(&body.prompt) {
         let field = if body.echo == Some(true) { "echo" } else { "prompt" };
@@ -47,6 +47,7 @@ fn plan(model: &Model, mut body: Body) -> Result<Plan, ApiError> {
     let prompt = messages::prompt(model, body.messages.take(), true)?;
     Ok(Plan {
         shape: Shape::Chat,
+        served: model.clone(),
         model: name,
         prompts: vec![prompt],
         params,

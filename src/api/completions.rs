@@ -32,14 +32,14 @@ pub(super) async fn completions(
     let timeout = deadline::of_header(&headers)?;
     let shared = server.clone();
     let plan = body::read(bytes, move |bytes| {
-        plan(shared.model()?, body::parse(bytes)?, shared.settings.max_choices)
+        plan(&shared.model()?, body::parse(bytes)?, shared.settings.max_choices)
     });
     let mut plan = plan.await?;
     plan.params.timeout = deadline::shortest(&[plan.params.timeout, timeout]);
     respond(server, plan, &caller, arrival).await
 }
 
-fn plan(model: &Model, mut body: Body, max_choices: usize) -> Result<Plan, ApiError> {
+fn plan(model: &Arc<Model>, mut body: Body, max_choices: usize) -> Result<Plan, ApiError> {
     let name = model.served_name(body.model.as_deref())?;
     if body.messages.is_some() {
         return Err(ApiError::unsupported(
@@ -77,6 +77,7 @@ fn plan(model: &Model, mut body: Body, max_choices: usize) -> Result<Plan, ApiEr
         .map(|(i, prompt)| prompt.check(model, &at(i), echo));
     Ok(Plan {
         shape: Shape::Completion,
+        served: model.clone(),
         model: name,
         prompts: prompts.collect::<Result<_, _>>()?,
         params,
@@ -196,7 +197,7 @@ mod tests {
     fn a_prompt_must_be_the_models_and_fit() {
         let plan = |prompt: Value| {
             let body = serde_json::from_value(json!({"prompt": prompt})).unwrap();
-            plan(&model(), body, 4)
+            plan(&Arc::new(model()), body, 4)
                 .map(|plan| plan.prompts.len())
                 .map_err(|e| e.body()["error"].take())
         };

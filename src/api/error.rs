@@ -190,6 +190,11 @@ impl ApiError {
         }
     }
 
+    /// The engine is being started again; `message` says what became of the request.
+    pub fn engine_lost(message: &str) -> Self {
+        Self::unavailable("engine_lost", &sentence(message), 1)
+    }
+
     fn unavailable(code: &'static str, message: &str, retry_after: u16) -> Self {
         Self {
             retry_after: Some(retry_after),
@@ -200,6 +205,16 @@ impl ApiError {
                 message,
             )
         }
+    }
+
+    /// A change that cannot be made now, because another is being made.
+    pub fn conflict(message: impl Into<String>) -> Self {
+        Self::new(
+            StatusCode::CONFLICT,
+            "invalid_request_error",
+            Some("change_in_progress"),
+            message,
+        )
     }
 
     /// Something this server should not have done; `message` goes to the client.
@@ -239,7 +254,7 @@ impl From<Refused> for ApiError {
                 sentence(&refusal.to_string()),
                 refusal.retry_after,
             ),
-            Refused::ShuttingDown => Self::shutting_down(),
+            Refused::EngineLost => Self::engine_lost(&refused.to_string()),
         }
     }
 }
@@ -258,6 +273,9 @@ impl From<Failure> for ApiError {
             Failure::NotANumber => Self::failed("not_a_number", message),
             Failure::Step(_) => Self::failed("step_failed", message),
             Failure::ShuttingDown => Self::unavailable("shutting_down", &message, 5),
+            Failure::EngineLost(_) => Self::engine_lost(&message),
+            Failure::Sampler => Self::failed("sampler_failed", message),
+            Failure::Text => Self::failed("text_failed", message),
         }
     }
 }
@@ -328,7 +346,7 @@ mod tests {
             assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
             assert_eq!(response.headers()[header::RETRY_AFTER], "3");
         }
-        let response = ApiError::from(Refused::ShuttingDown).into_response();
+        let response = ApiError::from(Refused::EngineLost).into_response();
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert!(response.headers().contains_key(header::RETRY_AFTER));
     }
@@ -340,5 +358,6 @@ mod tests {
         assert_eq!(status(Failure::ShuttingDown), 503);
         assert_eq!(status(Failure::NotANumber), 500);
         assert_eq!(status(Failure::Step("lost".into())), 500);
+        assert_eq!(status(Failure::EngineLost("lost".into())), 503);
     }
 }

@@ -1,6 +1,7 @@
 //! From a checked request to engine requests, and from their events to the choices of one response.
 
 use std::future::poll_fn;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -15,10 +16,13 @@ use super::ending::Running;
 use super::error::ApiError;
 use super::keys::Reservation;
 use super::middleware::Caller;
+use super::observe::Place;
 use super::params::Params;
 use super::shape::{Shape, finish_reason};
 use super::types::{PromptDetails, Timing, Usage};
 use super::{Model, Server};
+#[cfg(any(test, feature = "fault-injection"))]
+use crate::fault_injection::Fault;
 use crate::request::{Event, Failure, FinishReason, Request, Sampling, TokenId};
 use crate::text::{Detokenizer, Start};
 
@@ -26,9 +30,10 @@ use crate::text::{Detokenizer, Start};
 const COMPLETION_TOKENS: usize = 16;
 
 /// What to generate.
-#[derive(Debug)]
 pub(super) struct Plan {
     pub shape: Shape,
+    /// The model that the prompts were made for.
+    pub served: Arc<Model>,
     /// The name the client called the model by.
     pub model: String,
     pub prompts: Vec<Prompt>,
@@ -65,6 +70,8 @@ impl Prompt {
 /// The sequences of one client request, running. Dropping it cancels those that have not ended.
 pub(super) struct Generation {
     server: Arc<Server>,
+    #[cfg(any(test, feature = "fault-injection"))]
+    id: String,
     choices: Vec<Choice>,
     /// The choices that have not ended, by index.
     live: Vec<(usize, UnboundedReceiver<Event>)>,
@@ -90,7 +97,7 @@ impl Generation {
     pub fn start(server: Arc<Server>, plan: Plan, caller: &Caller, arrival: Instant) -> Result<Self, ApiError> {
         // The first word stands; it is the same for all of a request.
         let _ = caller.report.tenant.set(caller.tenant.clone());
-        let model = server.model()?;
+        let model = &*plan.served;
         let running = server.ending.begin().ok_or_else(ApiError::shutting_down)?;
         let n = plan.params.n;
         let most = server.settings.max_choices;
@@ -130,6 +137,8 @@ impl Generation {
         server.observer.accepted(prompt_tokens);
         Ok(Self {
             server,
+            #[cfg(any(test, feature = "fault-injection"))]
+            id: caller.id.clone(),
             choices,
             live,
             turn: 0,
@@ -160,7 +169,13 @@ impl Generation {
                 event = poll_fn(|context| poll_event(live, turn, context)) => event,
                 () = self.running.cut() => return Some(Err(Failure::ShuttingDown)),
             };
-            match self.take(slot, event) {
+            // A panic here would end the connection without a word.
+            let taken = catch_unwind(AssertUnwindSafe(|| self.take(slot, event)));
+            let taken = taken.unwrap_or_else(|_| {
+                self.server.observer.panicked(Place::Text);
+                Err(Failure::Text)
+            });
+            match taken {
                 Ok(Some(delta)) => return Some(Ok(delta)),
                 Ok(None) => {}
                 Err(failure) => {
@@ -186,6 +201,8 @@ impl Generation {
                 return Ok(None);
             }
             Some(Event::Token(token)) => {
+                #[cfg(any(test, feature = "fault-injection"))]
+                Fault::Detokenizer.panic_if_asked(&self.id, choice.tokens);
                 self.server.observer.token();
                 if choice.first.is_none() {
                     self.server
@@ -198,7 +215,7 @@ impl Generation {
             // The other choices may have tokens that are worth having.
             Some(Event::Failed(Failure::DeadlinePassed)) if several => choice.finish(FinishReason::Deadline),
             Some(Event::Failed(failure)) => return Err(failure),
-            None => return Err(Failure::Step("the engine ended without a word".to_string())),
+            None => return Err(Failure::EngineLost("it ended without a word".to_string())),
         };
         if let Some(reason) = delta.finish {
             if self.end.is_none() || reason == FinishReason::Length {

@@ -1,6 +1,5 @@
 //! What happens around every request: its id, its count, and a panic that stays its own.
 
-use std::any::Any;
 use std::sync::Arc;
 
 use axum::extract::{MatchedPath, Request, State};
@@ -14,6 +13,7 @@ use super::Server;
 use super::access::{Exchange, Report};
 use super::error::ApiError;
 use super::keys::{Key, Reservation};
+use super::observe::Place;
 use crate::request::Tenant;
 
 const HEADER: &str = "x-request-id";
@@ -85,6 +85,7 @@ pub(super) async fn observe(State(server): State<Arc<Server>>, mut request: Requ
 }
 
 /// The answer of a handler that panicked. What it panicked with is logged by the panic hook, and not for the client.
-pub(super) fn panicked(_: Box<dyn Any + Send + 'static>) -> Response {
+pub(super) fn panicked(server: &Server) -> Response {
+    server.observer.panicked(Place::Handler);
     ApiError::internal("The server failed on this request. Please report it with its x-request-id.").into_response()
 }

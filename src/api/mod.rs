@@ -42,11 +42,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{delete, get, post};
+use tokio::sync::{mpsc, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::engine::{Handle, Refused};
 use crate::request::{Request, Tenant};
 use crate::text::{ChatTemplate, Tokenizer};
+pub use admin::{ModelCommand, ModelState, NotChanged};
 pub use cache::{ConfiguredPrompt, NotPinned, pin_configured};
 use ending::Ending;
 use error::ApiError;
@@ -64,8 +66,8 @@ pub struct ApiSettings {
     pub read_timeout: Duration,
     /// The most sequences one request may ask for: its prompts times `n`.
     pub max_choices: usize,
-    /// Lets clients change the engine's settings under `/admin`, which is otherwise unknown.
-    pub admin: bool,
+    /// Whether clients may pin prompts in the cache.
+    pub pinning: bool,
 }
 
 /// [`ApiSettings::max_choices`] where the queue has room for more.
@@ -84,18 +86,26 @@ pub struct Model {
     pub vocab_size: usize,
     pub tokenizer: Tokenizer,
     /// Base models have none; they take no chat requests.
-    pub template: Option<ChatTemplate>,
+    pub template: Option<Arc<ChatTemplate>>,
     pub submit: Submit,
     /// The way to the engine's settings and its cache.
     pub engine: Option<Handle>,
 }
 
+/// What stands behind the API now.
+#[derive(Clone)]
+enum Stage {
+    Loading,
+    /// Requests that were begun with this model end with it, whatever comes after it.
+    Serving(Arc<Model>),
+    Restarting,
+}
+
 /// All that the handlers share. It exists before the model is loaded, so that `/health` answers meanwhile.
 pub struct Server {
-    model: OnceLock<Model>,
-    cache: OnceLock<cache::Cache>,
-    /// Whether `/admin` is allowed.
-    admin: bool,
+    stage: watch::Sender<Stage>,
+    /// Set where `/admin` is allowed: the way to whoever loads models.
+    admin: OnceLock<mpsc::Sender<ModelCommand>>,
     ending: Ending,
     settings: ApiSettings,
     /// What of the settings changes while the server runs, seldom; each request reads it once.
@@ -119,9 +129,8 @@ impl Server {
         metrics_text: impl Fn() -> String + Send + Sync + 'static,
     ) -> Self {
         Self {
-            model: OnceLock::new(),
-            cache: OnceLock::new(),
-            admin: settings.admin,
+            stage: watch::Sender::new(Stage::Loading),
+            admin: OnceLock::new(),
             request_timeout: RwLock::new(settings.request_timeout),
             ending: Ending::new(),
             settings,
@@ -140,23 +149,37 @@ impl Server {
         self
     }
 
-    /// The model is loaded: `/ready` says so from now on. Only the first call counts.
-    pub fn serve_model(&self, model: Model) {
-        // A second model would have nowhere to go; the first stays.
-        let _ = self.model.set(model);
+    /// New requests go to this model from now on, and `/ready` says that they may; those that run end with the model
+    /// that they began with.
+    pub fn serve_model(&self, model: Arc<Model>) {
+        self.stage.send_replace(Stage::Serving(model));
     }
 
-    /// The way to the engine, once there is one.
-    pub fn engine(&self) -> Option<&Handle> {
-        self.model.get()?.engine.as_ref()
+    /// The model's engine is lost: `/ready` answers 503 and new requests are refused until there is a model again.
+    pub fn restarting(&self) {
+        self.stage.send_replace(Stage::Restarting);
+    }
+
+    /// The way to the engine that serves, while there is one.
+    pub fn engine(&self) -> Option<Handle> {
+        match &*self.stage.borrow() {
+            Stage::Serving(model) => model.engine.clone(),
+            Stage::Loading | Stage::Restarting => None,
+        }
     }
 
     /// The engine, for clients that may change its settings; without the server's leave `path` is as unknown as any.
-    fn admin_engine(&self, method: &str, path: &str) -> Result<&Handle, ApiError> {
-        if !self.admin {
+    fn admin_engine(&self, method: &str, path: &str) -> Result<Handle, ApiError> {
+        if self.admin.get().is_none() {
             return Err(ApiError::unknown_path(method, path));
         }
         self.engine().ok_or_else(ApiError::loading)
+    }
+
+    /// Lets clients change settings and models under `/admin`, which is otherwise unknown.
+    pub fn allow_admin(&self, models: mpsc::Sender<ModelCommand>) {
+        // There is one loader of models, and it asks once.
+        let _ = self.admin.set(models);
     }
 
     /// Requests that come from now on fail after so long.
@@ -184,12 +207,20 @@ impl Server {
         self.ending.cut()
     }
 
-    /// The model, if it is loaded and the server is not shutting down.
-    fn model(&self) -> Result<&Model, ApiError> {
+    /// The model, if there is one now and the server is not shutting down.
+    fn model(&self) -> Result<Arc<Model>, ApiError> {
         if self.ending.stopping() {
             return Err(ApiError::shutting_down());
         }
-        self.model.get().ok_or_else(ApiError::loading)
+        match &*self.stage.borrow() {
+            Stage::Loading => Err(ApiError::loading()),
+            // The next engine is on its way, whether or not this has been noted yet.
+            Stage::Serving(model) if model.engine.as_ref().is_some_and(Handle::is_lost) => {
+                Err(Refused::EngineLost.into())
+            }
+            Stage::Serving(model) => Ok(model.clone()),
+            Stage::Restarting => Err(Refused::EngineLost.into()),
+        }
     }
 }
 
@@ -206,6 +237,7 @@ impl Model {
 
 /// Every route the server answers.
 pub fn router(server: Arc<Server>) -> Router {
+    let counting = server.clone();
     Router::new()
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))
@@ -222,13 +254,14 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/v1/cache/save", post(cache_save::save))
         .route("/admin/batching", get(admin::show).post(admin::change))
         .route("/debug/trace", get(debug::trace))
+        .route("/admin/model", get(admin::show_model).post(admin::change_model))
         .fallback(service::unknown_path)
         .method_not_allowed_fallback(service::wrong_method)
         // Bodies are bounded by the next layer, before the handlers take them.
         .layer(DefaultBodyLimit::disable())
         .layer(axum::middleware::from_fn_with_state(server.clone(), limits::bound))
         .layer(axum::middleware::from_fn_with_state(server.clone(), auth::authenticate))
-        .layer(CatchPanicLayer::custom(middleware::panicked))
+        .layer(CatchPanicLayer::custom(move |_| middleware::panicked(&counting)))
         .layer(axum::middleware::from_fn_with_state(
             server.clone(),
             middleware::observe,

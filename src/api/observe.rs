@@ -48,6 +48,14 @@ pub struct Observer {
     request: Histogram,
     prompt_tokens: IntCounter,
     completion_tokens: IntCounter,
+    panics: IntCounterVec,
+}
+
+/// Where a request's own panic was caught.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    Handler,
+    Text,
 }
 
 impl Observer {
@@ -89,6 +97,18 @@ impl Observer {
         for cause in ["stalled", "too_many"] {
             connections_cut.with_label_values(&[cause]);
         }
+        let panics = IntCounterVec::new(
+            Opts::new(
+                "sconce_request_panics_total",
+                "Requests that failed by a panic of their own outside the engine, by place.",
+            ),
+            &["place"],
+        )?;
+        registry.register(Box::new(panics.clone()))?;
+        // Counters that a client can see from the start, at zero.
+        for place in ["handler", "text"] {
+            panics.with_label_values(&[place]);
+        }
         requests.with_label_values(&["/v1/chat/completions", "200"]);
         Ok(Self {
             requests,
@@ -103,6 +123,7 @@ impl Observer {
                 &CUTS,
             )?,
             connections_cut,
+            panics,
             first_token: histogram(
                 "sconce_time_to_first_token_seconds",
                 "Time from a request's arrival to the first token of each choice.",
@@ -149,6 +170,14 @@ impl Observer {
 
     pub(super) fn connection_cut(&self, cause: &str) {
         self.connections_cut.with_label_values(&[cause]).inc();
+    }
+
+    pub(super) fn panicked(&self, place: Place) {
+        let place = match place {
+            Place::Handler => "handler",
+            Place::Text => "text",
+        };
+        self.panics.with_label_values(&[place]).inc();
     }
 
     pub(super) fn accepted(&self, prompt_tokens: usize) {

@@ -35,7 +35,7 @@ pub(super) fn token(id: TokenId) -> Token {
 
 /// The default model with an engine that takes nothing.
 pub(super) fn model() -> Model {
-    model_with(Box::new(|_| Err(Refused::ShuttingDown)))
+    model_with(Box::new(|_| Err(Refused::EngineLost)))
 }
 
 fn model_with(submit: Submit) -> Model {
@@ -45,7 +45,7 @@ fn model_with(submit: Submit) -> Model {
         max_model_len: 8192,
         vocab_size: 49_152,
         tokenizer: tokenizer(),
-        template,
+        template: template.map(Arc::new),
         submit,
         engine: None,
     }
@@ -73,7 +73,7 @@ pub(super) fn impatient(read_timeout: Duration) -> Arc<Server> {
         max_body_bytes: 1 << 20,
         max_choices: 8,
         request_timeout: None,
-        admin: false,
+        pinning: true,
         read_timeout,
     })
 }
@@ -91,11 +91,11 @@ fn server_with(
         max_body_bytes: 1 << 20,
         max_choices: 8,
         request_timeout: None,
-        admin: false,
+        pinning: true,
         read_timeout: Duration::from_secs(60),
     });
     let server = Arc::new(server.with_keys(keys));
-    server.serve_model(model_with(Box::new(submit)));
+    server.serve_model(Arc::new(model_with(Box::new(submit))));
     server
 }
 

@@ -270,11 +270,8 @@ async fn a_refusal_by_the_engine_has_its_status() {
         (response.status().as_u16(), &response.headers()["retry-after"]),
         (429, &"1".parse().unwrap())
     );
-    let stopping = server(|_| Err(Refused::ShuttingDown));
-    assert_eq!(
-        error(&post(&stopping, CHAT, hello(json!({}))).await),
-        (503, "shutting_down")
-    );
+    let lost = server(|_| Err(Refused::EngineLost));
+    assert_eq!(error(&post(&lost, CHAT, hello(json!({}))).await), (503, "engine_lost"));
 }
 
 /// A server whose engine sends these events to every request, and then nothing more.
@@ -297,7 +294,8 @@ async fn a_failure_before_the_first_token_has_its_status_even_in_a_stream() {
         assert_eq!(error(&answer), (504, "deadline_passed"));
     }
     let silent = sending(vec![]);
-    assert_eq!(post(&silent, CHAT, hello(json!({}))).await.0, 500);
+    let answer = post(&silent, CHAT, hello(json!({}))).await;
+    assert_eq!(error(&answer), (503, "engine_lost"));
 }
 
 #[tokio::test]
@@ -386,7 +384,7 @@ async fn the_server_is_alive_before_it_is_ready() {
         max_body_bytes: 1 << 20,
         max_choices: 8,
         request_timeout: None,
-        admin: false,
+        pinning: true,
         read_timeout: Duration::from_secs(60),
     });
     assert_eq!(get(&loading, "/health").await.0, 200);

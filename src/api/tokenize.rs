@@ -44,14 +44,14 @@ pub(super) struct Detokenized {
 
 pub(super) async fn tokenize(State(server): State<Arc<Server>>, bytes: Bytes) -> Result<Json<Tokenized>, ApiError> {
     let shared = server.clone();
-    body::read(bytes, move |bytes| encode(shared.model()?, body::parse(bytes)?))
+    body::read(bytes, move |bytes| encode(&*shared.model()?, body::parse(bytes)?))
         .await
         .map(Json)
 }
 
 pub(super) async fn detokenize(State(server): State<Arc<Server>>, bytes: Bytes) -> Result<Json<Detokenized>, ApiError> {
     let shared = server.clone();
-    body::read(bytes, move |bytes| decode(shared.model()?, body::parse(bytes)?))
+    body::read(bytes, move |bytes| decode(&*shared.model()?, body::parse(bytes)?))
         .await
         .map(Json)
 }

@@ -3,28 +3,26 @@
 mod drain;
 mod reload;
 
-use std::{
-    io,
-    net::SocketAddr,
-    panic::resume_unwind,
-    path::Path,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use prometheus::Registry;
-use tokio::{net::TcpListener, runtime::Handle, sync::oneshot};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot},
+};
 
-use super::{device, model_files, model_files::PullError};
+mod supervisor;
+
+use super::{device, model_files::PullError};
 use crate::{
     api::{self, ApiSettings, listen},
     batching,
     config::{self, Serve, Setting},
-    engine::{self, Engine, LoadError},
+    engine::{self, LoadError},
     telemetry::{self, EngineMetrics},
-    text::{ChatTemplate, TextError, Tokenizer},
+    text::TextError,
 };
+use supervisor::Supervisor;
 
 /// Why the server could not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -52,8 +50,10 @@ pub enum ServeError {
     NotPinned(#[from] api::NotPinned),
     #[error("the model could not be loaded: its file made the loader panic; fetch it again")]
     LoadPanicked,
-    #[error("the engine ended by a panic; every waiting client was told; start the server again")]
+    #[error("the engine failed too often; every waiting client was told; see the log for what failed")]
     EngineLost,
+    #[error("the device was lost: {0}; every waiting client was told; reset the device and start the server again")]
+    DeviceLost(String),
     #[error("cannot start: {0}")]
     Start(#[from] io::Error),
     #[error("cannot register metrics: {0}")]
@@ -84,7 +84,7 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
     let keys = keys(&settings.http, local)?;
     let patience = patience(&settings.http);
     let (registry, metrics, observer) = metrics()?;
-    let server = api::Server::new(api_settings(&settings), observer, move || {
+    let server = api::Server::new(api_settings(&settings, local), observer, move || {
         telemetry::exposition(&registry)
     });
     let server = Arc::new(server.with_keys(keys));
@@ -93,8 +93,12 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
     let (closing, closed) = oneshot::channel();
     let drained = drain::drained(server.clone(), signals, settings.life.drain_timeout, closing);
     tokio::spawn(reload::on_hangup(hangups, server.clone(), written));
-    let loading = server.clone();
-    let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, local));
+    let (commands, models) = mpsc::channel(1);
+    if settings.http.admin {
+        server.allow_admin(commands);
+    }
+    let supervisor = Supervisor::new(settings, metrics, server.clone());
+    let engine = supervisor.run(models, |name| print_example(local, name));
     tokio::select! {
         () = listen::serve(listener, server.clone(), patience, drained) => {}
         () = drain::closed_late(closed) => {}
@@ -102,11 +106,11 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
             server.stop_accepting();
             // Whoever waits is told by the end of their events; the answers need a moment to go out.
             tokio::time::sleep(Duration::from_millis(300)).await;
-            return ended.unwrap_or(Err(ServeError::LoadPanicked));
+            return ended;
         }
     }
     if let Some(engine) = server.engine() {
-        drain::save(engine).await;
+        drain::save(&engine).await;
     }
     Ok(())
 }
@@ -132,26 +136,6 @@ fn keys(settings: &config::Http, local: SocketAddr) -> Result<Option<api::Keys>,
     Ok(Some(keys))
 }
 
-/// Loads the model, lets clients in, and returns when there is no engine any more, or never was.
-fn run_engine(
-    settings: &Serve,
-    metrics: Arc<EngineMetrics>,
-    server: &api::Server,
-    address: SocketAddr,
-) -> Result<(), ServeError> {
-    let (model, thread) = load(settings, metrics)?;
-    if let Some(engine) = model.engine.clone() {
-        let pinning = api::pin_configured(&model, &engine, &settings.pins);
-        Handle::current().block_on(pinning)?;
-        let pinning = address.ip().is_loopback() || settings.http.api_keys.is_some();
-        server.serve_cache(engine, pinning);
-    }
-    let name = model.names[0].clone();
-    server.serve_model(model);
-    print_example(address, &name);
-    thread.join().map_err(|_| ServeError::EngineLost)
-}
-
 /// Everything that `/metrics` shows.
 fn metrics() -> Result<(Registry, Arc<EngineMetrics>, api::Observer), prometheus::Error> {
     let registry = Registry::new();
@@ -163,16 +147,17 @@ fn metrics() -> Result<(Registry, Arc<EngineMetrics>, api::Observer), prometheus
     Ok((registry, metrics, observer))
 }
 
-fn api_settings(settings: &Serve) -> ApiSettings {
+fn api_settings(settings: &Serve, local: SocketAddr) -> ApiSettings {
     ApiSettings {
         max_body_bytes: settings.http.max_body as usize,
         read_timeout: settings.http.read_timeout,
         request_timeout: Some(settings.http.request_timeout),
         max_choices: settings.batching.queue.min(api::MAX_CHOICES),
-        admin: settings.http.admin,
+        pinning: local.ip().is_loopback() || settings.http.api_keys.is_some(),
     }
 }
 
+/// What the engine takes on.
 fn limits(settings: &Serve) -> batching::Limits {
     let batching = &settings.batching;
     batching::Limits {
@@ -181,39 +166,6 @@ fn limits(settings: &Serve) -> batching::Limits {
         in_flight: batching.max_in_flight,
         key_share: batching.key_share,
     }
-}
-
-/// A model for the HTTP side, and its engine's thread.
-type Loaded = (api::Model, thread::JoinHandle<()>);
-
-/// Fetches the model if need be, loads it, and starts the engine.
-fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
-    let path = model_files::resolve(&settings.choice.model)?;
-    let started = Instant::now();
-    // The vocabulary takes a moment of its own, on one core.
-    let (engine, tokenizer, template) = thread::scope(|scope| {
-        let text = scope.spawn(|| Ok::<_, TextError>((Tokenizer::open(&path)?, ChatTemplate::open(&path)?)));
-        let engine = Engine::load(&engine_settings(settings, &path)?, metrics)?;
-        let (tokenizer, template) = text.join().unwrap_or_else(|panic| resume_unwind(panic))?;
-        Ok::<_, ServeError>((engine, tokenizer, template))
-    })?;
-    let (max_model_len, vocab_size, kv_tokens) = (engine.max_model_len(), engine.vocab_size(), engine.kv_tokens());
-    let (handle, thread) = engine.start(limits(settings))?;
-    tracing::info!(
-        path = %path.display(), seconds = started.elapsed().as_secs_f64(), max_model_len, kv_tokens, "model loaded"
-    );
-    let name = settings.http.served_model_name.clone();
-    let queue = handle.clone();
-    let model = api::Model {
-        names: vec![name.unwrap_or_else(|| settings.choice.model.clone())],
-        max_model_len,
-        vocab_size,
-        tokenizer,
-        template,
-        submit: Box::new(move |requests| queue.submit(requests)),
-        engine: Some(handle),
-    };
-    Ok((model, thread))
 }
 
 /// The engine's part of the settings.
@@ -239,6 +191,7 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
         cache_file: settings.life.cache_file.clone(),
         cache_scope: model.cache_scope,
         pin_share: model.pin_memory,
+        step_timeout: model.step_timeout,
     })
 }
 

@@ -96,8 +96,11 @@ impl Handle {
             .ask(std::slice::from_ref(&request), Instant::now())
             .map_err(Refused::from)?;
         let Some(place) = accepted.places.pop() else {
-            return Err(Refused::ShuttingDown.into());
+            return Err(Refused::EngineLost.into());
         };
+        if !self.watch.waiters.enter(std::slice::from_ref(&request)) {
+            return Err(Refused::EngineLost.into());
+        }
         let (reply, replied) = oneshot::channel();
         let phase = tracing::debug_span!(parent: &request.span, "queue");
         let queued = Box::new(Queued {
@@ -107,7 +110,7 @@ impl Handle {
             phase,
         });
         let message = Message::Pin(queued, PinOrder { pin, reply });
-        self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
+        self.queue.send(message).map_err(|_| Refused::EngineLost)?;
         if let Ok(pinned) = replied.await {
             return Ok(pinned?);
         }
@@ -116,7 +119,7 @@ impl Handle {
                 return Err(failure.into());
             }
         }
-        Err(Refused::ShuttingDown.into())
+        Err(Refused::EngineLost.into())
     }
 
     /// Lets go of one of an owner's pinned prompts. False: it has none of this id.
@@ -132,8 +135,8 @@ impl Handle {
     async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Question) -> Result<T, Refused> {
         let (reply, replied) = oneshot::channel();
         let message = Message::Cache(question(reply));
-        self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
-        replied.await.map_err(|_| Refused::ShuttingDown)
+        self.queue.send(message).map_err(|_| Refused::EngineLost)?;
+        replied.await.map_err(|_| Refused::EngineLost)
     }
 }
 

@@ -1,14 +1,21 @@
 //! The one thread that owns the device: takes a plan, runs the model, samples, sends events.
 
 mod admission;
+mod budget;
 mod cache;
 mod cache_file;
+mod fault;
+#[cfg(any(test, feature = "fault-injection"))]
+mod inject;
 mod memory;
 mod model;
 mod run;
 mod sampler;
+mod step;
+mod watch;
 
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -22,7 +29,8 @@ use admission::{Place, SharedGate};
 pub use cache::{CacheReport, PinFailed, PinInfo, PinRequest};
 pub use cache_file::{SaveError, Saved};
 pub use memory::Memory;
-pub use model::{LoadError, Settings, default_dtype};
+pub use model::{LoadError, Settings, Weights, default_dtype};
+pub use watch::{End, Guard};
 
 use crate::{
     batching::{Change, Config, ConfigError, Estimates, Gate, Limits, Refusal},
@@ -42,6 +50,7 @@ pub struct Handle {
     queue: mpsc::UnboundedSender<Message>,
     gate: SharedGate,
     timeline: Arc<Timeline>,
+    watch: watch::Watch,
 }
 
 /// What reaches the engine thread.
@@ -71,8 +80,8 @@ struct Queued {
 pub enum Refused {
     #[error(transparent)]
     Refused(#[from] Refusal),
-    #[error("the server is shutting down")]
-    ShuttingDown,
+    #[error("the engine failed and is being started again; try again in a moment")]
+    EngineLost,
 }
 
 /// Why settings did not change.
@@ -80,8 +89,8 @@ pub enum Refused {
 pub enum ConfigureError {
     #[error(transparent)]
     Config(#[from] ConfigError),
-    #[error("the server is shutting down")]
-    ShuttingDown,
+    #[error("the engine failed and is being started again; try again in a moment")]
+    EngineLost,
 }
 
 impl Handle {
@@ -89,6 +98,9 @@ impl Handle {
     /// waiting for the engine.
     pub fn submit(&self, requests: Vec<Request>) -> Result<(), Refused> {
         let accepted = self.gate.ask(&requests, Instant::now())?;
+        if !self.watch.waiters.enter(&requests) {
+            return Err(Refused::EngineLost);
+        }
         for (request, place) in requests.into_iter().zip(accepted.places) {
             let phase = tracing::debug_span!(parent: &request.span, "queue");
             let message = Message::Request(Box::new(Queued {
@@ -97,17 +109,27 @@ impl Handle {
                 predicted: accepted.predicted,
                 phase,
             }));
-            self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
+            self.queue.send(message).map_err(|_| Refused::EngineLost)?;
         }
         Ok(())
+    }
+
+    /// Whether the engine is lost: it takes no requests, and those it had were told, or are about to be.
+    pub fn is_lost(&self) -> bool {
+        self.watch.pulse.abandoned()
+    }
+
+    /// Another engine takes the new requests: this one finishes its own, and `/metrics` shows the other's state.
+    pub fn retire(&self) {
+        self.watch.pulse.retire();
     }
 
     /// Changes batching settings while the engine runs, and gives those now in force.
     pub async fn configure(&self, change: Change) -> Result<Config, ConfigureError> {
         let (reply, replied) = oneshot::channel();
         let message = Message::Configure(change, reply);
-        self.queue.send(message).map_err(|_| ConfigureError::ShuttingDown)?;
-        Ok(replied.await.map_err(|_| ConfigureError::ShuttingDown)??)
+        self.queue.send(message).map_err(|_| ConfigureError::EngineLost)?;
+        Ok(replied.await.map_err(|_| ConfigureError::EngineLost)??)
     }
 
     /// Records what the engine does from now on for this long.
@@ -134,14 +156,16 @@ impl Handle {
 /// A loaded model with its engine not yet running.
 pub struct Engine {
     model: model::Model,
+    step_timeout: Duration,
     metrics: Arc<EngineMetrics>,
 }
 
 impl Engine {
-    /// Loads the model and makes the KV cache. Takes as long as reading the weights does.
-    pub fn load(settings: &Settings, metrics: Arc<EngineMetrics>) -> Result<Self, LoadError> {
+    /// An engine for these weights, with an empty KV cache.
+    pub fn new(weights: &Weights, metrics: Arc<EngineMetrics>) -> Result<Self, LoadError> {
         Ok(Self {
-            model: model::Model::load(settings)?,
+            model: model::Model::new(weights)?,
+            step_timeout: weights.step_timeout(),
             metrics,
         })
     }
@@ -162,24 +186,46 @@ impl Engine {
     }
 
     /// Starts the engine thread behind a gate with these limits. The thread ends once every [`Handle`] is dropped and
-    /// what was queued has ended.
-    pub fn start(self, limits: Limits) -> std::io::Result<(Handle, thread::JoinHandle<()>)> {
+    /// what was queued has ended, or when it cannot go on; its [`Guard`] says which.
+    pub fn start(self, limits: Limits) -> std::io::Result<(Handle, Guard)> {
         let (sender, inbox) = mpsc::unbounded_channel();
+        let watch = watch::Watch::new();
         let outlook = self.model.scheduler.outlook(&Estimates::default(), Instant::now());
         let gate = SharedGate::new(Gate::new(limits, outlook));
         let handle = Handle {
             queue: sender,
             gate: gate.clone(),
             timeline: Arc::default(),
+            watch: watch.clone(),
         };
         let timer = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
         let timeline = handle.timeline.clone();
-        let runner = run::Runner::new(self.model, inbox, timer, self.metrics, timeline, gate);
-        let thread = thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || runner.run())?;
-        Ok((handle, thread))
+        let runner = run::Runner::new(self.model, inbox, timer, self.metrics, timeline, gate, watch.clone());
+        let (ending, ended) = oneshot::channel();
+        let watched = watch.clone();
+        thread::Builder::new().name("engine".into()).spawn(move || {
+            let end = run_to_the_end(runner, &watched);
+            // A guard that gave up does not listen any more.
+            let _ = ending.send(end);
+        })?;
+        let step_timeout = self.step_timeout;
+        Ok((
+            handle,
+            Guard {
+                watch,
+                ended,
+                step_timeout,
+            },
+        ))
     }
+}
+
+/// Runs the engine; whoever still waits when it ends is told before the runner, with their channels, goes.
+fn run_to_the_end(mut runner: run::Runner, watch: &watch::Watch) -> End {
+    let end = catch_unwind(AssertUnwindSafe(|| runner.run()))
+        .unwrap_or_else(|panic| End::Panicked(fault::panic_message(&*panic)));
+    watch.tell(&end);
+    end
 }
 
 #[cfg(test)]

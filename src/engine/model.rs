@@ -1,6 +1,6 @@
 //! The device's side of a step: the model, its KV cache, and the scheduler that owns the cache's blocks.
 
-use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread};
+use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread, time::Duration};
 
 use candle_core::{DType, Device};
 use sconce_models::{Decoder, KvCache, ModelError, Span, Step, without_backtrace};
@@ -37,6 +37,8 @@ pub struct Settings {
     /// The share of the KV cache that pinned prompts may hold, 0 to 1. Less where a sequence of the greatest length
     /// would not fit beside them.
     pub pin_share: f64,
+    /// A step that takes longer is hung.
+    pub step_timeout: Duration,
 }
 
 /// What a device computes in where nothing else is asked for.
@@ -130,21 +132,55 @@ fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<Ar
     Ok((decoder, Some(Arc::new(CacheFile { path, identity }))))
 }
 
+/// A model's weights, and what is to be made of them. Whatever is made of the same ones shares them.
+#[derive(Clone)]
+pub struct Weights {
+    decoder: Arc<Decoder>,
+    cache_file: Option<Arc<CacheFile>>,
+    settings: Settings,
+}
+
+impl Weights {
+    /// Reads the weights, which takes most of the time that an engine needs to start.
+    pub fn load(settings: &Settings) -> Result<Self, LoadError> {
+        settings.check_cache_file()?;
+        let (decoder, cache_file) = load_weights(settings, settings.dtype())?;
+        Ok(Self {
+            decoder: Arc::new(decoder),
+            cache_file,
+            settings: settings.clone(),
+        })
+    }
+
+    pub(super) fn step_timeout(&self) -> Duration {
+        self.settings.step_timeout
+    }
+}
+
+impl Settings {
+    fn dtype(&self) -> DType {
+        self.dtype.unwrap_or(default_dtype(&self.device))
+    }
+}
+
 pub struct Model {
     pub scheduler: Scheduler,
     pub kv_tokens: usize,
     cache_scope: CacheScope,
-    decoder: Decoder,
+    decoder: Arc<Decoder>,
     pub cache: KvCache,
     pub cache_file: Option<Arc<CacheFile>>,
 }
 
 impl Model {
-    pub fn load(settings: &Settings) -> Result<Self, LoadError> {
-        let dtype = settings.dtype.unwrap_or(default_dtype(&settings.device));
-        settings.check_cache_file()?;
-        let (decoder, cache_file) = load_weights(settings, dtype)?;
-        let config = decoder.config();
+    /// A scheduler and a KV cache for these weights, with the cache file's blocks if there is one.
+    pub fn new(weights: &Weights) -> Result<Self, LoadError> {
+        let Weights {
+            decoder,
+            cache_file,
+            settings,
+        } = weights;
+        let (config, dtype) = (decoder.config(), settings.dtype());
         let blocks = settings.blocks(KvCache::bytes_per_block(config, settings.block_size, dtype))?;
         let kv_tokens = blocks * settings.block_size;
         let max_model_len = settings.context(config.max_position_embeddings, kv_tokens)?;
@@ -169,9 +205,9 @@ impl Model {
             scheduler,
             kv_tokens,
             cache_scope: settings.cache_scope,
-            decoder,
+            decoder: decoder.clone(),
             cache,
-            cache_file,
+            cache_file: cache_file.clone(),
         })
     }
 
@@ -183,6 +219,11 @@ impl Model {
 
     pub fn vocab_size(&self) -> usize {
         self.decoder.config().vocab_size
+    }
+
+    /// Whether the KV cache can be used; a panic while it was written makes it useless.
+    pub fn cache_is_whole(&self) -> bool {
+        self.cache.is_whole()
     }
 
     /// Runs a plan: the logits of its sampling rows, one after the other, `[rows × vocabulary]`.

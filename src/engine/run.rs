@@ -14,10 +14,12 @@ use tracing::Span;
 use super::{
     Message, Queued,
     admission::{SharedGate, Teacher},
+    budget::Budget,
     cache::{PinOrder, Savings},
     cache_file::Saves,
     model::Model,
     sampler::{NotANumber, Sample, Sampler},
+    watch::{End, Watch},
 };
 use crate::{
     batching::{Arrival, Namespace, Plan, Sequence, SequenceId},
@@ -80,9 +82,13 @@ pub struct Runner {
     pub(super) metrics: Arc<EngineMetrics>,
     preemptions: u64,
     saves: Saves,
-    savings: Savings,
+    pub(super) savings: Savings,
     timeline: Arc<Timeline>,
     admission: Teacher,
+    pub(super) budget: Budget,
+    pub(super) watch: Watch,
+    #[cfg(any(test, feature = "fault-injection"))]
+    pub(super) faults: super::inject::Faults,
 }
 
 impl Runner {
@@ -93,6 +99,7 @@ impl Runner {
         metrics: Arc<EngineMetrics>,
         timeline: Arc<Timeline>,
         gate: SharedGate,
+        watch: Watch,
     ) -> Self {
         metrics.max_batch.set(model.scheduler.config().max_batch as f64);
         Self {
@@ -107,12 +114,18 @@ impl Runner {
             savings: Savings::default(),
             timeline,
             admission: Teacher::new(gate),
+            budget: Budget::default(),
+            watch,
+            #[cfg(any(test, feature = "fault-injection"))]
+            faults: super::inject::Faults::default(),
         }
     }
 
-    /// Runs until nobody can send requests any more, all have ended, and what was to be saved is copied.
-    pub fn run(mut self) {
+    /// Runs until nobody can send requests any more, all have ended, and what was to be saved is copied, or until it
+    /// cannot go on.
+    pub fn run(&mut self) -> End {
         while self.open || !self.clients.is_empty() || self.saves.wake(Instant::now()).is_some() {
+            self.watch.pulse.beat();
             self.receive();
             let Model {
                 scheduler,
@@ -128,13 +141,17 @@ impl Runner {
             self.publish(now);
             if plan.rows.is_empty() {
                 self.observe();
+                self.watch.pulse.rest();
                 self.wait(plan.wake.into_iter().chain(self.saves.wake(now)).min());
             } else {
-                self.step(&plan);
+                if let Err(end) = self.step(&plan) {
+                    return end;
+                }
                 self.admission.stepped(&plan, now.elapsed());
                 self.observe();
             }
         }
+        End::Finished
     }
 
     /// Takes in what has arrived.
@@ -197,6 +214,8 @@ impl Runner {
             deadline: request.deadline,
         });
         drop(place);
+        #[cfg(any(test, feature = "fault-injection"))]
+        self.faults.note(id, &request.id);
         tracing::debug!(parent: &span, sequence = id, "queued");
         self.clients.insert(
             id,
@@ -322,7 +341,7 @@ impl Runner {
         }
     }
 
-    fn step(&mut self, plan: &Plan) {
+    fn step(&mut self, plan: &Plan) -> Result<(), End> {
         let started = Instant::now();
         let generated = |id| self.model.scheduler.sequence(id).map_or(0, Sequence::generated);
         let decodes = plan
@@ -341,20 +360,7 @@ impl Runner {
             span.follows_from(&client.span);
         }
         let _in_span = span.entered();
-        match self.model.forward(plan) {
-            Ok(logits) => {
-                let computed = self.model.scheduler.commit(plan);
-                self.savings.computed(computed, started.elapsed(), &self.metrics);
-                self.sample(plan, logits);
-            }
-            Err(error) => {
-                let error = sconce_models::without_backtrace(error);
-                tracing::error!(%error, sequences = plan.rows.len(), "a step failed");
-                for row in &plan.rows {
-                    self.end(row.id, "failed", Some(Event::Failed(Failure::Step(error.to_string()))));
-                }
-            }
-        }
+        self.run_plan(plan)?;
         let ended = Instant::now();
         let seconds = (ended - started).as_secs_f64();
         let max_batch = self.model.scheduler.config().max_batch;
@@ -373,39 +379,41 @@ impl Runner {
             })
         });
         tracing::trace!(seconds, "step ended");
+        Ok(())
     }
 
     /// Chooses a token for each row that reached its sequence's end.
-    fn sample(&mut self, plan: &Plan, mut logits: Vec<f32>) {
+    pub(super) fn choose(&mut self, plan: &Plan, mut logits: Vec<f32>) -> Vec<(SequenceId, Result<Sample, Failure>)> {
         let sampling = plan.rows.iter().filter(|row| row.samples);
-        let mut clients: Vec<_> = sampling.map(|row| (row.id, self.clients.remove(&row.id))).collect();
+        let mut clients: Vec<_> = sampling
+            .filter_map(|row| Some((row.id, self.clients.remove(&row.id)?)))
+            .collect();
         let vocabulary = self.model.vocab_size();
         let samples: Vec<_> = clients
             .par_iter_mut()
             .zip(logits.par_chunks_mut(vocabulary))
-            .map(|((_, client), logits)| client.as_mut().map(|client| sample_one(&mut client.sampler, logits)))
+            .map(|((id, client), logits)| {
+                let choose = || {
+                    #[cfg(any(test, feature = "fault-injection"))]
+                    self.faults.sampler(*id, &self.model.scheduler);
+                    client.sampler.sample(logits)
+                };
+                (*id, guarded(choose))
+            })
             .collect();
-        let at = Instant::now();
-        for ((id, client), sample) in clients.into_iter().zip(samples) {
-            if let (Some(client), Some(sample)) = (client, sample) {
-                self.clients.insert(id, client);
-                self.deliver(id, sample, at);
-            }
-        }
+        self.clients.extend(clients);
+        samples
     }
 
     /// Sends a sampled token and goes on with its sequence or ends it.
-    fn deliver(&mut self, id: SequenceId, sample: Result<Sample, Failure>, at: Instant) {
-        if sample.is_ok() && self.finish_pin(id, at) {
+    pub(super) fn deliver(&mut self, id: SequenceId, sample: Sample, at: Instant) {
+        if self.finish_pin(id, at) {
             return;
         }
         let (Some(client), Some(sequence)) = (self.clients.get_mut(&id), self.model.scheduler.sequence(id)) else {
             return;
         };
-        let Sample { token, logprobs } = match sample {
-            Ok(sample) => sample,
-            Err(failure) => return self.end(id, "failed", Some(Event::Failed(failure))),
-        };
+        let Sample { token, logprobs } = sample;
         if sequence.generated() == 0 {
             let cached_tokens = sequence.cached_tokens();
             self.metrics.cache.request(cached_tokens);
@@ -434,6 +442,9 @@ impl Runner {
     /// Ends a sequence: its last event, its blocks, its place.
     pub(super) fn end(&mut self, id: SequenceId, outcome: &'static str, event: Option<Event>) {
         let now = Instant::now();
+        self.model.scheduler.remove(id, now);
+        // Counted before its client hears of it, who may look.
+        self.metrics.sequences.with_label_values(&[outcome]).inc();
         if let Some(mut client) = self.clients.remove(&id) {
             client.life.ended = Some((now, outcome));
             match &event {
@@ -451,13 +462,18 @@ impl Runner {
             }
             self.timeline.note(|| Note::Ended(client.life));
         }
-        self.model.scheduler.remove(id, now);
-        self.metrics.sequences.with_label_values(&[outcome]).inc();
     }
 
     /// Publishes the scheduler's present state.
     pub(super) fn observe(&mut self) {
         let scheduler = &self.model.scheduler;
+        self.metrics
+            .preemptions
+            .inc_by(scheduler.preemptions() - self.preemptions);
+        self.preemptions = scheduler.preemptions();
+        if !self.watch.pulse.shown() {
+            return;
+        }
         self.metrics.waiting.set(scheduler.waiting() as f64);
         self.metrics.running.set(scheduler.running() as f64);
         let counts = scheduler.block_counts();
@@ -488,10 +504,10 @@ impl Runner {
 }
 
 /// Samples one sequence; whatever goes wrong is that sequence's alone.
-fn sample_one(sampler: &mut Sampler, logits: &mut [f32]) -> Result<Sample, Failure> {
+fn guarded(choose: impl FnOnce() -> Result<Sample, NotANumber>) -> Result<Sample, Failure> {
     // A sampler that panicked is not used again: its sequence ends with this failure.
-    match catch_unwind(AssertUnwindSafe(|| sampler.sample(logits))) {
+    match catch_unwind(AssertUnwindSafe(choose)) {
         Ok(sample) => sample.map_err(|NotANumber| Failure::NotANumber),
-        Err(_) => Err(Failure::Step("choosing a token failed".into())),
+        Err(_) => Err(Failure::Sampler),
     }
 }

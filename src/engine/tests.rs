@@ -36,10 +36,11 @@ fn settings() -> Settings {
         cache_file: None,
         cache_scope: CacheScope::Tenant,
         pin_share: 0.25,
+        step_timeout: std::time::Duration::from_secs(60),
     }
 }
 
-fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::UnboundedReceiver<Event>) {
+pub(super) fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::UnboundedReceiver<Event>) {
     let (events, receiver) = mpsc::unbounded_channel();
     (
         Request {
@@ -58,12 +59,17 @@ fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::Unbounde
     )
 }
 
-fn greedy(max_tokens: usize) -> Sampling {
+pub(super) fn greedy(max_tokens: usize) -> Sampling {
     Sampling {
         temperature: 0.0,
         max_tokens,
         ..Sampling::default()
     }
+}
+
+fn wait(guard: Guard) -> End {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+    runtime.unwrap().block_on(guard.wait())
 }
 
 /// A request's tokens and how it ended.
@@ -113,8 +119,8 @@ fn places(requests: usize) -> Limits {
 /// The answers to all of the requests, sent in bursts of eight, and what the engine counted.
 fn answers(settings: &Settings, requests: &[(Vec<TokenId>, Sampling)]) -> (Vec<Vec<TokenId>>, Arc<EngineMetrics>) {
     let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
-    let engine = Engine::load(settings, metrics.clone()).unwrap();
-    let (handle, thread) = engine.start(places(requests.len())).unwrap();
+    let engine = Engine::new(&Weights::load(settings).unwrap(), metrics.clone()).unwrap();
+    let (handle, guard) = engine.start(places(requests.len())).unwrap();
     let mut answers = Vec::new();
     for burst in requests.chunks(8) {
         let (burst, receivers): (Vec<_>, Vec<_>) = burst
@@ -125,7 +131,7 @@ fn answers(settings: &Settings, requests: &[(Vec<TokenId>, Sampling)]) -> (Vec<V
         answers.extend(receivers.into_iter().map(|receiver| answer(receiver).0));
     }
     drop(handle);
-    thread.join().unwrap();
+    assert_eq!(wait(guard), End::Finished);
     (answers, metrics)
 }
 
@@ -172,9 +178,9 @@ fn the_prefix_cache_changes_no_token_however_little_memory_there_is() {
 #[test]
 fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
-    let engine = Engine::load(&settings(), metrics.clone()).unwrap();
+    let engine = Engine::new(&Weights::load(&settings()).unwrap(), metrics.clone()).unwrap();
     assert_eq!(engine.max_model_len(), 256);
-    let (handle, thread) = engine.start(places(4)).unwrap();
+    let (handle, guard) = engine.start(places(4)).unwrap();
 
     // "What is the capital of France?" in the model's chat template; its answer is 8 tokens with the end token.
     let file: serde_json::Value =
@@ -234,8 +240,46 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     );
 
     drop(handle);
-    thread.join().unwrap();
+    assert_eq!(wait(guard), End::Finished);
     assert_eq!(metrics.sequences.with_label_values(&["stop"]).get(), 1);
     assert_eq!(metrics.sequences.with_label_values(&["expired"]).get(), 1);
     assert_eq!(metrics.kv_blocks.with_label_values(&["held"]).get(), 0.0);
+}
+
+#[test]
+fn whoever_leaves_frees_its_place_within_a_step() {
+    let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
+    let mut settings = settings();
+    (settings.batching.max_batch, settings.batching.step_tokens) = (1, 8);
+    let engine = Engine::new(&Weights::load(&settings).unwrap(), metrics.clone()).unwrap();
+    let (handle, guard) = engine.start(places(4)).unwrap();
+    let wait_until = |condition: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed().as_secs() < 60);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    };
+    let held = || metrics.kv_blocks.with_label_values(&["held"]).get();
+    // In its prefill of 30 steps, and in its decode, each with another that waits behind it.
+    for (prompt, decodes) in [(vec![300; 240], 0), (vec![300; 4], 3)] {
+        let ignoring = Sampling {
+            ignore_eos: true,
+            ..greedy(1000)
+        };
+        let (runs, running) = request(prompt.clone(), ignoring);
+        let (waits, waiting) = request(prompt, greedy(1));
+        let (prefilled, decoded) = (metrics.prefill_tokens.get(), metrics.decode_tokens.get());
+        handle.submit(vec![runs, waits]).unwrap();
+        wait_until(&|| metrics.prefill_tokens.get() > prefilled && metrics.decode_tokens.get() >= decoded + decodes);
+        assert!(held() > 0.0);
+        drop((running, waiting));
+        let steps = metrics.step_seconds.get_sample_count();
+        wait_until(&|| held() == 0.0 && metrics.waiting.get() == 0.0);
+        // The step that ran as they left, and none after it.
+        assert!(metrics.step_seconds.get_sample_count() <= steps + 1);
+    }
+    drop(handle);
+    assert_eq!(wait(guard), End::Finished);
+    assert_eq!(metrics.sequences.with_label_values(&["cancelled"]).get(), 4);
 }

@@ -40,7 +40,23 @@ pub struct EngineMetrics {
     /// Predicted over actual time, less one.
     pub prediction_error: Histogram,
     pub prediction_margin: Gauge,
+    /// By cause, see `FAULTS`.
+    pub faults: IntCounterVec,
+    /// By cause: `panicked`, `hung`.
+    pub restarts: IntCounterVec,
+    /// By outcome: `swapped`, `failed`.
+    pub model_changes: IntCounterVec,
 }
+
+/// What can go wrong in a step or in what follows it.
+pub const FAULTS: [&str; 6] = [
+    "not_a_number",
+    "sampler_panicked",
+    "step_failed",
+    "step_panicked",
+    "out_of_memory",
+    "device_lost",
+];
 
 /// The ways in which a sequence ends.
 pub const OUTCOMES: [&str; 8] = [
@@ -129,6 +145,24 @@ impl EngineMetrics {
             prediction_margin: make.gauge(
                 "sconce_prediction_margin",
                 "What predictions are multiplied by before they are held against a deadline",
+            )?,
+            faults: make.counters(
+                "sconce_faults_total",
+                "Forward passes that failed, and rows that gave no token, by cause",
+                "cause",
+                &FAULTS,
+            )?,
+            restarts: make.counters(
+                "sconce_engine_restarts_total",
+                "Engines that failed as a whole and were started again, by cause",
+                "cause",
+                &["panicked", "hung"],
+            )?,
+            model_changes: make.counters(
+                "sconce_model_changes_total",
+                "Models that were to be swapped in while the server runs",
+                "outcome",
+                &["swapped", "failed"],
             )?,
         };
         Ok(metrics)

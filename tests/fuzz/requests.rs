@@ -21,7 +21,7 @@ static ROUTER: LazyLock<Router> = LazyLock::new(|| {
     let observer = Observer::register(&prometheus::Registry::new()).expect("metrics");
     let settings = ApiSettings {
         max_body_bytes: 64 << 10,
-        admin: false,
+        pinning: true,
         max_choices: 16,
         request_timeout: None,
         read_timeout: Duration::from_secs(60),
