@@ -27,18 +27,20 @@ static ROUTER: LazyLock<Router> = LazyLock::new(|| {
         read_timeout: Duration::from_secs(60),
     };
     let server = Arc::new(Server::new(settings, observer, String::new));
-    server.serve_model(Model {
+    server.serve_model(Arc::new(Model {
         names: vec!["smol".into()],
         max_model_len: 512,
         vocab_size: TOKENIZER.vocab_size(),
         tokenizer: TOKENIZER.clone(),
-        template: ChatTemplate::open(Path::new(VOCABULARY)).expect("the fixture"),
+        template: ChatTemplate::open(Path::new(VOCABULARY))
+            .expect("the fixture")
+            .map(Arc::new),
         engine: None,
         submit: Box::new(|requests| {
             requests.into_iter().for_each(answer);
             Ok(())
         }),
-    });
+    }));
     router(server)
 });
 
