@@ -18,10 +18,10 @@ use super::{device, model_files, model_files::PullError};
 use crate::{
     api::{self, ApiSettings},
     batching,
-    config::Serve,
+    config::{self, LoadFormat, Serve},
     engine::{self, Engine, LoadError},
     telemetry::{self, EngineMetrics},
-    text::{ChatTemplate, TextError, Tokenizer},
+    text::{ChatTemplate, TextError, Tokenizer, stand_in},
 };
 
 /// Why the server could not start, or ended.
@@ -69,6 +69,11 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
         return Err(ServeError::AdminInPublic(local));
     }
     let (registry, metrics, observer) = metrics()?;
+    if let config::Device::Cuda(ordinal) = settings.model.device {
+        telemetry::register_gpu(&registry, ordinal)?;
+    } else if settings.model.device == config::Device::Auto {
+        telemetry::register_gpu(&registry, 0)?;
+    }
     let server = Arc::new(api::Server::new(api_settings(&settings), observer, move || {
         telemetry::exposition(&registry)
     }));
@@ -156,11 +161,17 @@ type Loaded = (api::Model, engine::Handle, thread::JoinHandle<()>);
 
 /// Fetches the model if need be, loads it, and starts the engine.
 fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
-    let path = model_files::resolve(&settings.choice.model)?;
+    let dummy = settings.model.load_format == LoadFormat::Dummy;
+    let find = if dummy {
+        model_files::shape
+    } else {
+        model_files::resolve
+    };
+    let path = find(&settings.choice.model)?;
     let started = Instant::now();
     // The vocabulary takes a moment of its own, on one core.
     let (engine, tokenizer, template) = thread::scope(|scope| {
-        let text = scope.spawn(|| Ok::<_, TextError>((Tokenizer::open(&path)?, ChatTemplate::open(&path)?)));
+        let text = scope.spawn(|| text(&path, dummy));
         let engine = Engine::load(&engine_settings(settings, &path)?, metrics)?;
         let (tokenizer, template) = text.join().unwrap_or_else(|panic| resume_unwind(panic))?;
         Ok::<_, ServeError>((engine, tokenizer, template))
@@ -183,6 +194,16 @@ fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeEr
     Ok((model, handle, thread))
 }
 
+/// The model's vocabulary and chat template.
+fn text(path: &Path, dummy: bool) -> Result<(Tokenizer, Option<ChatTemplate>), ServeError> {
+    if dummy {
+        let config = sconce_models::Config::from_json(path).map_err(LoadError::Model)?;
+        let (tokenizer, template) = stand_in(config.vocab_size)?;
+        return Ok((tokenizer, Some(template)));
+    }
+    Ok((Tokenizer::open(path)?, ChatTemplate::open(path)?))
+}
+
 /// The engine's part of the settings.
 pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings, device::DeviceError> {
     let (model, batching) = (&settings.model, &settings.batching);
@@ -200,7 +221,10 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
             max_model_len: usize::MAX,
         },
         max_model_len: model.max_model_len,
+        dummy: model.load_format == LoadFormat::Dummy,
         kv_memory: model.kv_memory,
+        gpu_memory: model.gpu_memory,
+        cuda_graphs: model.cuda_graphs,
         block_size: model.block_size,
         prefix_cache: !model.no_prefix_cache,
     })

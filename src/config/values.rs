@@ -21,6 +21,8 @@ pub enum ValueError {
     BytesRange { least: u64, most: u64 },
     #[error("a block holds a power of two of tokens, from 1 to 256")]
     BlockSize,
+    #[error("a share of the GPU's memory is a number from 0.1 to 0.98")]
+    GpuMemory,
     #[error("{0}")]
     LogFilter(String),
 }
@@ -112,6 +114,15 @@ pub(super) fn bytes(text: &str, least: u64, most: u64) -> Result<u64, ValueError
     } else {
         Err(ValueError::BytesRange { least, most })
     }
+}
+
+/// A share of a GPU's memory.
+pub(super) fn gpu_memory(text: &str) -> Result<f64, ValueError> {
+    let share = text.parse().map_err(|_| ValueError::GpuMemory)?;
+    (0.1..=0.98)
+        .contains(&share)
+        .then_some(share)
+        .ok_or(ValueError::GpuMemory)
 }
 
 /// Tokens in a KV-cache block.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use candle_core::{DType, Device};
-use sconce_models::{Decoder, KvCache, ModelError, Span, Step, without_backtrace};
+use sconce_models::{Decoder, Draw, KvCache, ModelError, Span, Step, without_backtrace};
 
 use crate::batching::{BlockPool, Config, ConfigError, Plan, Scheduler};
 
@@ -19,8 +19,14 @@ pub struct Settings {
     pub batching: Config,
     /// The longest sequence, if it was asked for; else the model's own limit, or what the KV cache holds if that is less.
     pub max_model_len: Option<usize>,
-    /// Bytes for the KV cache; `None` takes [`DEFAULT_KV_MEMORY`].
+    /// Whether `path` is a `config.json` and the weights are random.
+    pub dummy: bool,
+    /// Bytes for the KV cache; `None` takes what is left of `gpu_memory` on a GPU, and [`DEFAULT_KV_MEMORY`] on the CPU.
     pub kv_memory: Option<u64>,
+    /// The share of a GPU's memory that weights, steps and KV cache may take together.
+    pub gpu_memory: f64,
+    /// Whether a GPU's decode steps run as CUDA graphs.
+    pub cuda_graphs: bool,
     /// Slots in a block.
     pub block_size: usize,
     pub prefix_cache: bool,
@@ -42,6 +48,10 @@ pub enum LoadError {
     Model(#[from] ModelError),
     #[error("cannot allocate a KV cache of {blocks} blocks: {source}; lower kv-memory")]
     KvCache { blocks: usize, source: candle_core::Error },
+    #[error("the largest step does not fit the GPU's memory: {0}; lower step-tokens or max-batch")]
+    LargestStep(candle_core::Error),
+    #[error("decode steps cannot be captured as CUDA graphs: {0}; try `--cuda-graphs=false`, or a lower gpu-memory")]
+    Prepare(candle_core::Error),
     #[error("kv-memory of {bytes} bytes holds no block ({block_bytes} bytes each); raise kv-memory")]
     NoBlocks { bytes: u64, block_bytes: usize },
     #[error("max-model-len is {asked}, but the model was made for {limit} tokens")]
@@ -60,9 +70,13 @@ pub struct Model {
 impl Model {
     pub fn load(settings: &Settings) -> Result<Self, LoadError> {
         let dtype = settings.dtype.unwrap_or(default_dtype(&settings.device));
-        let decoder = Decoder::load(&settings.path, &settings.device, dtype)?;
+        let load = if settings.dummy { Decoder::dummy } else { Decoder::load };
+        let decoder = load(&settings.path, &settings.device, dtype)?;
         let config = decoder.config();
-        let bytes = settings.kv_memory.unwrap_or(DEFAULT_KV_MEMORY);
+        let bytes = match settings.kv_memory {
+            Some(bytes) => bytes,
+            None => default_kv_memory(&decoder, settings)?,
+        };
         let block_bytes = KvCache::bytes_per_block(config, settings.block_size, dtype);
         let blocks = (bytes / block_bytes as u64) as usize;
         if blocks == 0 {
@@ -81,12 +95,17 @@ impl Model {
         };
         let pool = BlockPool::new(blocks, settings.block_size, settings.prefix_cache);
         let scheduler = Scheduler::new(batching, pool)?;
-        let cache = KvCache::new(config, blocks, settings.block_size, dtype, &settings.device).map_err(|error| {
-            LoadError::KvCache {
-                blocks,
-                source: without_backtrace(error),
-            }
-        })?;
+        let mut cache =
+            KvCache::new(config, blocks, settings.block_size, dtype, &settings.device).map_err(|error| {
+                LoadError::KvCache {
+                    blocks,
+                    source: without_backtrace(error),
+                }
+            })?;
+        let (tokens, rows) = largest_step(&settings.batching);
+        decoder
+            .prepare(&mut cache, tokens, rows, settings.cuda_graphs)
+            .map_err(|error| LoadError::Prepare(without_backtrace(error)))?;
         Ok(Self {
             scheduler,
             kv_tokens,
@@ -99,8 +118,25 @@ impl Model {
         self.decoder.config().vocab_size
     }
 
+    /// Whether the device chooses tokens itself.
+    pub fn samples(&self) -> bool {
+        self.decoder.samples()
+    }
+
     /// Runs a plan: the logits of its sampling rows, one after the other, `[rows × vocabulary]`.
     pub fn forward(&mut self, plan: &Plan) -> candle_core::Result<Vec<f32>> {
+        let step = self.step(plan)?;
+        self.decoder.forward(&step, &mut self.cache)?.flatten_all()?.to_vec1()
+    }
+
+    /// Runs a plan and lets the device choose a token for each sampling row by its draw; `None` where a logit is no number.
+    pub fn sample(&mut self, plan: &Plan, draws: &[Draw]) -> candle_core::Result<Vec<Option<u32>>> {
+        let step = self.step(plan)?;
+        self.decoder.sample(&step, &mut self.cache, draws)
+    }
+
+    /// A plan as the model takes it.
+    fn step(&self, plan: &Plan) -> candle_core::Result<Step> {
         let mut step = Step {
             tokens: Vec::new(),
             sequences: Vec::with_capacity(plan.rows.len()),
@@ -119,6 +155,19 @@ impl Model {
                 logits: row.samples,
             });
         }
-        self.decoder.forward(&step, &mut self.cache)?.flatten_all()?.to_vec1()
+        Ok(step)
     }
+}
+
+/// What the KV cache gets where nothing else is asked for: on a GPU, what weights and the largest step leave.
+fn default_kv_memory(decoder: &Decoder, settings: &Settings) -> Result<u64, LoadError> {
+    let (tokens, rows) = largest_step(&settings.batching);
+    let room = decoder.room_for_kv(settings.gpu_memory, tokens, rows);
+    let room = room.map_err(|error| LoadError::LargestStep(without_backtrace(error)))?;
+    Ok(room.unwrap_or(DEFAULT_KV_MEMORY))
+}
+
+/// Tokens of the largest step, and its rows that want logits.
+fn largest_step(batching: &Config) -> (usize, usize) {
+    (batching.step_tokens.max(batching.max_batch), batching.max_batch)
 }

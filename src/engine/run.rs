@@ -8,6 +8,7 @@ use std::{
 };
 
 use rayon::prelude::*;
+use sconce_models::Draw;
 use tokio::{
     runtime::Runtime,
     sync::{OwnedSemaphorePermit, mpsc},
@@ -20,7 +21,7 @@ use super::{
 };
 use crate::{
     batching::{Arrival, Plan, Sequence, SequenceId},
-    request::{Event, Failure, FinishReason, Token},
+    request::{Event, Failure, FinishReason, Token, TokenId},
     telemetry::EngineMetrics,
 };
 
@@ -31,6 +32,14 @@ struct Client {
     arrival: Instant,
     /// The place in the queue, until a batch takes the request.
     place: Option<OwnedSemaphorePermit>,
+}
+
+/// What a step gave.
+enum Answer {
+    /// Of the rows that sample, `[rows × vocabulary]`.
+    Logits(Vec<f32>),
+    /// One for each row that samples; `None` where a logit was no number.
+    Tokens(Vec<Option<TokenId>>),
 }
 
 pub struct Runner {
@@ -214,10 +223,17 @@ impl Runner {
             .iter()
             .filter(|row| row.len == 1 && generated(row.id) > 0)
             .count();
-        match self.model.forward(plan) {
-            Ok(logits) => {
+        let ran = match self.draws(plan) {
+            Some(draws) => self.model.sample(plan, &draws).map(Answer::Tokens),
+            None => self.model.forward(plan).map(Answer::Logits),
+        };
+        match ran {
+            Ok(answer) => {
                 self.model.scheduler.commit(plan);
-                self.sample(plan, logits);
+                match answer {
+                    Answer::Logits(logits) => self.sample(plan, logits),
+                    Answer::Tokens(tokens) => self.take_tokens(plan, tokens),
+                }
             }
             Err(error) => {
                 let error = sconce_models::without_backtrace(error);
@@ -238,6 +254,39 @@ impl Runner {
             .occupancy_steps
             .inc_by(plan.rows.len() as f64 / self.model.scheduler.config().max_batch as f64);
         tracing::trace!(tokens, sequences = plan.rows.len(), seconds, "step");
+    }
+
+    /// How the device is to choose each row's token; `None` where the host chooses, from logits.
+    fn draws(&mut self, plan: &Plan) -> Option<Vec<Draw>> {
+        if !self.model.samples() {
+            return None;
+        }
+        let vocabulary = self.model.vocab_size();
+        let sampling = || plan.rows.iter().filter(|row| row.samples).map(|row| row.id);
+        // Asked of all before any gives away a random number.
+        let wants_logits =
+            |id| (self.clients.get(&id)).is_none_or(|client: &Client| client.sampler.sampling().logprobs.is_some());
+        if sampling().any(wants_logits) {
+            return None;
+        }
+        let draw = |id| self.clients.get_mut(&id)?.sampler.next_draw(vocabulary);
+        sampling().map(draw).collect()
+    }
+
+    /// Sends the tokens that the device chose.
+    fn take_tokens(&mut self, plan: &Plan, tokens: Vec<Option<TokenId>>) {
+        let at = Instant::now();
+        let sampling = plan.rows.iter().filter(|row| row.samples);
+        for (row, token) in sampling.zip(tokens) {
+            let Some(client) = self.clients.get_mut(&row.id) else {
+                continue;
+            };
+            let sample = token.ok_or(Failure::NotANumber).map(|token| {
+                client.sampler.chose(token);
+                Sample { token, logprobs: None }
+            });
+            self.deliver(row.id, sample, at);
+        }
     }
 
     /// Chooses a token for each row that reached its sequence's end.

@@ -29,7 +29,10 @@ fn settings() -> Settings {
         dtype: None,
         batching,
         max_model_len: Some(256),
+        dummy: false,
         kv_memory: None,
+        gpu_memory: 0.9,
+        cuda_graphs: true,
         block_size: 16,
         prefix_cache: true,
     }

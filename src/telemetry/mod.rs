@@ -1,8 +1,10 @@
 //! What the server says of itself: metrics in Prometheus' text format, and how full the device was.
 
+mod gpu;
 mod metrics;
 mod page;
 
+pub use gpu::register as register_gpu;
 pub use metrics::EngineMetrics;
 pub use page::page;
 

@@ -5,6 +5,7 @@
 
 mod detokenizer;
 mod gguf;
+mod stand_in;
 mod stop;
 mod template;
 mod tokenizer;
@@ -12,6 +13,7 @@ mod tokenizer;
 use std::path::{Path, PathBuf};
 
 pub use detokenizer::{Detokenizer, Start};
+pub use stand_in::stand_in;
 pub use stop::StopMatcher;
 pub use template::{ChatTemplate, Message};
 pub use tokenizer::Tokenizer;
