@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::cuda_backend::cudarc;
 use candle_core::{DType, Result, bail};
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaFunction, CudaModule, CudaStream, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
 
 use super::device_error;
@@ -38,7 +38,7 @@ fn image(kernel: &str) -> &'static [u8] {
 
 #[cfg(test)]
 /// A kernel by its name, allowed to use `shared` bytes of dynamic shared memory.
-pub fn find(context: &Arc<CudaContext>, name: &str, shared: u32) -> Result<CudaFunction> {
+pub fn find(context: &Arc<cudarc::driver::CudaContext>, name: &str, shared: u32) -> Result<CudaFunction> {
     let module = context
         .load_module(Ptx::from_binary(image(name).to_vec()))
         .map_err(device_error)?;

@@ -205,7 +205,9 @@ mod device {
                 Argument::Null => Held::Pointer(0),
                 Argument::Buffer(bytes) => {
                     use candle_core::cuda_backend::cudarc::driver::DevicePtr;
-                    let buffer = stream.clone_htod(bytes.as_slice()).unwrap();
+                    // No memory of no bytes can be had.
+                    let bytes: &[u8] = if bytes.is_empty() { &[0] } else { bytes };
+                    let buffer = stream.clone_htod(bytes).unwrap();
                     let pointer = buffer.device_ptr(&stream).0;
                     buffers.push(buffer);
                     Held::Pointer(pointer)

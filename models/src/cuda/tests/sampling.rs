@@ -131,9 +131,9 @@ fn draws_follow_the_rules() {
         (0, 1.0, 0.2),
         (700, 0.99, 0.01),
     ];
-    let points = [0.0, 0.3, 0.77, 0.999_999_9];
+    let points = [0.0, 0.6, 0.999_999_9];
     let mut draws = Vec::new();
-    for temperature in [0.3, 1.0, 4.0] {
+    for temperature in [0.3, 2.0] {
         for (top_k, top_p, min_p) in rules {
             draws.extend(points.map(|point| Draw {
                 temperature,
