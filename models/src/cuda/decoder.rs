@@ -27,6 +27,8 @@ const MOST_SPLITS: usize = 64;
 const WORDS: usize = 1 << 17;
 /// Words of lists that a token may have: its own, its decode's, its row's and its draw's.
 const LIST_WORDS: usize = 16;
+/// Floats of a row that fit beside sums into a block's shared memory.
+const MOST_HIDDEN: usize = 12_000;
 /// The largest batch that runs as a graph, a multiple of 8; beyond it launches cost little beside the step.
 const LARGEST_GRAPH: usize = 512;
 
@@ -388,8 +390,11 @@ fn sizes(config: &Config, dtype: DType) -> std::result::Result<Sizes, ModelError
             format!("multiples of {wide}"),
         );
     }
-    if config.hidden_size * 4 > 48 << 10 {
-        return unsupported(format!("a hidden size of {}", config.hidden_size), "up to 12288".into());
+    if config.hidden_size > MOST_HIDDEN {
+        return unsupported(
+            format!("a hidden size of {}", config.hidden_size),
+            format!("up to {MOST_HIDDEN}"),
+        );
     }
     Ok(Sizes {
         hidden: config.hidden_size,
