@@ -16,7 +16,8 @@ use std::time::Duration;
 use clap::builder::{BoolishValueParser, RangedU64ValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-pub use crate::batching::{Buckets, Schedule, WindowPolicy};
+use crate::api::ConfiguredPrompt;
+pub use crate::batching::{Buckets, CacheScope, Schedule, WindowPolicy};
 use crate::batching::{MAX_BATCH, MAX_STEP_TOKENS};
 pub use load::{Loadtest, Tune};
 pub use reference::reference;
@@ -50,6 +51,8 @@ pub enum Command {
     Bench(Bench),
     /// Show what this machine offers and what the settings would be
     Doctor(Doctor),
+    /// Make an API key: print the secret once, and the lines for the file of `--api-keys`
+    Key(Key),
 }
 
 /// Settings of `sconce serve`.
@@ -63,6 +66,11 @@ pub struct Serve {
     pub batching: Batching,
     #[command(flatten)]
     pub http: Http,
+    /// Prompts that stay in the prefix cache: the file's `[[pin]]` tables. They have no flag.
+    #[arg(skip)]
+    pub pins: Vec<ConfiguredPrompt>,
+    #[command(flatten)]
+    pub life: Life,
     #[command(flatten)]
     pub common: Common,
 }
@@ -110,6 +118,15 @@ pub struct Doctor {
     pub json: bool,
 }
 
+/// Settings of `sconce key`.
+#[derive(Debug, Clone, Args)]
+pub struct Key {
+    /// Whose key it is
+    pub name: String,
+    #[command(flatten)]
+    pub common: Common,
+}
+
 /// Which model.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
@@ -136,7 +153,8 @@ pub struct Model {
     /// Where weights come from: the model's files, or random numbers for the shape in a `config.json`, to measure speed
     #[arg(long, default_value = "files")]
     pub load_format: LoadFormat,
-    /// Memory for the KV cache, such as `640MiB` or `2GiB`; unset, 640MiB on the CPU and what `--gpu-memory` leaves on a GPU
+    /// Memory for the KV cache, such as `640MiB` or `2GiB`; unset, half of what is free once the weights are loaded, at
+    /// most 640MiB, and at least what `--max-model-len` needs; on a GPU what `--gpu-memory` leaves
     #[arg(long, value_name = "BYTES", value_parser = |s: &str| values::bytes(s, 1 << 20, 1 << 44))]
     pub kv_memory: Option<u64>,
     /// The share of a GPU's memory for weights, steps and KV cache together, 0.1 to 0.98
@@ -155,6 +173,17 @@ pub struct Model {
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub no_prefix_cache: bool,
+    /// Whose requests find each other's cached prefixes
+    #[arg(long, default_value = "tenant")]
+    pub cache_scope: CacheScope,
+    /// The share of the KV cache that pinned prompts may hold, 0 to 1; less where the longest sequence would not fit
+    /// beside them
+    #[arg(long, value_name = "SHARE", default_value = "0.25", value_parser = values::share)]
+    pub pin_memory: f64,
+    /// A step that runs longer than this is hung: its engine is given up and started again
+    #[arg(long, value_name = "DURATION", default_value = "5m")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(100), Duration::from_secs(24 * 3600)))]
+    pub step_timeout: Duration,
     /// Threads that compute; unset, one a core
     #[arg(long, value_parser = count(1, 1024))]
     pub threads: Option<usize>,
@@ -190,6 +219,15 @@ pub struct Batching {
     /// The most requests that wait; one more is refused with status 429
     #[arg(long, value_name = "REQUESTS", default_value = "1024", value_parser = count(1, 1_000_000))]
     pub queue: usize,
+    /// The most prompt tokens of requests that wait; unset, no limit besides `--queue`
+    #[arg(long, value_name = "TOKENS", value_parser = count(1, 1 << 40))]
+    pub queue_tokens: Option<usize>,
+    /// The most requests that wait or run; unset, no limit besides `--queue` and `--max-batch`
+    #[arg(long, value_name = "REQUESTS", value_parser = count(1, 1_000_000))]
+    pub max_in_flight: Option<usize>,
+    /// The share of these three limits that one API key may take, above 0, at most 1
+    #[arg(long, value_name = "SHARE", default_value = "0.5", value_parser = values::share)]
+    pub key_share: f64,
 }
 
 /// The HTTP side.
@@ -205,17 +243,49 @@ pub struct Http {
     /// The model's name in requests and answers; unset, the name in `--model`
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    /// A request that has not ended after this long fails
+    /// A request that has not ended after this long is cut off; a client may ask for less
     #[arg(long, value_name = "DURATION", default_value = "10m")]
     #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(1), Duration::from_secs(7 * 24 * 3600)))]
     pub request_timeout: Duration,
+    /// A request's head, and then its body, must each come within this; a connection without requests is closed after it
+    #[arg(long, value_name = "DURATION", default_value = "30s")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(10), Duration::from_secs(3600)))]
+    pub read_timeout: Duration,
+    /// A client that takes nothing of its answer for this long is cut off, and its request cancelled
+    #[arg(long, value_name = "DURATION", default_value = "30s")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(10), Duration::from_secs(3600)))]
+    pub write_timeout: Duration,
+    /// The most connections at a time; one more is answered with 503
+    #[arg(long, value_name = "CONNECTIONS", default_value = "4096", value_parser = count(1, 1_000_000))]
+    pub max_connections: usize,
     /// The largest request body
     #[arg(long, value_name = "BYTES", default_value = "4MiB", value_parser = |s: &str| values::bytes(s, 1 << 10, 1 << 30))]
     pub max_body: u64,
-    /// Let clients change batching settings through `/admin/batching`; only with a `--host` that is a loopback address
+    /// Let clients change batching settings and the model through `/admin`; only with a `--host` that is a loopback address
     #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, value_parser = BoolishValueParser::new())]
     pub admin: bool,
+    /// A TOML file of API keys, read again when it changes; every request but `/health` and `/ready` then needs one
+    #[arg(long, value_name = "PATH")]
+    pub api_keys: Option<PathBuf>,
+    /// Answer everyone who reaches a `--host` that is no loopback address, without `--api-keys`
+    #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub allow_anonymous: bool,
+}
+
+/// From start to end.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Start and end")]
+pub struct Life {
+    /// Where the prefix cache is kept from one run to the next: read at the start, written at the end; unset, nowhere
+    #[arg(long, value_name = "PATH")]
+    pub cache_file: Option<PathBuf>,
+    /// How long what runs may go on when the server is told to end; what is not done by then is ended with an error
+    #[arg(long, value_name = "DURATION", default_value = "20s")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::ZERO, Duration::from_secs(24 * 3600)))]
+    pub drain_timeout: Duration,
 }
 
 /// What every command takes.
@@ -231,6 +301,9 @@ pub struct Common {
     /// What is logged: a level, or levels by target such as `info,sconce=debug`
     #[arg(long, value_name = "FILTER", default_value = "info", value_parser = values::log_filter)]
     pub log_level: String,
+    /// Where spans go by OTLP over HTTP, such as `http://127.0.0.1:4318`; only in a build with `--features otlp`
+    #[arg(long, value_name = "URL", value_parser = values::otlp_endpoint)]
+    pub otlp_endpoint: Option<String>,
 }
 
 /// What the model computes in.
@@ -270,6 +343,7 @@ impl Command {
             Command::Tune(settings) => &settings.common,
             Command::Bench(settings) => &settings.common,
             Command::Doctor(settings) => &settings.serve.common,
+            Command::Key(settings) => &settings.common,
         }
     }
 }

@@ -5,11 +5,15 @@
 //! text again. [`request`] holds what every station knows of it. A module imports only what stands below it:
 //! `main → api → text, engine → batching → request`.
 
+#![forbid(unsafe_code)]
+
 pub mod api;
 pub mod batching;
 pub mod commands;
 pub mod config;
 pub mod engine;
+#[cfg(any(test, feature = "fault-injection"))]
+pub mod fault_injection;
 pub mod request;
 pub mod telemetry;
 pub mod text;

@@ -1,11 +1,21 @@
-//! The command line: `sconce serve`, `pull`, `loadtest`, `tune`, `bench`, `doctor`.
+//! The command line: `sconce serve`, `pull`, `loadtest`, `tune`, `bench`, `doctor`, `key`.
 
+#![forbid(unsafe_code)]
+
+use std::error::Error;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use sconce::commands;
 use sconce::config::{self, Command, Common, ConfigError, Invocation, LogFormat};
-use tracing_subscriber::EnvFilter;
+use sconce::telemetry::log_level;
+use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
+
+/// What sends spans; dropping it sends the last ones.
+#[cfg(feature = "otlp")]
+type Exporter = Option<sconce::telemetry::otlp::Exporter>;
+#[cfg(not(feature = "otlp"))]
+type Exporter = Option<std::convert::Infallible>;
 
 /// What a wrong command line, variable or settings file exits with, as clap does.
 const USAGE: u8 = 2;
@@ -19,7 +29,14 @@ fn main() -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
-    start_logging(invocation.command.common());
+    // Kept until the end, when the last spans go out.
+    let _exporter = match start_logging(invocation.command.common()) {
+        Ok(exporter) => exporter,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(USAGE);
+        }
+    };
     match run(invocation) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -29,27 +46,36 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(invocation: Invocation) -> Result<(), Box<dyn std::error::Error>> {
+fn run(invocation: Invocation) -> Result<(), Box<dyn Error>> {
     match invocation.command {
-        Command::Serve(settings) => commands::serve::run(settings)?,
+        Command::Serve(settings) => commands::serve::run(settings, invocation.settings)?,
         Command::Pull(settings) => commands::pull::run(&settings)?,
         Command::Loadtest(settings) => commands::loadtest::run(*settings)?,
         Command::Tune(settings) => commands::tune::run(settings)?,
         Command::Bench(settings) => commands::bench::run(settings)?,
+        Command::Key(settings) => commands::key::run(&settings)?,
         Command::Doctor(settings) => commands::doctor::run(&settings, &invocation.settings)?,
     }
     Ok(())
 }
 
-fn start_logging(settings: &Common) {
-    // The filter was read once already, when the setting was.
-    let filter = EnvFilter::new(&settings.log_level);
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+/// Log lines to standard error and, where asked for, spans to a collector.
+fn start_logging(settings: &Common) -> Result<Exporter, Box<dyn Error>> {
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    match settings.log_format {
-        LogFormat::Text => lines.init(),
-        LogFormat::Json => lines.json().init(),
+    let lines = match settings.log_format {
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().boxed(),
+    };
+    let filter = log_level::filter(&settings.log_level);
+    let registry = tracing_subscriber::registry().with(lines.with_filter(filter));
+    #[cfg(feature = "otlp")]
+    if let Some(endpoint) = &settings.otlp_endpoint {
+        let (spans, exporter) = sconce::telemetry::otlp::spans_to(endpoint)?;
+        registry.with(spans).init();
+        return Ok(Some(exporter));
     }
+    registry.init();
+    Ok(None)
 }

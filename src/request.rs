@@ -17,14 +17,21 @@ pub struct Request {
     /// Shown in logs and in the response; the same for every choice of one client request.
     pub id: String,
     pub tenant: Arc<Tenant>,
+    /// Smaller goes first among the tenant's own; 0 is usual.
+    pub priority: i32,
     /// The prompt's tokens, at least one.
     pub prompt: Vec<TokenId>,
+    /// Requests with different salts do not find each other's prefixes.
+    pub cache_salt: Option<String>,
     pub sampling: Sampling,
     /// When the server had read the request.
     pub arrival: Instant,
-    /// When the client stops caring; a request that has not ended by then fails with [`Failure::DeadlinePassed`].
+    /// When the client stops caring; a request that runs then is cut ([`FinishReason::Deadline`]), one without a token
+    /// fails with [`Failure::DeadlinePassed`].
     pub deadline: Option<Instant>,
-    /// Where the events go. Dropping the receiver cancels the request. At most `max_tokens + 2` events are ever sent,
+    /// The client request's span: what is logged of this sequence belongs to it.
+    pub span: tracing::Span,
+    /// Where the events go. Dropping the receiver cancels the request. At most `max_tokens + 3` events are ever sent,
     /// so the channel is bounded by what the request asked for, however slowly it is read.
     pub events: mpsc::UnboundedSender<Event>,
 }
@@ -101,8 +108,8 @@ impl Default for Sampling {
     }
 }
 
-/// What the engine tells a waiting client: at most one `Admitted`, then `Token`s, then exactly one `Finished` or
-/// `Failed`. (A preempted sequence is not admitted twice as far as its client can see.)
+/// What the engine tells a waiting client: at most one `Admitted`, at most one `Prefilled`, then `Token`s, then exactly
+/// one `Finished` or `Failed`. (A preempted sequence is not admitted twice as far as its client can see.)
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The request left the queue with a closing batch.
@@ -110,7 +117,12 @@ pub enum Event {
         at: Instant,
         /// How much of the wait was the batch window gathering company, the rest being the queue.
         window: Duration,
-        /// Prompt tokens found in the prefix cache.
+        /// Prompt tokens found in the prefix cache so far.
+        cached_tokens: usize,
+    },
+    /// The prompt is done, and the first token follows.
+    Prefilled {
+        /// Prompt tokens found in the prefix cache; the others were computed.
         cached_tokens: usize,
     },
     Token(Token),
@@ -141,6 +153,8 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the context length was reached.
     Length,
+    /// The deadline passed; the tokens so far stand.
+    Deadline,
 }
 
 /// Why a request ended without an answer.
@@ -148,8 +162,21 @@ pub enum FinishReason {
 pub enum Failure {
     #[error("the request's deadline passed before it was finished; send it again when the server is less busy")]
     DeadlinePassed,
+    #[error(
+        "the server has become too busy to finish the request by its deadline; try again in {} s",
+        .retry_after.as_secs()
+    )]
+    TooBusy { retry_after: Duration },
     #[error("the model gave a value that is not a number for this request; try another prompt or `--dtype f32`")]
     NotANumber,
+    #[error("the server ended before the request was finished; send it to another one")]
+    ShuttingDown,
     #[error("the step that ran this request failed: {0}")]
     Step(String),
+    #[error("choosing this request's next token failed; please report it with its x-request-id")]
+    Sampler,
+    #[error("making text of this request's tokens failed; please report it with its x-request-id")]
+    Text,
+    #[error("the engine was lost while it ran this request: {0}; send it again in a moment")]
+    EngineLost(String),
 }

@@ -343,9 +343,65 @@ fn ends_on_request_with_what_runs_finished() {
 
 #[test]
 fn a_request_past_its_time_is_ended() {
-    let server = Server::start(&["--request-timeout", "300ms"]);
+    let server = Server::start(&["--request-timeout", "3s"]);
     let mut body = chat("Count to a thousand.", 2000);
     body["ignore_eos"] = json!(true);
-    refused(&server, "/v1/chat/completions", &body, 504, "deadline");
+    let cut = server.ask("/v1/chat/completions", &body);
+    assert_eq!(cut["choices"][0]["finish_reason"], "length");
+    assert_eq!(cut["choices"][0]["stop_reason"], "deadline");
+    let tokens = cut["usage"]["completion_tokens"].as_u64().expect("a count");
+    assert!((1..2000).contains(&tokens), "{cut}");
+    assert!(!text(&cut).is_empty());
+    // The client's own time is shorter still.
+    body["timeout_ms"] = json!(1500);
+    let events = server.stream("/v1/chat/completions", &body);
+    let last = &events.last().expect("events")["choices"][0];
+    assert_eq!(
+        (&last["finish_reason"], &last["stop_reason"]),
+        (&json!("length"), &json!("deadline"))
+    );
+    assert_eq!(server.metric("sconce_sequences_total{outcome=\"cut\"}"), 2.0);
+    // Once the engine has said that it is idle, even this one is let in.
+    body["timeout_ms"] = json!(1);
+    server.wait_until("it had no time", Duration::from_secs(20), || {
+        server.post("/v1/chat/completions", &body).status() == 504
+    });
     assert_eq!(server.metric("sconce_sequences_total{outcome=\"expired\"}"), 1.0);
+    assert_eq!(server.metric("sconce_kv_blocks{state=\"held\"}"), 0.0);
+}
+
+#[test]
+fn who_cannot_be_answered_in_time_hears_it_at_once() {
+    let server = Server::start(&["--max-batch", "2"]);
+    let prompt: Vec<u64> = (100..140).collect();
+    // Teaches the server what its steps take.
+    server.ask("/v1/completions", &completion(&prompt, 40));
+    let mut long = completion(&prompt, 120);
+    long["timeout_ms"] = json!(600_000);
+    let (refusal, answers) = std::thread::scope(|scope| {
+        let busy = scope.spawn(|| {
+            all_at_once(
+                (0..4)
+                    .map(|_| || server.post("/v1/completions", &long).status().as_u16())
+                    .collect::<Vec<_>>(),
+            )
+        });
+        server.wait_until("it is busy", Duration::from_secs(20), || {
+            server.metric("sconce_running") == 2.0
+        });
+        let mut hasty = completion(&prompt, 40);
+        hasty["timeout_ms"] = json!(5);
+        let refusal = server.post("/v1/completions", &hasty);
+        (refusal, busy.join().expect("no panic"))
+    });
+    assert_eq!(refusal.status(), 429);
+    let seconds = refusal.headers()["retry-after"].to_str().expect("text").parse::<u64>();
+    assert!(seconds.is_ok_and(|seconds| seconds >= 1));
+    assert_eq!(refusal.json::<Value>().expect("JSON")["error"]["code"], "deadline");
+    assert!(
+        answers.iter().all(|&status| status == 200),
+        "those accepted before are answered"
+    );
+    assert_eq!(server.metric("sconce_refusals_total{cause=\"deadline\"}"), 1.0);
+    assert!(server.metric("sconce_prediction_error_ratio_count") >= 4.0);
 }

@@ -134,6 +134,38 @@ fn settings_that_cannot_work_together_are_refused() {
 }
 
 #[test]
+fn others_are_served_only_with_keys_or_on_purpose() {
+    cannot_serve(&["--host", "0.0.0.0"], &["0.0.0.0", "--api-keys", "--allow-anonymous"]);
+    cannot_serve(&["--api-keys", "/nowhere/keys.toml"], &["/nowhere/keys.toml"]);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    std::fs::write(path, "[[key]]\nname = 'a'\n").unwrap();
+    cannot_serve(&["--host", "0.0.0.0", "--api-keys", path], &[path, "sha256"]);
+}
+
+#[test]
+fn a_key_is_made_and_shown_once() {
+    let made = |name: &str| {
+        let Output { status, stdout, .. } = sconce().args(["key", name]).output().unwrap();
+        (status.success(), String::from_utf8(stdout).unwrap())
+    };
+    let (done, said) = made("ann");
+    let table: toml::Table = said.parse().unwrap();
+    assert!(done && table["key"][0]["name"].as_str() == Some("ann"), "{said}");
+    let secret = said
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("sk-"))
+        .unwrap();
+    let digest = table["key"][0]["sha256"].as_str().unwrap();
+    assert!(
+        secret.len() >= 64 && digest.len() == 64 && !secret.contains(digest),
+        "{said}"
+    );
+    assert_ne!(made("ann").1, said);
+    assert!(!made("no spaces, please").0);
+}
+
+#[test]
 fn a_stopped_download_leaves_nothing_but_the_lock() {
     for signal in ["-INT", "-TERM"] {
         let home = tempfile::tempdir().unwrap();

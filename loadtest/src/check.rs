@@ -1,5 +1,7 @@
 //! What is asked of a server before any load is sent to it.
 
+use std::{error::Error, io};
+
 use reqwest::StatusCode;
 use serde::Deserialize;
 
@@ -17,6 +19,11 @@ pub enum CheckError {
     Client(#[from] reqwest::Error),
     #[error("no server answers at {url}: {reason}; start it, or give another `--url`")]
     Unreachable { url: String, reason: String },
+    #[error(
+        "{url} shows a certificate that this system does not believe ({reason}); name its file in `SSL_CERT_FILE`, or \
+         believe any with `--insecure`"
+    )]
+    Certificate { url: String, reason: rustls::Error },
     #[error("{url} refuses with status 401: give its key with `--api-key`")]
     Key { url: String },
     #[error("{url}/v1/models answers with status {status}: the server is not ready, or does not speak OpenAI's API")]
@@ -52,10 +59,7 @@ pub async fn model(target: &Target, given: Option<&str>) -> Result<String, Check
     let response = target
         .get("/v1/models")
         .await
-        .map_err(|error| CheckError::Unreachable {
-            url: url.clone(),
-            reason: innermost(&error),
-        })?;
+        .map_err(|error| unreachable(url.clone(), &error))?;
     match response.status() {
         StatusCode::OK => {}
         StatusCode::UNAUTHORIZED => return Err(CheckError::Key { url }),
@@ -117,11 +121,29 @@ pub fn url(text: &str) -> Result<(), CheckError> {
     }
 }
 
-/// The cause at the bottom says what happened; those above it say where.
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
+fn unreachable(url: String, error: &reqwest::Error) -> CheckError {
+    let mut cause: &(dyn Error + 'static) = error;
+    loop {
+        // An I/O error hides what it carries from `source`.
+        let carried = cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        cause = match carried.map(|error| error as _).or(cause.source()) {
+            Some(deeper) => deeper,
+            None => break,
+        };
     }
-    error.to_string()
+    match cause.downcast_ref::<rustls::Error>() {
+        Some(reason @ rustls::Error::InvalidCertificate(_)) => CheckError::Certificate {
+            url,
+            reason: reason.clone(),
+        },
+        Some(rustls::Error::InvalidMessage(_)) => CheckError::Unreachable {
+            url,
+            reason: "what listens there does not speak TLS".to_owned(),
+        },
+        // The cause at the bottom says what happened; those above it say where.
+        _ => CheckError::Unreachable {
+            url,
+            reason: cause.to_string(),
+        },
+    }
 }

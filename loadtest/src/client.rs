@@ -10,7 +10,7 @@ use futures_util::StreamExt;
 use reqwest::{Client, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 
-use crate::{sse::Events, trace::Message};
+use crate::{sse::Events, tls, trace::Message};
 
 /// The route that requests take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -109,6 +109,8 @@ pub struct Answer {
     /// From the server's usage; where it sends none, the number of pieces.
     pub output_tokens: u32,
     pub prompt_tokens: u32,
+    /// Those of the prompt that the server found in its prefix cache; `None` where it does not say.
+    pub cached_tokens: Option<u32>,
     pub text: String,
 }
 
@@ -191,6 +193,18 @@ struct Content {
 struct Usage {
     prompt_tokens: Option<u32>,
     completion_tokens: Option<u32>,
+    prompt_tokens_details: Option<Details>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct Details {
+    cached_tokens: Option<u32>,
+}
+
+impl Usage {
+    fn cached(self) -> Option<u32> {
+        self.prompt_tokens_details?.cached_tokens
+    }
 }
 
 /// A server and how it is asked.
@@ -200,6 +214,7 @@ pub struct Target {
     url: String,
     key: Option<String>,
     timeout: Duration,
+    deadline: Option<Duration>,
 }
 
 impl Target {
@@ -210,11 +225,26 @@ impl Target {
     pub fn new(url: &str, key: Option<String>, timeout: Duration) -> Result<Self, reqwest::Error> {
         let url = url.trim_end_matches('/');
         Ok(Self {
-            http: Client::builder().no_proxy().build()?,
+            http: tls::client(url, false)?,
             url: url.strip_suffix("/v1").unwrap_or(url).to_owned(),
             key,
             timeout,
+            deadline: None,
         })
+    }
+
+    /// The same target, believed whatever certificate it shows.
+    ///
+    /// # Errors
+    /// As [`Target::new`].
+    pub fn with_any_certificate(mut self) -> Result<Self, reqwest::Error> {
+        self.http = tls::client(&self.url, true)?;
+        Ok(self)
+    }
+
+    /// The same target, told with each generation request how long its client waits (`x-request-timeout-ms`).
+    pub fn with_deadline(self, deadline: Option<Duration>) -> Self {
+        Self { deadline, ..self }
     }
 
     /// The base URL, without `/v1` and without a slash at its end.
@@ -247,6 +277,10 @@ impl Target {
     /// [`Failure`]
     pub async fn ask(&self, api: Api, body: Vec<u8>, stream: bool) -> Result<Answer, Failure> {
         let request = self.http.post(format!("{}{}", self.url, api.path()));
+        let request = match self.deadline {
+            Some(deadline) => request.header("x-request-timeout-ms", deadline.as_millis().to_string()),
+            None => request,
+        };
         let request = self
             .authorized(request)
             .header("content-type", "application/json")
@@ -284,6 +318,7 @@ async fn whole(response: Response) -> Result<Answer, Failure> {
         end,
         output_tokens: reply.usage.and_then(|usage| usage.completion_tokens).unwrap_or(0),
         prompt_tokens: reply.usage.and_then(|usage| usage.prompt_tokens).unwrap_or(0),
+        cached_tokens: reply.usage.and_then(Usage::cached),
         text,
     })
 }
@@ -382,6 +417,7 @@ impl Progress {
             end,
             output_tokens: usage.and_then(|usage| usage.completion_tokens).unwrap_or(self.pieces),
             prompt_tokens: usage.and_then(|usage| usage.prompt_tokens).unwrap_or(0),
+            cached_tokens: usage.and_then(Usage::cached),
             text: self.text,
         }
     }

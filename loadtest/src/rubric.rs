@@ -72,7 +72,7 @@ pub async fn execute(plan: &Plan, live: &mut Live, stop: &mut watch::Receiver<bo
         if *stop.borrow() {
             break;
         }
-        let load = at_rate(&plan.load, rate);
+        let load = part(&plan.load, rate, search.tried.len() + runs.len());
         runs.push(measure(plan, &load, &format!("{:.0} %", share * 100.0), live, stop).await);
         utilisation::settle(&plan.asked.target, SETTLING).await;
     }
@@ -93,6 +93,7 @@ pub async fn execute(plan: &Plan, live: &mut Live, stop: &mut watch::Receiver<bo
         search: search.tried,
         interrupted: *stop.borrow(),
         runs,
+        name: String::new(),
     }
 }
 
@@ -106,7 +107,7 @@ async fn measure(plan: &Plan, load: &Load, label: &str, live: &mut Live, stop: &
 async fn highest(plan: &Plan, search: &mut Search, live: &mut Live, stop: &mut watch::Receiver<bool>) -> Option<f64> {
     while let Some(rate) = search.next() {
         live.begin(&format!("search at {rate:.2}/s"));
-        let load = at_rate(&plan.load, rate);
+        let load = part(&plan.load, rate, search.tried.len());
         let measured = run(&plan.asked, &load, live, stop, plan.slo.as_ref()).await;
         if measured.interrupted {
             break;
@@ -118,10 +119,11 @@ async fn highest(plan: &Plan, search: &mut Search, live: &mut Live, stop: &mut w
     search.kept
 }
 
-/// The load at another rate. A number of requests keeps its time: more requests at a higher rate.
-pub fn at_rate(load: &Load, rate: f64) -> Load {
+/// The load at another rate, in words that no other part of the plan uses.
+fn part(load: &Load, rate: f64, index: usize) -> Load {
     Load {
         arrivals: load.arrivals.at_rate(rate),
+        part: index as u64,
         ..load.clone()
     }
 }

@@ -41,7 +41,11 @@ pub struct Load {
     pub duration: Option<Duration>,
     /// For how long requests at the same rate go before those that are measured.
     pub warmup: Duration,
+    /// Of arrivals, lengths and pauses, and with `part` of the prompts' words.
     pub seed: u64,
+    /// Loads that differ in this alone ask for the same lengths at the same times in other words, so that none finds what
+    /// another left in the server's prefix cache.
+    pub part: u64,
 }
 
 /// Who is asked, and for what.
@@ -121,7 +125,7 @@ pub async fn run(
     let shared = Arc::new(Shared {
         asked: asked.clone(),
         start,
-        recorder: Mutex::default(),
+        recorder: Mutex::new(Recorder::beginning(start)),
         in_flight: AtomicI64::new(0),
         sent: AtomicU64::new(0),
         ended: AtomicU64::new(0),
@@ -165,7 +169,7 @@ pub async fn run(
         }
     }
     tasks.shutdown().await;
-    let mut recorder = std::mem::take(&mut *shared.recorder());
+    let mut recorder = std::mem::replace(&mut *shared.recorder(), Recorder::beginning(start));
     let answered = recorder.records.len() as u64 + recorder.failed();
     recorder.unfinished = recorder.sent.saturating_sub(answered);
     let end = match recorder.last_end {
@@ -208,6 +212,7 @@ fn schedule(asked: &Asked, load: &Load, start: Instant) -> impl Iterator<Item = 
         asked.workload.clone(),
         asked.vocabulary.clone(),
         derived_seed(load.seed, 3),
+        derived_seed(derived_seed(load.seed, 4), load.part),
     );
     std::iter::from_fn(move || {
         if left == 0 {
@@ -234,7 +239,7 @@ async fn session(shared: Arc<Shared>, arrival: Arrival) {
     let asked = &shared.asked;
     let mut history = arrival.session.before;
     let mut intended = arrival.intended;
-    for turn in arrival.session.turns {
+    for (turn, number) in arrival.session.turns.into_iter().zip(1..) {
         if !turn.pause.is_zero() {
             intended = Instant::now() + turn.pause;
             tokio::time::sleep_until(intended.into()).await;
@@ -250,7 +255,7 @@ async fn session(shared: Arc<Shared>, arrival: Arrival) {
         shared.in_flight.fetch_sub(1, Ordering::Relaxed);
         shared.ended.fetch_add(1, Ordering::Relaxed);
         if !arrival.warm {
-            shared.recorder().ended(shared.start, intended, &outcome);
+            shared.recorder().ended(shared.start, intended, number, &outcome);
         }
         // A session that lost an answer has no history to go on with.
         let Ok(answer) = outcome else { return };

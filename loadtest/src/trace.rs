@@ -58,7 +58,7 @@ pub fn read(path: &Path) -> Result<Vec<Line>, TraceError> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let lines: Vec<Line> = lines
         .map(|(index, text)| {
-            let line: Result<Line, String> = serde_json::from_str(text).map_err(|error| error.to_string());
+            let line: Result<Line, String> = serde_json::from_str(text).map_err(|error| in_a_line(&error));
             line.and_then(checked).map_err(|message| TraceError::Line {
                 path: path.into(),
                 line: index + 1,
@@ -70,6 +70,11 @@ pub fn read(path: &Path) -> Result<Vec<Line>, TraceError> {
         return Err(TraceError::Empty { path: path.into() });
     }
     Ok(lines)
+}
+
+/// What is wrong, without the line that serde counts within the text it was given.
+fn in_a_line(error: &serde_json::Error) -> String {
+    error.to_string().replace(" at line 1 column", " at column")
 }
 
 fn checked(line: Line) -> Result<Line, String> {

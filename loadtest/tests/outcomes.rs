@@ -110,6 +110,8 @@ fn a_session_carries_the_servers_answers() {
     asked.workload = Arc::new(workload);
     let run = Run::of("chat", None, drive(&asked, BURST, 3), None);
     assert_eq!(run.requests.answered, 3);
+    let turns: Vec<(u32, u64)> = run.turns.iter().map(|turn| (turn.turn, turn.answered)).collect();
+    assert_eq!(turns, [(1, 1), (2, 1), (3, 1)]);
     let bodies = server.bodies.lock().unwrap();
     let roles = |body: &String| -> Vec<(String, String)> {
         let body: serde_json::Value = serde_json::from_str(body).unwrap();
@@ -125,6 +127,22 @@ fn a_session_carries_the_servers_answers() {
     assert_eq!(order, ["system", "user", "assistant", "user", "assistant", "user"]);
     assert_eq!(last[2].1, " a b");
     assert_eq!(roles(&bodies[1]), last[..4]);
+}
+
+#[test]
+fn https_needs_a_believed_certificate() {
+    let server = Mock::start_secret(|_| Reply::after(Duration::ZERO));
+    let strict = server.asked(Duration::from_secs(5));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let error = runtime.block_on(check::model(&strict.target, None)).unwrap_err();
+    assert!(matches!(error, CheckError::Certificate { .. }), "{error}");
+    let mut trusting = strict.clone();
+    trusting.target = strict.target.with_any_certificate().unwrap();
+    let run = Run::of("secret", None, drive(&trusting, BURST, 5), None);
+    assert_eq!((run.requests.answered, run.tokens.output), (5, 10));
 }
 
 /// An address where nobody listens.

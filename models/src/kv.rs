@@ -31,6 +31,10 @@ pub(crate) struct Pools {
 }
 
 impl KvCache {
+    /// What [`Self::read_block`] gives and how decoders compute it. Raised whenever either changes, so that blocks saved
+    /// by another version are not taken for this one's.
+    pub const LAYOUT: u32 = 1;
+
     /// A pool of `blocks` blocks of `block_size` positions, stored as `dtype` (f32, bf16 or f16). The memory is
     /// reserved; a block becomes resident when it is first written.
     pub fn new(config: &Config, blocks: usize, block_size: usize, dtype: DType, device: &Device) -> Result<Self> {
@@ -69,6 +73,18 @@ impl KvCache {
         2 * config.layers * config.kv_heads * config.head_dim * block_size * dtype.size_in_bytes()
     }
 
+    /// Whether every pool can still be read and written: candle locks a tensor's memory, and a panic while it is
+    /// written breaks the lock.
+    pub fn is_whole(&self) -> bool {
+        let read = || {
+            for Pools { keys, values } in &self.layers {
+                drop(keys.storage_and_layout());
+                drop(values.storage_and_layout());
+            }
+        };
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).is_ok()
+    }
+
     /// Number of blocks in the pool.
     pub fn blocks(&self) -> usize {
         self.blocks
@@ -78,6 +94,48 @@ impl KvCache {
     pub fn block_size(&self) -> usize {
         self.block_size
     }
+
+    /// Bytes that [`Self::read_block`] gives and [`Self::write_block`] takes.
+    pub fn block_bytes(&self) -> usize {
+        self.halves().map(half_bytes).sum()
+    }
+
+    /// Appends a block's contents to `bytes`: of each layer its keys, then its values, little-endian in the pool's type.
+    pub fn read_block(&self, block: u32, bytes: &mut Vec<u8>) -> Result<()> {
+        bytes.reserve(self.block_bytes());
+        self.halves()
+            .try_for_each(|pool| pool.get(block as usize)?.write_bytes(bytes))
+    }
+
+    /// Fills a block with what [`Self::read_block`] gave of one, in this pool or in another like it.
+    pub fn write_block(&mut self, block: u32, mut bytes: &[u8]) -> Result<()> {
+        if bytes.len() != self.block_bytes() {
+            bail!(
+                "KV cache: a block has {} bytes, not {}",
+                self.block_bytes(),
+                bytes.len()
+            )
+        }
+        for pool in self.halves() {
+            let (half, rest) = bytes.split_at(half_bytes(pool));
+            let mut shape = pool.dims().to_vec();
+            shape[0] = 1;
+            let contents = Tensor::from_raw_buffer(half, pool.dtype(), &shape, pool.device())?;
+            pool.slice_set(&contents, 0, block as usize)?;
+            bytes = rest;
+        }
+        Ok(())
+    }
+
+    /// Every layer's keys and values.
+    fn halves(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers.iter().flat_map(|pools| [&pools.keys, &pools.values])
+    }
+}
+
+/// Bytes of one block in a layer's keys or values.
+fn half_bytes(pool: &Tensor) -> usize {
+    pool.dims()[1..].iter().product::<usize>() * pool.dtype().size_in_bytes()
 }
 
 /// Zeros that the operating system hands out page by page as they are touched. candle's own zeros of the half types
@@ -99,4 +157,58 @@ fn zeros(shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
         BackpropOp::none(),
         false,
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Rope, RopeScaling};
+
+    fn config() -> Config {
+        Config {
+            architecture: "llama".into(),
+            hidden_size: 8,
+            intermediate_size: 8,
+            vocab_size: 8,
+            layers: 2,
+            heads: 2,
+            kv_heads: 1,
+            head_dim: 4,
+            rms_norm_eps: 1e-5,
+            rope: Rope {
+                theta: 1e4,
+                scaling: RopeScaling::None,
+            },
+            max_position_embeddings: 64,
+            sliding_window: None,
+            qkv_bias: false,
+            qk_norm: false,
+            tie_word_embeddings: true,
+        }
+    }
+
+    #[test]
+    fn a_block_moves_to_another_pool_and_touches_no_other_block() {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let pool = || KvCache::new(&config(), 3, 2, dtype, &Device::Cpu).unwrap();
+            let (mut one, mut other) = (pool(), pool());
+            assert_eq!(one.block_bytes(), KvCache::bytes_per_block(&config(), 2, dtype));
+            // Small numbers in each type, no two bytes alike within reach.
+            let bytes: Vec<u8> = (0..one.block_bytes()).map(|i| (i % 61) as u8).collect();
+            one.write_block(1, &bytes).unwrap();
+            let read = |pool: &KvCache, block| {
+                let mut bytes = Vec::new();
+                pool.read_block(block, &mut bytes).unwrap();
+                bytes
+            };
+            assert_eq!(read(&one, 1), bytes);
+            for untouched in [0, 2] {
+                assert!(read(&one, untouched).iter().all(|&byte| byte == 0));
+            }
+            other.write_block(2, &read(&one, 1)).unwrap();
+            assert_eq!(read(&other, 2), bytes);
+            assert!(other.write_block(0, &bytes[1..]).is_err());
+            assert!(other.write_block(3, &bytes).is_err());
+        }
+    }
 }

@@ -196,7 +196,22 @@ fn metadata(config: &Config) -> Vec<(String, Value)> {
 /// Writes a family's fixture as GGUF, `change` applied to its tensors first.
 fn write_gguf(family: &str, path: &Path, change: impl Fn(&mut HashMap<String, Tensor>)) {
     let config = Config::from_json(&folder(family).join("config.json")).unwrap();
-    let mut tensors = tensors(family);
+    write_gguf_of(&config, tensors(family), GgmlDType::F32, path, change);
+}
+
+/// Matrices are stored as `dtype`, and all else as float32.
+fn quantize(tensor: &Tensor, dtype: GgmlDType) -> QTensor {
+    let dtype = if tensor.rank() == 2 { dtype } else { GgmlDType::F32 };
+    QTensor::quantize(&tensor.to_dtype(DType::F32).unwrap(), dtype).unwrap()
+}
+
+fn write_gguf_of(
+    config: &Config,
+    mut tensors: HashMap<String, Tensor>,
+    dtype: GgmlDType,
+    path: &Path,
+    change: impl Fn(&mut HashMap<String, Tensor>),
+) {
     if config.architecture == "llama" || config.architecture == "mistral" {
         for (name, tensor) in &mut tensors {
             for (part, heads) in [("q_proj.weight", config.heads), ("k_proj.weight", config.kv_heads)] {
@@ -211,13 +226,12 @@ fn write_gguf(family: &str, path: &Path, change: impl Fn(&mut HashMap<String, Te
         .map(|(name, tensor)| (gguf_name(&name), tensor))
         .collect();
     change(&mut tensors);
-    let quantize = |tensor: &Tensor| QTensor::quantize(&tensor.to_dtype(DType::F32).unwrap(), GgmlDType::F32).unwrap();
     let quantized: Vec<_> = tensors
         .iter()
-        .map(|(name, tensor)| (name.as_str(), quantize(tensor)))
+        .map(|(name, tensor)| (name.as_str(), quantize(tensor, dtype)))
         .collect();
     let quantized: Vec<_> = quantized.iter().map(|(name, tensor)| (*name, tensor)).collect();
-    let metadata = metadata(&config);
+    let metadata = metadata(config);
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
     gguf_file::write(&mut fs::File::create(path).unwrap(), &metadata, &quantized).unwrap();
 }
@@ -233,6 +247,63 @@ fn gguf_equals_its_safetensors_twin() {
         assert_eq!(gguf.config(), safetensors.config(), "{family}");
         let run = |decoder| logits(decoder, &tokens, tokens.len(), 16, DType::F32);
         assert!(run(&gguf) == run(&safetensors), "{family}");
+    }
+}
+
+/// A llama with rows as long as the longest quantization block, its numbers made up.
+const WIDE: &str = r#"{
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 256, "vocab_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "max_position_embeddings": 64, "tie_word_embeddings": false
+}"#;
+
+fn wide_tensors() -> HashMap<String, Tensor> {
+    let layer = |part: &str| format!("model.layers.0.{part}.weight");
+    let shapes: [(String, &[usize]); 12] = [
+        ("model.embed_tokens.weight".into(), &[32, 256]),
+        ("lm_head.weight".into(), &[32, 256]),
+        ("model.norm.weight".into(), &[256]),
+        (layer("input_layernorm"), &[256]),
+        (layer("post_attention_layernorm"), &[256]),
+        (layer("self_attn.q_proj"), &[256, 256]),
+        (layer("self_attn.k_proj"), &[128, 256]),
+        (layer("self_attn.v_proj"), &[128, 256]),
+        (layer("self_attn.o_proj"), &[256, 256]),
+        (layer("mlp.gate_proj"), &[256, 256]),
+        (layer("mlp.up_proj"), &[256, 256]),
+        (layer("mlp.down_proj"), &[256, 256]),
+    ];
+    let numbers = |(index, (name, shape)): (usize, (String, &[usize]))| {
+        let len: usize = shape.iter().product();
+        let number = |i: usize| ((i * (7 + index)) as f64 * 0.37).sin() as f32 / 8.0;
+        let values: Vec<f32> = (0..len).map(number).collect();
+        (name, Tensor::from_vec(values, shape, &Device::Cpu).unwrap())
+    };
+    shapes.into_iter().enumerate().map(numbers).collect()
+}
+
+#[test]
+fn every_type_of_gguf_tensor_is_read() {
+    use GgmlDType::*;
+    let temporary = TempDir::new().unwrap();
+    let (gguf, twin) = (temporary.path().join("model.gguf"), temporary.path());
+    fs::write(twin.join("config.json"), WIDE).unwrap();
+    let config = Config::from_json(&twin.join("config.json")).unwrap();
+    let mut seen: Vec<Vec<Vec<f32>>> = Vec::new();
+    for dtype in [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K] {
+        let tensors = wide_tensors();
+        // What the quantized numbers stand for, as plain numbers.
+        let plain: HashMap<_, _> = tensors
+            .iter()
+            .map(|(name, tensor)| (name, quantize(tensor, dtype).dequantize(&Device::Cpu).unwrap()))
+            .collect();
+        candle_core::safetensors::save(&plain, twin.join("model.safetensors")).unwrap();
+        write_gguf_of(&config, tensors, dtype, &gguf, |_| {});
+        let run = |path| logits(&load(path).unwrap(), &[3, 1, 4, 1, 5], 5, 16, DType::F32);
+        let found = run(&gguf);
+        assert!(found == run(twin), "{dtype:?}");
+        assert!(!seen.contains(&found), "{dtype:?} changes nothing");
+        seen.push(found);
     }
 }
 

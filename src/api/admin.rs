@@ -1,5 +1,5 @@
-//! `GET` and `POST /admin/batching`: the batching settings in force, changed while the server runs. There only if the
-//! server was asked for it.
+//! `/admin/batching` and `/admin/model`: the batching settings and the model in force, changed while the server runs.
+//! There only if the server was asked for it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,13 +7,13 @@ use std::time::Duration;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
 
 use super::error::ApiError;
 use super::{Server, body};
 use crate::batching::{Change, Config, MAX_BATCH, MAX_STEP_TOKENS, Schedule, WindowPolicy};
-use crate::engine::{ConfigureError, Handle};
+use crate::engine::ConfigureError;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,24 +36,21 @@ pub(super) struct InForce {
 }
 
 pub(super) async fn show(State(server): State<Arc<Server>>) -> Result<Json<InForce>, ApiError> {
-    configure(engine(&server, "GET")?, Change::default()).await
+    configure(&server, "GET", Change::default()).await
 }
 
-pub(super) async fn change(
-    State(server): State<Arc<Server>>,
-    bytes: Result<Bytes, BytesRejection>,
-) -> Result<Json<InForce>, ApiError> {
-    let engine = engine(&server, "POST")?;
-    let change = body::read(&server, bytes, |bytes| checked(body::parse(bytes)?)).await?;
-    configure(engine, change).await
+pub(super) async fn change(State(server): State<Arc<Server>>, bytes: Bytes) -> Result<Json<InForce>, ApiError> {
+    allowed(&server, "POST", BATCHING)?;
+    let change = body::read(bytes, |bytes| checked(body::parse(bytes)?)).await?;
+    configure(&server, "POST", change).await
 }
+
+const BATCHING: &str = "/admin/batching";
+const MODEL: &str = "/admin/model";
 
 /// Without the server's leave the path is as unknown as any other.
-fn engine<'a>(server: &'a Server, method: &str) -> Result<&'a Handle, ApiError> {
-    server
-        .admin
-        .get()
-        .ok_or_else(|| ApiError::unknown_path(method, "/admin/batching"))
+fn allowed<'a>(server: &'a Server, method: &str, path: &str) -> Result<&'a mpsc::Sender<ModelCommand>, ApiError> {
+    server.admin.get().ok_or_else(|| ApiError::unknown_path(method, path))
 }
 
 fn checked(body: ChangeBody) -> Result<Change, ApiError> {
@@ -91,7 +88,12 @@ fn checked(body: ChangeBody) -> Result<Change, ApiError> {
     })
 }
 
-async fn configure(engine: &Handle, change: Change) -> Result<Json<InForce>, ApiError> {
+async fn configure(server: &Server, method: &str, change: Change) -> Result<Json<InForce>, ApiError> {
+    allowed(server, method, BATCHING)?;
+    let model = server.model()?;
+    let Some(engine) = &model.engine else {
+        return Err(ApiError::loading());
+    };
     match engine.configure(change).await {
         Ok(Config {
             schedule,
@@ -111,7 +113,76 @@ async fn configure(engine: &Handle, change: Change) -> Result<Json<InForce>, Api
             }))
         }
         Err(ConfigureError::Config(error)) => Err(ApiError::invalid("", error.to_string())),
-        Err(ConfigureError::ShuttingDown) => Err(ApiError::shutting_down()),
+        Err(error @ ConfigureError::EngineLost) => Err(ApiError::engine_lost(&error.to_string())),
+    }
+}
+
+/// What clients ask of whoever loads models.
+#[derive(Debug)]
+pub enum ModelCommand {
+    Show(oneshot::Sender<ModelState>),
+    /// Load the model beside the one that serves, then let it serve in its place.
+    Change {
+        model: String,
+        reply: oneshot::Sender<Result<ModelState, NotChanged>>,
+    },
+}
+
+/// Which model serves, and what is in the making.
+#[derive(Debug, Clone, Serialize)]
+pub struct ModelState {
+    /// As `--model` would name it; none before the first is loaded.
+    pub model: Option<String>,
+    /// The model that is being loaded.
+    pub loading: Option<String>,
+    /// Models that were replaced and still finish requests.
+    pub retiring: usize,
+}
+
+/// Why the model that serves was not replaced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotChanged {
+    /// Another model is being loaded.
+    Busy { loading: String },
+    /// The model could not be loaded, for this reason.
+    Failed(String),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ModelBody {
+    model: String,
+}
+
+/// `GET /admin/model`
+pub(super) async fn show_model(State(server): State<Arc<Server>>) -> Result<Json<ModelState>, ApiError> {
+    let models = allowed(&server, "GET", MODEL)?;
+    let (reply, replied) = oneshot::channel();
+    // Whoever loads models ends only with the server.
+    let sent = models.send(ModelCommand::Show(reply)).await;
+    sent.map_err(|_| ApiError::shutting_down())?;
+    replied.await.map(Json).map_err(|_| ApiError::shutting_down())
+}
+
+/// `POST /admin/model`: answers once the model serves, or the one before it still does.
+pub(super) async fn change_model(
+    State(server): State<Arc<Server>>,
+    bytes: Bytes,
+) -> Result<Json<ModelState>, ApiError> {
+    let models = allowed(&server, "POST", MODEL)?;
+    let ModelBody { model } = body::read(bytes, body::parse).await?;
+    let (reply, replied) = oneshot::channel();
+    let sent = models.send(ModelCommand::Change { model, reply }).await;
+    sent.map_err(|_| ApiError::shutting_down())?;
+    match replied.await.map_err(|_| ApiError::shutting_down())? {
+        Ok(state) => Ok(Json(state)),
+        Err(NotChanged::Busy { loading }) => Err(ApiError::conflict(format!(
+            "{loading} is being loaded; send the change again once it serves."
+        ))),
+        Err(NotChanged::Failed(reason)) => Err(ApiError::invalid(
+            "model",
+            format!("The model was not loaded, and the one before it still serves: {reason}."),
+        )),
     }
 }
 
@@ -126,6 +197,8 @@ mod tests {
     async fn is_unknown_unless_asked_for() {
         let server = testing::server(|_| Ok(()));
         let (status, _) = testing::post(&server, "/admin/batching", json!({"max_batch": 3})).await;
+        assert_eq!(status, 404);
+        let (status, _) = testing::post(&server, "/admin/model", json!({"model": "other"})).await;
         assert_eq!(status, 404);
     }
 

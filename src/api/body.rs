@@ -1,10 +1,8 @@
 //! From a body's bytes to a value, and the work that must not hold up other requests.
 
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
 use serde::de::DeserializeOwned;
 
-use super::Server;
 use super::error::ApiError;
 
 /// Bodies larger than this are parsed, rendered and tokenized on a thread of their own: above it the work takes
@@ -13,11 +11,9 @@ const LARGE: usize = 32 << 10;
 
 /// Runs `work` on the body: small bodies at once, large ones where they block nobody.
 pub(super) async fn read<T: Send + 'static>(
-    server: &Server,
-    body: Result<Bytes, BytesRejection>,
+    body: Bytes,
     work: impl FnOnce(&[u8]) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let body = body.map_err(|rejection| ApiError::body_unread(&rejection, server.settings.max_body_bytes))?;
     if body.len() <= LARGE {
         return work(&body);
     }

@@ -6,11 +6,12 @@ use std::time::Instant;
 use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
+use axum::http::HeaderMap;
 use axum::response::Response;
 
+use super::deadline;
 use super::error::ApiError;
-use super::generation::{Plan, Prompt};
+use super::generation::Plan;
 use super::middleware::Caller;
 use super::params::{Params, asks_nothing, chat_logprobs};
 use super::respond::respond;
@@ -21,15 +22,18 @@ use super::{Model, Server, body, messages};
 pub(super) async fn chat_completions(
     State(server): State<Arc<Server>>,
     Extension(caller): Extension<Caller>,
-    bytes: Result<Bytes, BytesRejection>,
+    headers: HeaderMap,
+    bytes: Bytes,
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
+    let timeout = deadline::of_header(&headers)?;
     let shared = server.clone();
-    let plan = body::read(&server, bytes, move |bytes| plan(shared.model()?, body::parse(bytes)?)).await?;
+    let mut plan = body::read(bytes, move |bytes| plan(&shared.model()?, body::parse(bytes)?)).await?;
+    plan.params.timeout = deadline::shortest(&[plan.params.timeout, timeout]);
     respond(server, plan, &caller, arrival).await
 }
 
-fn plan(model: &Model, mut body: Body) -> Result<Plan, ApiError> {
+fn plan(model: &Arc<Model>, mut body: Body) -> Result<Plan, ApiError> {
     let name = model.served_name(body.model.as_deref())?;
     if body.echo == Some(true) || !asks_nothing(&body.prompt) {
         let field = if body.echo == Some(true) { "echo" } else { "prompt" };
@@ -40,12 +44,10 @@ fn plan(model: &Model, mut body: Body) -> Result<Plan, ApiError> {
     }
     let logprobs = chat_logprobs(&body)?;
     let params = Params::new(&mut body, &model.tokenizer, logprobs)?;
-    let text = messages::render(model, body.messages.take(), true)?;
-    messages::check_length(model, "messages", text.len())?;
-    let tokens = model.tokenizer.encode(&text, false)?;
-    let prompt = Prompt::new(model, "messages", tokens, String::new())?;
+    let prompt = messages::prompt(model, body.messages.take(), true)?;
     Ok(Plan {
         shape: Shape::Chat,
+        served: model.clone(),
         model: name,
         prompts: vec![prompt],
         params,

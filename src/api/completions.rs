@@ -6,10 +6,11 @@ use std::time::Instant;
 use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
+use axum::http::HeaderMap;
 use axum::response::Response;
 use serde_json::Value;
 
+use super::deadline;
 use super::error::ApiError;
 use super::generation::{Plan, Prompt};
 use super::messages::check_length;
@@ -24,17 +25,21 @@ use crate::request::TokenId;
 pub(super) async fn completions(
     State(server): State<Arc<Server>>,
     Extension(caller): Extension<Caller>,
-    bytes: Result<Bytes, BytesRejection>,
+    headers: HeaderMap,
+    bytes: Bytes,
 ) -> Result<Response, ApiError> {
     let arrival = Instant::now();
+    let timeout = deadline::of_header(&headers)?;
     let shared = server.clone();
-    let plan = body::read(&server, bytes, move |bytes| {
-        plan(shared.model()?, body::parse(bytes)?, shared.settings.max_choices)
+    let plan = body::read(bytes, move |bytes| {
+        plan(&shared.model()?, body::parse(bytes)?, shared.settings.max_choices)
     });
-    respond(server.clone(), plan.await?, &caller, arrival).await
+    let mut plan = plan.await?;
+    plan.params.timeout = deadline::shortest(&[plan.params.timeout, timeout]);
+    respond(server, plan, &caller, arrival).await
 }
 
-fn plan(model: &Model, mut body: Body, max_choices: usize) -> Result<Plan, ApiError> {
+fn plan(model: &Arc<Model>, mut body: Body, max_choices: usize) -> Result<Plan, ApiError> {
     let name = model.served_name(body.model.as_deref())?;
     if body.messages.is_some() {
         return Err(ApiError::unsupported(
@@ -72,6 +77,7 @@ fn plan(model: &Model, mut body: Body, max_choices: usize) -> Result<Plan, ApiEr
         .map(|(i, prompt)| prompt.check(model, &at(i), echo));
     Ok(Plan {
         shape: Shape::Completion,
+        served: model.clone(),
         model: name,
         prompts: prompts.collect::<Result<_, _>>()?,
         params,
@@ -103,6 +109,14 @@ impl Given {
                 Prompt::new(model, param, tokens, echo)
             }
         }
+    }
+}
+
+/// A prompt that is a string or a list of token ids, and not several.
+pub(super) fn only_prompt(model: &Model, prompt: Value) -> Result<Prompt, ApiError> {
+    match <[Given; 1]>::try_from(split(prompt)?) {
+        Ok([given]) => given.check(model, "prompt", false),
+        Err(_) => Err(ApiError::invalid("prompt", "Send one prompt at a time.")),
     }
 }
 
@@ -183,7 +197,7 @@ mod tests {
     fn a_prompt_must_be_the_models_and_fit() {
         let plan = |prompt: Value| {
             let body = serde_json::from_value(json!({"prompt": prompt})).unwrap();
-            plan(&model(), body, 4)
+            plan(&Arc::new(model()), body, 4)
                 .map(|plan| plan.prompts.len())
                 .map_err(|e| e.body()["error"].take())
         };

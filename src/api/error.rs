@@ -1,6 +1,7 @@
 //! Errors as a client sees them: OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`.
 
-use axum::extract::rejection::BytesRejection;
+use std::time::Duration;
+
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -10,7 +11,8 @@ use crate::request::Failure;
 use crate::text::TextError;
 
 /// One refusal or failure: what happened, to which parameter, and what the client may do.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{message}")]
 pub(super) struct ApiError {
     pub status: StatusCode,
     message: String,
@@ -21,6 +23,10 @@ pub(super) struct ApiError {
     /// Seconds after which another try may succeed.
     retry_after: Option<u16>,
 }
+
+/// Goes with an error's response to where it is counted and logged: see [`ApiError::cause`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cause(pub &'static str);
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
@@ -82,6 +88,21 @@ impl ApiError {
         )
     }
 
+    pub fn unknown_pin(id: &str) -> Self {
+        let message = format!("You have no pinned prompt `{id}`. GET /v1/cache/prompts lists them.");
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            Some("prompt_not_found"),
+            message,
+        )
+    }
+
+    /// Why a prompt cannot be pinned, as the engine says it.
+    pub fn not_pinned(status: StatusCode, message: &str) -> Self {
+        Self::new(status, "invalid_request_error", Some("not_pinned"), sentence(message))
+    }
+
     pub fn wrong_method(method: &str, path: &str) -> Self {
         let message = format!("{path} does not take {method}.");
         Self::new(
@@ -92,18 +113,60 @@ impl ApiError {
         )
     }
 
-    pub fn body_unread(rejection: &BytesRejection, limit: usize) -> Self {
+    pub fn head_too_large(limit: usize) -> Self {
+        let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+        let message = format!("The path and headers are larger than this server's limit of {limit} bytes.");
+        Self::new(status, "invalid_request_error", Some("headers_too_large"), message)
+    }
+
+    pub fn body_too_large(limit: usize) -> Self {
+        let message = format!("The body is larger than this server's limit of {limit} bytes.");
+        let status = StatusCode::PAYLOAD_TOO_LARGE;
+        Self::new(status, "invalid_request_error", Some("body_too_large"), message)
+    }
+
+    pub fn body_too_slow(limit: Duration) -> Self {
+        let message = format!("The body did not come within this server's limit of {limit:?}. Send it faster.");
+        let status = StatusCode::REQUEST_TIMEOUT;
+        Self::new(status, "invalid_request_error", Some("body_too_slow"), message)
+    }
+
+    pub fn body_unread() -> Self {
+        Self::invalid("", "The body could not be read to its end.")
+    }
+
+    pub fn too_many_connections() -> Self {
+        let message = "The server has all the connections that it takes. Try again.";
+        Self::unavailable("too_many_connections", message, 1)
+    }
+
+    /// No key, or none that is known here.
+    pub fn unauthorized(message: &str) -> Self {
         let kind = "invalid_request_error";
-        if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
-            let message = format!("The body is larger than this server's limit of {limit} bytes.");
-            return Self::new(StatusCode::PAYLOAD_TOO_LARGE, kind, Some("body_too_large"), message);
+        Self::new(StatusCode::UNAUTHORIZED, kind, Some("invalid_api_key"), message)
+    }
+
+    /// A caller that may not do this.
+    pub fn forbidden(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "permission_error", Some(code), message)
+    }
+
+    /// A key has used up what it may; `kind` says of what.
+    pub fn quota(kind: &'static str, message: impl Into<String>, retry_after: Option<u16>) -> Self {
+        let code = Some("rate_limit_exceeded");
+        Self {
+            retry_after,
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, kind, code, message)
         }
-        Self::new(
-            StatusCode::BAD_REQUEST,
-            kind,
-            None,
-            "The body could not be read to its end.",
-        )
+    }
+
+    /// Somebody else has what there is one of.
+    pub fn busy(message: &str) -> Self {
+        let kind = "invalid_request_error";
+        Self {
+            retry_after: Some(1),
+            ..Self::new(StatusCode::CONFLICT, kind, Some("busy"), sentence(message))
+        }
     }
 
     pub fn loading() -> Self {
@@ -119,6 +182,19 @@ impl ApiError {
         )
     }
 
+    /// A request that may fit later.
+    fn for_now(code: &'static str, message: String, retry_after: Duration) -> Self {
+        Self {
+            retry_after: Some(u16::try_from(retry_after.as_secs()).unwrap_or(u16::MAX)),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some(code), message)
+        }
+    }
+
+    /// The engine is being started again; `message` says what became of the request.
+    pub fn engine_lost(message: &str) -> Self {
+        Self::unavailable("engine_lost", &sentence(message), 1)
+    }
+
     fn unavailable(code: &'static str, message: &str, retry_after: u16) -> Self {
         Self {
             retry_after: Some(retry_after),
@@ -131,9 +207,35 @@ impl ApiError {
         }
     }
 
+    /// A change that cannot be made now, because another is being made.
+    pub fn conflict(message: impl Into<String>) -> Self {
+        Self::new(
+            StatusCode::CONFLICT,
+            "invalid_request_error",
+            Some("change_in_progress"),
+            message,
+        )
+    }
+
     /// Something this server should not have done; `message` goes to the client.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message)
+    }
+
+    /// A request that went wrong while it ran.
+    fn failed(code: &'static str, message: String) -> Self {
+        Self {
+            code: Some(code),
+            ..Self::internal(message)
+        }
+    }
+
+    /// What the error is counted and logged under: its code, where it has one.
+    pub fn cause(&self) -> &'static str {
+        self.code.unwrap_or(match self.status {
+            StatusCode::BAD_REQUEST => "invalid_request",
+            _ => "internal",
+        })
     }
 
     /// The body of the response, or the data of the event that ends a stream.
@@ -147,16 +249,12 @@ impl ApiError {
 impl From<Refused> for ApiError {
     fn from(refused: Refused) -> Self {
         match refused {
-            Refused::QueueFull { .. } => Self {
-                retry_after: Some(1),
-                ..Self::new(
-                    StatusCode::TOO_MANY_REQUESTS,
-                    "rate_limit_error",
-                    Some("queue_full"),
-                    sentence(&refused.to_string()),
-                )
-            },
-            Refused::ShuttingDown => Self::shutting_down(),
+            Refused::Refused(refusal) => Self::for_now(
+                refusal.cause.label(),
+                sentence(&refusal.to_string()),
+                refusal.retry_after,
+            ),
+            Refused::EngineLost => Self::engine_lost(&refused.to_string()),
         }
     }
 }
@@ -171,7 +269,13 @@ impl From<Failure> for ApiError {
                 Some("deadline_passed"),
                 message,
             ),
-            Failure::NotANumber | Failure::Step(_) => Self::internal(message),
+            Failure::TooBusy { retry_after } => Self::for_now("overtaken", message, retry_after),
+            Failure::NotANumber => Self::failed("not_a_number", message),
+            Failure::Step(_) => Self::failed("step_failed", message),
+            Failure::ShuttingDown => Self::unavailable("shutting_down", &message, 5),
+            Failure::EngineLost(_) => Self::engine_lost(&message),
+            Failure::Sampler => Self::failed("sampler_failed", message),
+            Failure::Text => Self::failed("text_failed", message),
         }
     }
 }
@@ -203,10 +307,15 @@ fn sentence(message: &str) -> String {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, axum::Json(self.body())).into_response();
+        response.extensions_mut().insert(Cause(self.cause()));
         if let Some(seconds) = self.retry_after {
             response
                 .headers_mut()
                 .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            let scheme = HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
         }
         response
     }
@@ -215,6 +324,7 @@ impl IntoResponse for ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batching::{Cause, Refusal};
 
     #[test]
     fn the_shape_is_openais() {
@@ -227,10 +337,16 @@ mod tests {
 
     #[test]
     fn a_refusal_says_when_to_come_back() {
-        let response = ApiError::from(Refused::QueueFull { limit: 7 }).into_response();
-        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
-        assert_eq!(response.headers()[header::RETRY_AFTER], "1");
-        let response = ApiError::from(Refused::ShuttingDown).into_response();
+        let retry_after = Duration::from_secs(3);
+        let cause = Cause::Requests { limit: 7 };
+        let error = ApiError::from(Refused::Refused(Refusal { cause, retry_after }));
+        assert_eq!(error.body()["error"]["code"], "queue_full");
+        let overtaken = ApiError::from(Failure::TooBusy { retry_after });
+        for response in [error.into_response(), overtaken.into_response()] {
+            assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+            assert_eq!(response.headers()[header::RETRY_AFTER], "3");
+        }
+        let response = ApiError::from(Refused::EngineLost).into_response();
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert!(response.headers().contains_key(header::RETRY_AFTER));
     }
@@ -239,7 +355,9 @@ mod tests {
     fn each_failure_has_its_status() {
         let status = |failure: Failure| ApiError::from(failure).status.as_u16();
         assert_eq!(status(Failure::DeadlinePassed), 504);
+        assert_eq!(status(Failure::ShuttingDown), 503);
         assert_eq!(status(Failure::NotANumber), 500);
         assert_eq!(status(Failure::Step("lost".into())), 500);
+        assert_eq!(status(Failure::EngineLost("lost".into())), 503);
     }
 }

@@ -1,29 +1,39 @@
 //! From a checked request to engine requests, and from their events to the choices of one response.
 
 use std::future::poll_fn;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
+use super::access::{CLIENT_GONE, End, Generated, Report};
 use super::choice::{Choice, Delta};
+use super::deadline;
+use super::ending::Running;
 use super::error::ApiError;
+use super::keys::Reservation;
 use super::middleware::Caller;
+use super::observe::Place;
 use super::params::Params;
-use super::shape::Shape;
+use super::shape::{Shape, finish_reason};
 use super::types::{PromptDetails, Timing, Usage};
 use super::{Model, Server};
-use crate::request::{Event, Failure, Request, Sampling, TokenId};
+#[cfg(any(test, feature = "fault-injection"))]
+use crate::fault_injection::Fault;
+use crate::request::{Event, Failure, FinishReason, Request, Sampling, TokenId};
 use crate::text::{Detokenizer, Start};
 
 /// Tokens of a completion that does not say how many, as OpenAI has it. (A chat answer fills the context.)
 const COMPLETION_TOKENS: usize = 16;
 
 /// What to generate.
-#[derive(Debug)]
 pub(super) struct Plan {
     pub shape: Shape,
+    /// The model that the prompts were made for.
+    pub served: Arc<Model>,
     /// The name the client called the model by.
     pub model: String,
     pub prompts: Vec<Prompt>,
@@ -33,7 +43,7 @@ pub(super) struct Plan {
 /// One prompt, known to fit the model's context.
 #[derive(Debug)]
 pub(super) struct Prompt {
-    tokens: Vec<TokenId>,
+    pub tokens: Vec<TokenId>,
     /// The prompt's text where it is to be echoed.
     echo: String,
 }
@@ -60,6 +70,8 @@ impl Prompt {
 /// The sequences of one client request, running. Dropping it cancels those that have not ended.
 pub(super) struct Generation {
     server: Arc<Server>,
+    #[cfg(any(test, feature = "fault-injection"))]
+    id: String,
     choices: Vec<Choice>,
     /// The choices that have not ended, by index.
     live: Vec<(usize, UnboundedReceiver<Event>)>,
@@ -69,12 +81,24 @@ pub(super) struct Generation {
     n: usize,
     prompt_tokens: usize,
     arrival: Instant,
+    model: String,
+    report: Arc<Report>,
+    /// How it ends, as far as is known: for the longest choice's reason, or for what went wrong.
+    end: Option<End>,
+    running: Running,
+    /// What the caller's key was charged.
+    reservation: Option<Reservation>,
+    /// Kept from others of the same key until this has ended.
+    _place: Option<Arc<OwnedSemaphorePermit>>,
 }
 
 impl Generation {
     /// Hands all sequences of `plan` to the engine, or none.
     pub fn start(server: Arc<Server>, plan: Plan, caller: &Caller, arrival: Instant) -> Result<Self, ApiError> {
-        let model = server.model()?;
+        // The first word stands; it is the same for all of a request.
+        let _ = caller.report.tenant.set(caller.tenant.clone());
+        let model = &*plan.served;
+        let running = server.ending.begin().ok_or_else(ApiError::shutting_down)?;
         let n = plan.params.n;
         let most = server.settings.max_choices;
         if plan.prompts.len().saturating_mul(n) > most {
@@ -84,7 +108,9 @@ impl Generation {
             ));
         }
         let prompt_tokens = plan.prompts.iter().map(|prompt| prompt.tokens.len()).sum();
-        let deadline = server.settings.request_timeout.map(|timeout| arrival + timeout);
+        let timeout = deadline::shortest(&[plan.params.timeout, server.request_timeout()]);
+        let deadline = timeout.map(|timeout| arrival + timeout);
+        let reservation = caller.reserve(prompt_tokens, answer_tokens(&plan, model))?;
         let (mut choices, mut live, mut requests) = (Vec::new(), Vec::new(), Vec::new());
         for prompt in plan.prompts {
             for i in 0..n {
@@ -95,25 +121,36 @@ impl Generation {
                 requests.push(Request {
                     id: caller.id.clone(),
                     tenant: caller.tenant.clone(),
+                    priority: plan.params.priority,
                     prompt: prompt.tokens.clone(),
+                    cache_salt: plan.params.cache_salt.clone(),
                     sampling,
                     arrival,
                     deadline,
+                    span: caller.span.clone(),
                     events,
                 });
             }
         }
-        tracing::debug!(id = caller.id, prompt_tokens, choices = choices.len(), "submitting");
+        tracing::debug!(parent: &caller.span, prompt_tokens, choices = choices.len(), "submitting");
         (model.submit)(requests)?;
         server.observer.accepted(prompt_tokens);
         Ok(Self {
             server,
+            #[cfg(any(test, feature = "fault-injection"))]
+            id: caller.id.clone(),
             choices,
             live,
             turn: 0,
             n,
             prompt_tokens,
             arrival,
+            model: plan.model,
+            report: caller.report.clone(),
+            end: None,
+            running,
+            reservation,
+            _place: caller.place.clone(),
         })
     }
 
@@ -126,41 +163,46 @@ impl Generation {
     /// response is over: the other choices are cancelled when this is dropped.
     pub async fn next(&mut self) -> Option<Result<(usize, Delta), Failure>> {
         while !self.live.is_empty() {
-            let (slot, event) = poll_fn(|context| self.poll_event(context)).await;
-            match self.take(slot, event) {
+            let (live, turn) = (&mut self.live, &mut self.turn);
+            let (slot, event) = tokio::select! {
+                biased;
+                event = poll_fn(|context| poll_event(live, turn, context)) => event,
+                () = self.running.cut() => return Some(Err(Failure::ShuttingDown)),
+            };
+            // A panic here would end the connection without a word.
+            let taken = catch_unwind(AssertUnwindSafe(|| self.take(slot, event)));
+            let taken = taken.unwrap_or_else(|_| {
+                self.server.observer.panicked(Place::Text);
+                Err(Failure::Text)
+            });
+            match taken {
                 Ok(Some(delta)) => return Some(Ok(delta)),
                 Ok(None) => {}
-                Err(failure) => return Some(Err(failure)),
+                Err(failure) => {
+                    self.end = Some(End::Cut(ApiError::from(failure.clone()).cause()));
+                    return Some(Err(failure));
+                }
             }
         }
         None
     }
 
-    fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<(usize, Option<Event>)> {
-        for step in 0..self.live.len() {
-            let slot = (self.turn + step) % self.live.len();
-            if let Poll::Ready(event) = self.live[slot].1.poll_recv(context) {
-                self.turn = slot + 1;
-                return Poll::Ready((slot, event));
-            }
-        }
-        Poll::Pending
-    }
-
     fn take(&mut self, slot: usize, event: Option<Event>) -> Result<Option<(usize, Delta)>, Failure> {
+        let several = self.choices.len() > 1;
         let index = self.live[slot].0;
         let choice = &mut self.choices[index];
         let delta = match event {
-            Some(Event::Admitted {
-                at,
-                window,
-                cached_tokens,
-            }) => {
+            Some(Event::Admitted { at, window, .. }) => {
                 choice.admitted = Some((at, window));
+                return Ok(None);
+            }
+            Some(Event::Prefilled { cached_tokens }) => {
                 choice.cached_tokens = cached_tokens;
                 return Ok(None);
             }
             Some(Event::Token(token)) => {
+                #[cfg(any(test, feature = "fault-injection"))]
+                Fault::Detokenizer.panic_if_asked(&self.id, choice.tokens);
                 self.server.observer.token();
                 if choice.first.is_none() {
                     self.server
@@ -170,10 +212,15 @@ impl Generation {
                 choice.push(token)
             }
             Some(Event::Finished(reason)) => choice.finish(reason),
+            // The other choices may have tokens that are worth having.
+            Some(Event::Failed(Failure::DeadlinePassed)) if several => choice.finish(FinishReason::Deadline),
             Some(Event::Failed(failure)) => return Err(failure),
-            None => return Err(Failure::Step("the engine ended without a word".to_string())),
+            None => return Err(Failure::EngineLost("it ended without a word".to_string())),
         };
-        if delta.finish.is_some() {
+        if let Some(reason) = delta.finish {
+            if self.end.is_none() || reason == FinishReason::Length {
+                self.end = Some(End::Finished(finish_reason(reason)));
+            }
             // Dropping the receiver tells the engine that a stop string was found.
             self.live.swap_remove(slot);
             self.server
@@ -182,6 +229,9 @@ impl Generation {
             if self.live.is_empty() {
                 self.server.observer.request_finished(self.arrival.elapsed());
             }
+        }
+        if self.live.is_empty() && several && self.choices.iter().all(|choice| choice.tokens == 0) {
+            return Err(Failure::DeadlinePassed);
         }
         let shows = !delta.text.is_empty() || delta.finish.is_some();
         Ok(shows.then_some((index, delta)))
@@ -223,6 +273,59 @@ impl Generation {
     }
 }
 
+impl Drop for Generation {
+    fn drop(&mut self) {
+        let end = match self.end {
+            Some(End::Cut(cause)) => End::Cut(cause),
+            _ if std::thread::panicking() => End::Cut("internal"),
+            Some(end) if self.live.is_empty() => end,
+            _ => End::Cut(CLIENT_GONE),
+        };
+        // A request that left the queue has used its prompt, and what was generated of its answer.
+        let ran = self.choices.iter().any(|choice| choice.admitted.is_some());
+        let tokens = self.usage().total_tokens;
+        if let Some(reservation) = self.reservation.as_mut().filter(|_| ran) {
+            reservation.used(tokens);
+        }
+        // The only generation of its request is the first to say so.
+        let _ = self.report.generated.set(Generated {
+            model: std::mem::take(&mut self.model),
+            usage: self.usage(),
+            timing: self.timing(),
+            end,
+        });
+    }
+}
+
+/// The most tokens that all of a plan's answers may have.
+fn answer_tokens(plan: &Plan, model: &Model) -> usize {
+    let each = |prompt: &Prompt| {
+        let room = model.max_model_len - prompt.tokens.len();
+        sampling(&plan.params, plan.shape, room, 0).max_tokens
+    };
+    plan.prompts
+        .iter()
+        .map(each)
+        .sum::<usize>()
+        .saturating_mul(plan.params.n)
+}
+
+/// The next event of those that have not ended, and its place among them.
+fn poll_event(
+    live: &mut [(usize, UnboundedReceiver<Event>)],
+    turn: &mut usize,
+    context: &mut Context<'_>,
+) -> Poll<(usize, Option<Event>)> {
+    for step in 0..live.len() {
+        let slot = (*turn + step) % live.len();
+        if let Poll::Ready(event) = live[slot].1.poll_recv(context) {
+            *turn = slot + 1;
+            return Poll::Ready((slot, event));
+        }
+    }
+    Poll::Pending
+}
+
 /// The sampling of a prompt's choice `i`, with as many tokens as there is room for.
 fn sampling(params: &Params, shape: Shape, room: usize, i: usize) -> Sampling {
     let default = match shape {
@@ -253,6 +356,6 @@ fn decode_time(choice: &Choice) -> Duration {
 }
 
 /// Milliseconds to three places.
-fn milliseconds(time: Duration) -> f64 {
+pub(super) fn milliseconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }

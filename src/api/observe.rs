@@ -4,15 +4,58 @@ use std::time::Duration;
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
 
+/// Causes of [`Observer::refused`] that stand at zero from the start: an error's code, where it has one. Any other
+/// error's code joins them when it first happens.
+const REFUSALS: [&str; 18] = [
+    "queue_full",
+    "queue_tokens",
+    "in_flight",
+    "key_share",
+    "deadline",
+    "model_loading",
+    "shutting_down",
+    "invalid_request",
+    "unsupported_value",
+    "context_length_exceeded",
+    "body_too_large",
+    "model_not_found",
+    "unknown_url",
+    "method_not_allowed",
+    "invalid_api_key",
+    "key_disabled",
+    "not_admin",
+    "rate_limit_exceeded",
+];
+/// Causes of [`Observer::cut`] that stand at zero from the start.
+const CUTS: [&str; 6] = [
+    "overtaken",
+    "client_gone",
+    "deadline_passed",
+    "not_a_number",
+    "step_failed",
+    "internal",
+];
+
 /// The HTTP side's own metrics. Times are seconds.
 #[derive(Debug)]
 pub struct Observer {
     requests: IntCounterVec,
+    refusals: IntCounterVec,
+    cuts: IntCounterVec,
+    connections_cut: IntCounterVec,
     first_token: Histogram,
     per_token: Histogram,
     request: Histogram,
     prompt_tokens: IntCounter,
     completion_tokens: IntCounter,
+    panics: IntCounterVec,
+}
+
+/// Where a request's own panic was caught.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    Handler,
+    Text,
 }
 
 impl Observer {
@@ -27,6 +70,13 @@ impl Observer {
             let counter = IntCounter::new(name, help)?;
             registry.register(Box::new(counter.clone())).map(|()| counter)
         };
+        let by_cause = |name: &str, help: &str, causes: &[&str]| {
+            let counter = IntCounterVec::new(Opts::new(name, help), &["cause"])?;
+            for cause in causes {
+                counter.with_label_values(&[*cause]);
+            }
+            registry.register(Box::new(counter.clone())).map(|()| counter)
+        };
         let requests = IntCounterVec::new(
             Opts::new(
                 "sconce_http_requests_total",
@@ -35,10 +85,45 @@ impl Observer {
             &["route", "status"],
         )?;
         registry.register(Box::new(requests.clone()))?;
-        // A counter that a client can see from the start, at zero.
+        let connections_cut = IntCounterVec::new(
+            Opts::new(
+                "sconce_connections_cut_total",
+                "Connections closed on a client: one too many, or one that took nothing of its answer for too long.",
+            ),
+            &["cause"],
+        )?;
+        registry.register(Box::new(connections_cut.clone()))?;
+        // Counters that a client can see from the start, at zero.
+        for cause in ["stalled", "too_many"] {
+            connections_cut.with_label_values(&[cause]);
+        }
+        let panics = IntCounterVec::new(
+            Opts::new(
+                "sconce_request_panics_total",
+                "Requests that failed by a panic of their own outside the engine, by place.",
+            ),
+            &["place"],
+        )?;
+        registry.register(Box::new(panics.clone()))?;
+        // Counters that a client can see from the start, at zero.
+        for place in ["handler", "text"] {
+            panics.with_label_values(&[place]);
+        }
         requests.with_label_values(&["/v1/chat/completions", "200"]);
         Ok(Self {
             requests,
+            refusals: by_cause(
+                "sconce_refusals_total",
+                "Requests answered with an error before anything of them ran, by cause.",
+                &REFUSALS,
+            )?,
+            cuts: by_cause(
+                "sconce_cuts_total",
+                "Requests that were taken and ended before their whole answer, by cause.",
+                &CUTS,
+            )?,
+            connections_cut,
+            panics,
             first_token: histogram(
                 "sconce_time_to_first_token_seconds",
                 "Time from a request's arrival to the first token of each choice.",
@@ -69,6 +154,30 @@ impl Observer {
         self.requests
             .with_label_values(&[route, status.to_string().as_str()])
             .inc();
+    }
+
+    /// Nothing of the request ran; gives the cause back.
+    pub(super) fn refused(&self, cause: &'static str) -> &'static str {
+        self.refusals.with_label_values(&[cause]).inc();
+        cause
+    }
+
+    /// The request was taken and did not get its whole answer; gives the cause back.
+    pub(super) fn cut(&self, cause: &'static str) -> &'static str {
+        self.cuts.with_label_values(&[cause]).inc();
+        cause
+    }
+
+    pub(super) fn connection_cut(&self, cause: &str) {
+        self.connections_cut.with_label_values(&[cause]).inc();
+    }
+
+    pub(super) fn panicked(&self, place: Place) {
+        let place = match place {
+            Place::Handler => "handler",
+            Place::Text => "text",
+        };
+        self.panics.with_label_values(&[place]).inc();
     }
 
     pub(super) fn accepted(&self, prompt_tokens: usize) {

@@ -1,9 +1,11 @@
 //! The fields that chat and completions share, checked: sampling, stopping, number of choices.
 
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::deadline;
 use super::error::ApiError;
 use super::types::{Body, LogprobsBody, Stop};
 use crate::request::{Sampling, TokenId};
@@ -16,6 +18,7 @@ const MAX_STOP_BYTES: usize = 256;
 const MAX_STOP_TOKENS: usize = 128;
 const MAX_BIASES: usize = 1024;
 const MAX_LOGPROBS: usize = 20;
+const MAX_SALT_BYTES: usize = 256;
 
 /// What a request asks of each of its choices.
 #[derive(Debug)]
@@ -29,6 +32,11 @@ pub(super) struct Params {
     pub n: usize,
     pub stream: bool,
     pub include_usage: bool,
+    pub cache_salt: Option<String>,
+    /// How long the client waits, if it says so.
+    pub timeout: Option<Duration>,
+    /// Smaller goes first among the tenant's own.
+    pub priority: i32,
 }
 
 impl Params {
@@ -51,12 +59,15 @@ impl Params {
             max_tokens,
             stops: stops(body.stop.take())?,
             n,
+            cache_salt: cache_salt(body.cache_salt.take())?,
             stream: body.stream.unwrap_or(false),
             include_usage: body
                 .stream_options
                 .as_ref()
                 .and_then(|o| o.include_usage)
                 .unwrap_or(false),
+            timeout: deadline::of_body(body.timeout_ms)?,
+            priority: body.priority.unwrap_or(0),
         })
     }
 }
@@ -115,6 +126,17 @@ fn sampling(body: &Body, tokenizer: &Tokenizer, logprobs: Option<usize>) -> Resu
         logprobs,
         max_tokens: 1,
     })
+}
+
+/// Separates the request's prefixes from those of other salts.
+pub(super) fn cache_salt(salt: Option<String>) -> Result<Option<String>, ApiError> {
+    match salt {
+        Some(salt) if !(1..=MAX_SALT_BYTES).contains(&salt.len()) => Err(ApiError::invalid(
+            "cache_salt",
+            format!("`cache_salt` must have 1 to {MAX_SALT_BYTES} bytes."),
+        )),
+        salt => Ok(salt),
+    }
 }
 
 fn in_range(name: &str, value: Option<f32>, default: f32, range: RangeInclusive<f32>) -> Result<f32, ApiError> {

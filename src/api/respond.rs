@@ -21,6 +21,8 @@ pub(super) async fn respond(
     caller: &Caller,
     arrival: Instant,
 ) -> Result<Response, ApiError> {
+    #[cfg(any(test, feature = "fault-injection"))]
+    crate::fault_injection::Fault::Handler.panic_if_asked(&caller.id, 0);
     let prefix = match plan.shape {
         Shape::Chat => "chatcmpl",
         Shape::Completion => "cmpl",
@@ -31,7 +33,7 @@ pub(super) async fn respond(
         created: unix_seconds(),
         model: plan.model.clone(),
         logprobs: plan.params.sampling.logprobs.is_some(),
-        tokenizer: server.model()?.tokenizer.clone(),
+        tokenizer: plan.served.tokenizer.clone(),
     };
     let (stream, include_usage) = (plan.params.stream, plan.params.include_usage);
     let generation = Generation::start(server, plan, caller, arrival)?;

@@ -53,7 +53,8 @@ impl Head {
     pub fn chunk(&self, index: usize, delta: Delta, usage: Option<Option<Usage>>) -> Result<String, serde_json::Error> {
         match self.shape {
             Shape::Chat => {
-                let finish_reason = delta.finish.map(reason);
+                let finish_reason = delta.finish.map(finish_reason);
+                let stop_reason = delta.finish.and_then(stop_reason);
                 let logprobs = self.chat_logprobs(&delta.logprobs);
                 let content = Some(delta.text).filter(|text| !text.is_empty());
                 let delta = DeltaBody { role: None, content };
@@ -63,6 +64,7 @@ impl Head {
                         delta,
                         logprobs,
                         finish_reason,
+                        stop_reason,
                     },
                     usage,
                 )
@@ -82,6 +84,7 @@ impl Head {
             delta,
             logprobs: None,
             finish_reason: None,
+            stop_reason: None,
         };
         (self.shape == Shape::Chat).then(|| self.chat_chunk(chunk, usage))
     }
@@ -125,12 +128,13 @@ impl Head {
             refusal: None,
         };
         let logprobs = self.chat_logprobs(&choice.logprobs);
-        let finish_reason = reason(choice.finish.unwrap_or(FinishReason::Length));
+        let finish_reason = finish_reason(choice.finish.unwrap_or(FinishReason::Length));
         ChatChoice {
             index,
             message,
             logprobs,
             finish_reason,
+            stop_reason: choice.finish.and_then(stop_reason),
         }
     }
 
@@ -140,7 +144,8 @@ impl Head {
             index,
             text: choice.text,
             logprobs,
-            finish_reason: choice.finish.map(reason),
+            finish_reason: choice.finish.map(finish_reason),
+            stop_reason: choice.finish.and_then(stop_reason),
         }
     }
 
@@ -188,11 +193,16 @@ impl Head {
     }
 }
 
-fn reason(reason: FinishReason) -> &'static str {
+pub(super) fn finish_reason(reason: FinishReason) -> &'static str {
     match reason {
         FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
+        FinishReason::Length | FinishReason::Deadline => "length",
     }
+}
+
+/// OpenAI's clients know no word for a deadline; `stop_reason` is where other servers say more, too.
+fn stop_reason(reason: FinishReason) -> Option<&'static str> {
+    (reason == FinishReason::Deadline).then_some("deadline")
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use axum::http::{Request as HttpRequest, Response};
 use serde_json::Value;
 use tower::ServiceExt;
 
-use super::{ApiSettings, Model, Observer, Server, Submit, router};
+use super::{ApiSettings, Keys, Model, Observer, Server, Submit, router};
 use crate::engine::Refused;
 use crate::request::{Event, FinishReason, Logprobs, Request, Token, TokenId};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -35,7 +35,7 @@ pub(super) fn token(id: TokenId) -> Token {
 
 /// The default model with an engine that takes nothing.
 pub(super) fn model() -> Model {
-    model_with(Box::new(|_| Err(Refused::ShuttingDown)))
+    model_with(Box::new(|_| Err(Refused::EngineLost)))
 }
 
 fn model_with(submit: Submit) -> Model {
@@ -45,13 +45,18 @@ fn model_with(submit: Submit) -> Model {
         max_model_len: 8192,
         vocab_size: 49_152,
         tokenizer: tokenizer(),
-        template,
+        template: template.map(Arc::new),
         submit,
+        engine: None,
     }
 }
 
 /// A server whose model is not loaded.
 pub(super) fn unloaded(settings: ApiSettings) -> Arc<Server> {
+    Arc::new(fresh(settings))
+}
+
+fn fresh(settings: ApiSettings) -> Server {
     let registry = prometheus::Registry::new();
     let observer = Observer::register(&registry).unwrap();
     let text = move || {
@@ -59,32 +64,59 @@ pub(super) fn unloaded(settings: ApiSettings) -> Arc<Server> {
             .encode_to_string(&registry.gather())
             .unwrap()
     };
-    Arc::new(Server::new(settings, observer, text))
+    Server::new(settings, observer, text)
+}
+
+/// A server that waits only so long for a request's body.
+pub(super) fn impatient(read_timeout: Duration) -> Arc<Server> {
+    unloaded(ApiSettings {
+        max_body_bytes: 1 << 20,
+        max_choices: 8,
+        request_timeout: None,
+        pinning: true,
+        read_timeout,
+    })
 }
 
 /// A server in front of an engine that does as `submit` says.
 pub(super) fn server(submit: impl Fn(Vec<Request>) -> Result<(), Refused> + Send + Sync + 'static) -> Arc<Server> {
-    let server = unloaded(ApiSettings {
+    server_with(submit, None)
+}
+
+fn server_with(
+    submit: impl Fn(Vec<Request>) -> Result<(), Refused> + Send + Sync + 'static,
+    keys: Option<Keys>,
+) -> Arc<Server> {
+    let server = fresh(ApiSettings {
         max_body_bytes: 1 << 20,
         max_choices: 8,
         request_timeout: None,
+        pinning: true,
+        read_timeout: Duration::from_secs(60),
     });
-    server.serve_model(model_with(Box::new(submit)));
+    let server = Arc::new(server.with_keys(keys));
+    server.serve_model(Arc::new(model_with(Box::new(submit))));
     server
 }
 
 /// A server whose engine answers every request with the same text and then its end token.
 pub(super) fn saying(text: &str) -> (Arc<Server>, Arc<Mutex<Vec<Submitted>>>) {
+    saying_with(text, None)
+}
+
+/// The same, to whoever has one of these keys.
+pub(super) fn saying_with(text: &str, keys: Option<Keys>) -> (Arc<Server>, Arc<Mutex<Vec<Submitted>>>) {
     let tokens = tokenizer().encode(text, false).unwrap();
     let seen = Arc::new(Mutex::new(Vec::new()));
     let log = seen.clone();
-    let server = server(move |requests| {
+    let submit = move |requests: Vec<Request>| {
         for request in requests {
             log.lock().unwrap().push(Submitted::of(&request));
             say(request, &tokens);
         }
         Ok(())
-    });
+    };
+    let server = server_with(submit, keys);
     (server, seen)
 }
 
@@ -113,11 +145,14 @@ impl Submitted {
 fn say(request: Request, tokens: &[TokenId]) {
     let start = request.arrival;
     let at = |ms| start + Duration::from_millis(ms);
-    let mut events = vec![Event::Admitted {
-        at: at(30),
-        window: Duration::from_millis(20),
-        cached_tokens: 16,
-    }];
+    let mut events = vec![
+        Event::Admitted {
+            at: at(30),
+            window: Duration::from_millis(20),
+            cached_tokens: 0,
+        },
+        Event::Prefilled { cached_tokens: 16 },
+    ];
     let most = request.sampling.max_tokens;
     let ids = tokens.iter().copied().chain([2]).take(most);
     for (i, id) in ids.enumerate() {

@@ -10,6 +10,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::testing::*;
 use super::{ApiSettings, Server};
+use crate::batching::{Cause, Refusal};
 use crate::engine::Refused;
 use crate::request::{Event, Failure, FinishReason};
 
@@ -256,7 +257,11 @@ async fn unknown_paths_and_methods_have_openais_error_shape() {
 
 #[tokio::test]
 async fn a_refusal_by_the_engine_has_its_status() {
-    let full = server(|_| Err(Refused::QueueFull { limit: 3 }));
+    let refusal = Refusal {
+        cause: Cause::Requests { limit: 3 },
+        retry_after: Duration::from_secs(1),
+    };
+    let full = server(move |_| Err(Refused::Refused(refusal.clone())));
     let request = HttpRequest::post(CHAT)
         .body(Body::from(hello(json!({"stream": true})).to_string()))
         .unwrap();
@@ -265,11 +270,8 @@ async fn a_refusal_by_the_engine_has_its_status() {
         (response.status().as_u16(), &response.headers()["retry-after"]),
         (429, &"1".parse().unwrap())
     );
-    let stopping = server(|_| Err(Refused::ShuttingDown));
-    assert_eq!(
-        error(&post(&stopping, CHAT, hello(json!({}))).await),
-        (503, "shutting_down")
-    );
+    let lost = server(|_| Err(Refused::EngineLost));
+    assert_eq!(error(&post(&lost, CHAT, hello(json!({}))).await), (503, "engine_lost"));
 }
 
 /// A server whose engine sends these events to every request, and then nothing more.
@@ -292,7 +294,8 @@ async fn a_failure_before_the_first_token_has_its_status_even_in_a_stream() {
         assert_eq!(error(&answer), (504, "deadline_passed"));
     }
     let silent = sending(vec![]);
-    assert_eq!(post(&silent, CHAT, hello(json!({}))).await.0, 500);
+    let answer = post(&silent, CHAT, hello(json!({}))).await;
+    assert_eq!(error(&answer), (503, "engine_lost"));
 }
 
 #[tokio::test]
@@ -381,6 +384,8 @@ async fn the_server_is_alive_before_it_is_ready() {
         max_body_bytes: 1 << 20,
         max_choices: 8,
         request_timeout: None,
+        pinning: true,
+        read_timeout: Duration::from_secs(60),
     });
     assert_eq!(get(&loading, "/health").await.0, 200);
     assert_eq!(error(&get(&loading, "/ready").await), (503, "model_loading"));

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use serde::{Deserialize, Serialize};
 
 use super::completions::check_tokens;
@@ -43,41 +42,34 @@ pub(super) struct Detokenized {
     prompt: String,
 }
 
-pub(super) async fn tokenize(
-    State(server): State<Arc<Server>>,
-    bytes: Result<Bytes, BytesRejection>,
-) -> Result<Json<Tokenized>, ApiError> {
+pub(super) async fn tokenize(State(server): State<Arc<Server>>, bytes: Bytes) -> Result<Json<Tokenized>, ApiError> {
     let shared = server.clone();
-    body::read(&server, bytes, move |bytes| {
-        encode(shared.model()?, body::parse(bytes)?)
-    })
-    .await
-    .map(Json)
+    body::read(bytes, move |bytes| encode(&*shared.model()?, body::parse(bytes)?))
+        .await
+        .map(Json)
 }
 
-pub(super) async fn detokenize(
-    State(server): State<Arc<Server>>,
-    bytes: Result<Bytes, BytesRejection>,
-) -> Result<Json<Detokenized>, ApiError> {
+pub(super) async fn detokenize(State(server): State<Arc<Server>>, bytes: Bytes) -> Result<Json<Detokenized>, ApiError> {
     let shared = server.clone();
-    body::read(&server, bytes, move |bytes| {
-        decode(shared.model()?, body::parse(bytes)?)
-    })
-    .await
-    .map(Json)
+    body::read(bytes, move |bytes| decode(&*shared.model()?, body::parse(bytes)?))
+        .await
+        .map(Json)
 }
 
 fn encode(model: &Model, body: TokenizeBody) -> Result<Tokenized, ApiError> {
     model.served_name(body.model.as_deref())?;
-    let (text, special) = match (body.prompt, body.messages) {
-        (Some(prompt), None) => (prompt, body.add_special_tokens.unwrap_or(true)),
+    let tokens = match (body.prompt, body.messages) {
+        (Some(prompt), None) => model
+            .tokenizer
+            .encode(&prompt, body.add_special_tokens.unwrap_or(true))?,
         (None, Some(messages)) => {
             let text = messages::render(model, Some(messages), body.add_generation_prompt.unwrap_or(true))?;
-            (text, body.add_special_tokens.unwrap_or(false))
+            model
+                .tokenizer
+                .encode_chat(&text, body.add_special_tokens.unwrap_or(false))?
         }
         _ => return Err(ApiError::invalid("prompt", "Send either `prompt` or `messages`.")),
     };
-    let tokens = model.tokenizer.encode(&text, special)?;
     Ok(Tokenized {
         count: tokens.len(),
         max_model_len: model.max_model_len,

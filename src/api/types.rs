@@ -33,6 +33,9 @@ pub(super) struct Body {
     pub logprobs: Option<LogprobsBody>,
     pub top_logprobs: Option<usize>,
     pub echo: Option<bool>,
+    pub cache_salt: Option<String>,
+    pub timeout_ms: Option<u64>,
+    pub priority: Option<i32>,
 
     pub suffix: Value,
     pub best_of: Value,
@@ -55,7 +58,7 @@ pub(super) struct Body {
     pub web_search_options: Value,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct MessageBody {
     pub role: Option<String>,
@@ -136,6 +139,9 @@ pub(super) struct ChatChoice {
     pub message: AssistantMessage,
     pub logprobs: Option<ChatLogprobs>,
     pub finish_reason: &'static str,
+    /// What OpenAI's reasons have no word for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_reason: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -153,6 +159,8 @@ pub(super) struct ChatDelta {
     pub delta: DeltaBody,
     pub logprobs: Option<ChatLogprobs>,
     pub finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_reason: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -170,6 +178,8 @@ pub(super) struct TextChoice {
     pub text: String,
     pub logprobs: Option<TextLogprobs>,
     pub finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_reason: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize)]

@@ -1,18 +1,30 @@
 //! Policy only: window, buckets, scheduler, KV blocks, prefix tree. No tensor, no I/O, no clock of its own (the time
 //! is an argument), so that the same code runs in the server and under property tests.
 
+mod admission;
 mod blocks;
 mod buckets;
+mod lru;
+mod namespace;
+mod outlook;
 mod policy;
+mod predict;
 mod prefix;
+mod queue;
 mod scheduler;
 mod window;
 
-pub use blocks::{BlockCounts, BlockId, BlockPool};
+pub use admission::{Accepted, Ask, Cause, Gate, Limits, Refusal};
+pub use blocks::{BlockCounts, BlockId, BlockPool, PinCounts};
 pub use buckets::{Buckets, BucketsError};
+pub use namespace::{CacheScope, Namespace};
+pub use outlook::{Line, Outlook, Work};
 pub use policy::{Schedule, WindowPolicy};
+pub use predict::Estimates;
+pub use prefix::{AUTOMATIC_PIN_REQUESTS, CachedPrefix, NodeId};
 pub use scheduler::{
-    Admission, Arrival, Batch, Change, Config, ConfigError, Plan, Row, Scheduler, Sequence, SequenceId,
+    Admission, Arrival, Batch, Change, Computed, Config, ConfigError, Pin, PinError, Plan, Row, Scheduler, Sequence,
+    SequenceId,
 };
 
 /// The most that `max_batch` may be set to.

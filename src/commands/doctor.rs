@@ -149,7 +149,7 @@ fn means(setting: &Setting, doctor: &Doctor, machine: &Machine) -> Option<String
         ("device", Some("auto")) => if gpu { "cuda:0" } else { "cpu" }.to_owned(),
         ("dtype", Some("auto")) => if gpu { "bf16" } else { "f32" }.to_owned(),
         ("threads", None) => machine.cores.to_string(),
-        ("kv-memory", None) => format!("{} MiB", crate::engine::DEFAULT_KV_MEMORY >> 20),
+        ("kv-memory", None) => format!("{} MiB", machine.memory.for_kv_cache(0) >> 20),
         ("max-model-len", None) => "the model's limit, as far as the KV cache holds it".to_owned(),
         ("model", Some(name)) if name == SMOLLM2.name => {
             let there = model_files::models_folder().is_some_and(|folder| folder.join(SMOLLM2.file).is_file());

@@ -12,7 +12,11 @@ use sconce_loadtest::{
     arrivals::{ArrivalKind, Arrivals},
     check::{self, CheckError},
     client::{Api, Form, Target},
-    report::{self, Report, compare::ReportError},
+    report::{
+        self, Report,
+        compare::ReportError,
+        figures::{Figure, figures},
+    },
     rubric::{Loads, Plan, execute},
     run::{Asked, Load},
     tokens::{TokenizerError, Tokens},
@@ -54,8 +58,13 @@ pub enum LoadtestError {
 /// # Errors
 /// [`LoadtestError`]; bad input is refused before any load is sent.
 pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
-    if let Some(LoadtestAction::Compare { reports, save_html }) = &settings.action {
-        return compare(reports, save_html.as_deref());
+    if let Some(LoadtestAction::Compare {
+        reports,
+        save_html,
+        save_svg,
+    }) = &settings.action
+    {
+        return compare(reports, save_html.as_deref(), save_svg.as_deref());
     }
     let (workload, arrivals) = wanted(&settings)?;
     let load = load_of(&settings.load, arrivals)?;
@@ -169,6 +178,7 @@ fn load_of(settings: &load::Load, arrivals: Arrivals) -> Result<Load, LoadtestEr
         duration: settings.duration.or(endless.then_some(USUAL)),
         warmup: settings.warmup,
         seed: settings.seed,
+        part: 0,
     })
 }
 
@@ -205,7 +215,12 @@ pub async fn asked(
     tokenizer: Option<&Path>,
 ) -> Result<(Asked, String), LoadtestError> {
     check::url(&settings.url)?;
-    let target = Target::new(&settings.url, settings.api_key.clone(), settings.timeout).map_err(CheckError::from)?;
+    let mut target =
+        Target::new(&settings.url, settings.api_key.clone(), settings.timeout).map_err(CheckError::from)?;
+    if settings.insecure {
+        target = target.with_any_certificate().map_err(CheckError::from)?;
+    }
+    let target = target.with_deadline(settings.deadline);
     let model = check::model(&target, settings.served_model_name.as_deref()).await?;
     let form = Form {
         model,
@@ -242,14 +257,19 @@ fn prepare_folders(settings: &Loadtest) -> Result<(), LoadtestError> {
     let reports = &settings.reports;
     let files = [&reports.save_json, &reports.save_html, &reports.save_hdr];
     let parents = files.into_iter().flatten().filter_map(|path| path.parent());
-    let folders = reports.output_dir.as_deref().into_iter().chain(parents);
-    for folder in folders.filter(|folder| !folder.as_os_str().is_empty()) {
-        fs::create_dir_all(folder).map_err(|source| LoadtestError::Write {
-            path: folder.into(),
-            source,
-        })?;
+    let folders = [&reports.output_dir, &reports.save_svg].into_iter().flatten();
+    folders.map(PathBuf::as_path).chain(parents).try_for_each(folder)
+}
+
+/// Makes a folder where there is none.
+pub fn folder(path: &Path) -> Result<(), LoadtestError> {
+    if path.as_os_str().is_empty() {
+        return Ok(());
     }
-    Ok(())
+    fs::create_dir_all(path).map_err(|source| LoadtestError::Write {
+        path: path.into(),
+        source,
+    })
 }
 
 fn write_reports(settings: &load::Reports, report: &Report) -> Result<(), LoadtestError> {
@@ -268,6 +288,9 @@ fn write_reports(settings: &load::Reports, report: &Report) -> Result<(), Loadte
         .flatten()
     {
         write(&path, &page)?;
+    }
+    if let Some(folder) = &settings.save_svg {
+        write_figures(folder, &figures(std::slice::from_ref(report)))?;
     }
     if let Some(path) = &settings.save_hdr {
         let logs: Vec<&str> = report.runs.iter().map(|run| run.hdr_log.as_str()).collect();
@@ -291,11 +314,20 @@ pub fn write(path: &Path, text: &str) -> Result<(), LoadtestError> {
     Ok(())
 }
 
-fn compare(paths: &[PathBuf], save_html: Option<&Path>) -> Result<(), LoadtestError> {
+/// Writes charts into a folder, each as a file of its own.
+pub fn write_figures(folder: &Path, figures: &[Figure]) -> Result<(), LoadtestError> {
+    let file = |figure: &Figure| folder.join(format!("{}.svg", figure.name));
+    figures.iter().try_for_each(|figure| write(&file(figure), &figure.svg))
+}
+
+fn compare(paths: &[PathBuf], save_html: Option<&Path>, save_svg: Option<&Path>) -> Result<(), LoadtestError> {
     let reports = report::compare::read(paths)?;
     print!("{}", report::compare::text(&reports));
-    match save_html {
-        Some(path) => write(path, &report::html::page(&reports)),
+    if let Some(path) = save_html {
+        write(path, &report::html::page(&reports))?;
+    }
+    match save_svg {
+        Some(path) => folder(path).and_then(|()| write_figures(path, &figures(&reports))),
         None => Ok(()),
     }
 }

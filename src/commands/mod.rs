@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod device;
 pub mod doctor;
+pub mod key;
 pub mod loadtest;
 pub mod model_files;
 pub mod pull;

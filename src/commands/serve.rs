@@ -1,28 +1,28 @@
 //! `sconce serve`: the port first, then the model, then answers until it is told to end.
 
-use std::{
-    io,
-    net::SocketAddr,
-    panic::resume_unwind,
-    path::Path,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+mod drain;
+mod reload;
 
-use axum::serve::ListenerExt;
+use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+
 use prometheus::Registry;
-use tokio::{net::TcpListener, signal};
-
-use super::{device, model_files, model_files::PullError};
-use crate::{
-    api::{self, ApiSettings},
-    batching,
-    config::{self, LoadFormat, Serve},
-    engine::{self, Engine, LoadError},
-    telemetry::{self, EngineMetrics},
-    text::{ChatTemplate, TextError, Tokenizer, stand_in},
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot},
 };
+
+mod supervisor;
+
+use super::{device, model_files::PullError};
+use crate::{
+    api::{self, ApiSettings, listen},
+    batching,
+    config::{self, Serve, Setting},
+    engine::{self, LoadError},
+    telemetry::{self, EngineMetrics},
+    text::TextError,
+};
+use supervisor::Supervisor;
 
 /// Why the server could not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +31,13 @@ pub enum ServeError {
     Listen { host: String, port: u16, source: io::Error },
     #[error("--admin lets clients change settings, so it needs a loopback address; {0} is none")]
     AdminInPublic(SocketAddr),
+    #[error(
+        "{0} is no loopback address, so anyone who reaches it could use this server: give their keys with `--api-keys` \
+         (`sconce key NAME` makes one), or answer everyone with `--allow-anonymous`"
+    )]
+    Anonymous(SocketAddr),
+    #[error(transparent)]
+    Keys(#[from] api::KeysError),
     #[error(transparent)]
     Pull(#[from] PullError),
     #[error(transparent)]
@@ -39,28 +46,34 @@ pub enum ServeError {
     Text(#[from] TextError),
     #[error(transparent)]
     Device(#[from] device::DeviceError),
+    #[error(transparent)]
+    NotPinned(#[from] api::NotPinned),
     #[error("the model could not be loaded: its file made the loader panic; fetch it again")]
     LoadPanicked,
-    #[error("the engine ended by a panic; every waiting client was told; start the server again")]
+    #[error("the engine failed too often; every waiting client was told; see the log for what failed")]
     EngineLost,
+    #[error("the device was lost: {0}; every waiting client was told; reset the device and start the server again")]
+    DeviceLost(String),
     #[error("cannot start: {0}")]
     Start(#[from] io::Error),
     #[error("cannot register metrics: {0}")]
     Metrics(#[from] prometheus::Error),
 }
 
-/// Runs the server until SIGTERM or Ctrl-C.
-pub fn run(settings: Serve) -> Result<(), ServeError> {
+/// Runs the server until SIGTERM or Ctrl-C; what runs then is finished first.
+/// `written` is where each setting's value came from.
+pub fn run(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError> {
     device::set_threads(settings.model.threads);
     // The engine and the kernels have the cores; these threads wait on sockets and cut text.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let served = runtime.block_on(serve(settings));
+    let served = runtime.block_on(serve(settings, written));
     // A model that is still loading, or the engine, has nobody left to work for. A download cleans up behind itself.
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
 }
 
-async fn serve(settings: Serve) -> Result<(), ServeError> {
+async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError> {
+    let (signals, hangups) = (drain::Signals::catch()?, reload::hangups()?);
     let (host, port) = (settings.http.host.clone(), settings.http.port);
     let bound = TcpListener::bind((host.as_str(), port)).await;
     let listener = bound.map_err(|source| ServeError::Listen { host, port, source })?;
@@ -68,49 +81,64 @@ async fn serve(settings: Serve) -> Result<(), ServeError> {
     if settings.http.admin && !local.ip().is_loopback() {
         return Err(ServeError::AdminInPublic(local));
     }
+    let keys = keys(&settings.http, local)?;
+    let patience = patience(&settings.http);
     let (registry, metrics, observer) = metrics()?;
-    if let config::Device::Cuda(ordinal) = settings.model.device {
-        telemetry::register_gpu(&registry, ordinal)?;
-    } else if settings.model.device == config::Device::Auto {
-        telemetry::register_gpu(&registry, 0)?;
+    match settings.model.device {
+        config::Device::Cuda(ordinal) => telemetry::register_gpu(&registry, ordinal)?,
+        config::Device::Auto => telemetry::register_gpu(&registry, 0)?,
+        config::Device::Cpu => {}
     }
-    let server = Arc::new(api::Server::new(api_settings(&settings), observer, move || {
+    let server = api::Server::new(api_settings(&settings, local), observer, move || {
         telemetry::exposition(&registry)
-    }));
+    });
+    let server = Arc::new(server.with_keys(keys));
     println!("sconce listens on http://{local} and loads {}", settings.choice.model);
 
-    let loading = server.clone();
-    let engine = tokio::task::spawn_blocking(move || run_engine(&settings, metrics, &loading, local));
-    // Tokens go out as they come, however small their packets.
-    let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-    let ending = told_to_end(server.clone());
-    let serving = axum::serve(listener, api::router(server.clone())).with_graceful_shutdown(ending);
+    let (closing, closed) = oneshot::channel();
+    let drained = drain::drained(server.clone(), signals, settings.life.drain_timeout, closing);
+    tokio::spawn(reload::on_hangup(hangups, server.clone(), written));
+    let (commands, models) = mpsc::channel(1);
+    if settings.http.admin {
+        server.allow_admin(commands);
+    }
+    let supervisor = Supervisor::new(settings, metrics, server.clone());
+    let engine = supervisor.run(models, |name| print_example(local, name));
     tokio::select! {
-        served = serving.into_future() => Ok(served?),
+        () = listen::serve(listener, server.clone(), patience, drained) => {}
+        () = drain::closed_late(closed) => {}
         ended = engine => {
             server.stop_accepting();
             // Whoever waits is told by the end of their events; the answers need a moment to go out.
             tokio::time::sleep(Duration::from_millis(300)).await;
-            ended.unwrap_or(Err(ServeError::LoadPanicked))
+            return ended;
         }
+    }
+    if let Some(engine) = server.engine() {
+        drain::save(&engine).await;
+    }
+    Ok(())
+}
+
+fn patience(http: &config::Http) -> listen::Patience {
+    listen::Patience {
+        connections: http.max_connections,
+        head: http.read_timeout,
+        stall: http.write_timeout,
     }
 }
 
-/// Loads the model, lets clients in, and returns when there is no engine any more, or never was.
-fn run_engine(
-    settings: &Serve,
-    metrics: Arc<EngineMetrics>,
-    server: &api::Server,
-    address: SocketAddr,
-) -> Result<(), ServeError> {
-    let (model, engine, thread) = load(settings, metrics)?;
-    if settings.http.admin {
-        server.allow_admin(engine);
-    }
-    let name = model.names[0].clone();
-    server.serve_model(model);
-    print_example(address, &name);
-    thread.join().map_err(|_| ServeError::EngineLost)
+/// The API keys, followed as their file changes. Without any, only this machine's own clients are answered, unless all
+/// are to be.
+fn keys(settings: &config::Http, local: SocketAddr) -> Result<Option<api::Keys>, ServeError> {
+    let Some(path) = &settings.api_keys else {
+        let open = local.ip().is_loopback() || settings.allow_anonymous;
+        return open.then_some(None).ok_or(ServeError::Anonymous(local));
+    };
+    let keys = api::Keys::open(path.clone())?;
+    tracing::info!(path = %path.display(), keys = keys.count(), "API keys read");
+    tokio::spawn(keys.clone().follow_file());
+    Ok(Some(keys))
 }
 
 /// Everything that `/metrics` shows.
@@ -124,84 +152,25 @@ fn metrics() -> Result<(Registry, Arc<EngineMetrics>, api::Observer), prometheus
     Ok((registry, metrics, observer))
 }
 
-/// Ends at SIGTERM or Ctrl-C; what runs is then finished. A second signal ends the process at once.
-async fn told_to_end(server: Arc<api::Server>) {
-    signalled().await;
-    server.stop_accepting();
-    tracing::info!("ending once the requests that run are answered; signal again to end at once");
-    tokio::spawn(async {
-        signalled().await;
-        std::process::exit(130);
-    });
-}
-
-async fn signalled() {
-    let terminated = async {
-        match signal::unix::signal(signal::unix::SignalKind::terminate()) {
-            Ok(mut signals) => drop(signals.recv().await),
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = terminated => {}
-        _ = signal::ctrl_c() => {}
-    }
-}
-
-fn api_settings(settings: &Serve) -> ApiSettings {
+fn api_settings(settings: &Serve, local: SocketAddr) -> ApiSettings {
     ApiSettings {
         max_body_bytes: settings.http.max_body as usize,
+        read_timeout: settings.http.read_timeout,
         request_timeout: Some(settings.http.request_timeout),
         max_choices: settings.batching.queue.min(api::MAX_CHOICES),
+        pinning: local.ip().is_loopback() || settings.http.api_keys.is_some(),
     }
 }
 
-/// A model for the HTTP side, the way into its engine, and the engine's thread.
-type Loaded = (api::Model, engine::Handle, thread::JoinHandle<()>);
-
-/// Fetches the model if need be, loads it, and starts the engine.
-fn load(settings: &Serve, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
-    let dummy = settings.model.load_format == LoadFormat::Dummy;
-    let find = if dummy {
-        model_files::shape
-    } else {
-        model_files::resolve
-    };
-    let path = find(&settings.choice.model)?;
-    let started = Instant::now();
-    // The vocabulary takes a moment of its own, on one core.
-    let (engine, tokenizer, template) = thread::scope(|scope| {
-        let text = scope.spawn(|| text(&path, dummy));
-        let engine = Engine::load(&engine_settings(settings, &path)?, metrics)?;
-        let (tokenizer, template) = text.join().unwrap_or_else(|panic| resume_unwind(panic))?;
-        Ok::<_, ServeError>((engine, tokenizer, template))
-    })?;
-    let (max_model_len, vocab_size, kv_tokens) = (engine.max_model_len(), engine.vocab_size(), engine.kv_tokens());
-    let (handle, thread) = engine.start(settings.batching.queue)?;
-    tracing::info!(
-        path = %path.display(), seconds = started.elapsed().as_secs_f64(), max_model_len, kv_tokens, "model loaded"
-    );
-    let name = settings.http.served_model_name.clone();
-    let queue = handle.clone();
-    let model = api::Model {
-        names: vec![name.unwrap_or_else(|| settings.choice.model.clone())],
-        max_model_len,
-        vocab_size,
-        tokenizer,
-        template,
-        submit: Box::new(move |requests| queue.submit(requests)),
-    };
-    Ok((model, handle, thread))
-}
-
-/// The model's vocabulary and chat template.
-fn text(path: &Path, dummy: bool) -> Result<(Tokenizer, Option<ChatTemplate>), ServeError> {
-    if dummy {
-        let config = sconce_models::Config::from_json(path).map_err(LoadError::Model)?;
-        let (tokenizer, template) = stand_in(config.vocab_size)?;
-        return Ok((tokenizer, Some(template)));
+/// What the engine takes on.
+fn limits(settings: &Serve) -> batching::Limits {
+    let batching = &settings.batching;
+    batching::Limits {
+        requests: batching.queue,
+        tokens: batching.queue_tokens,
+        in_flight: batching.max_in_flight,
+        key_share: batching.key_share,
     }
-    Ok((Tokenizer::open(path)?, ChatTemplate::open(path)?))
 }
 
 /// The engine's part of the settings.
@@ -221,12 +190,16 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
             max_model_len: usize::MAX,
         },
         max_model_len: model.max_model_len,
-        dummy: model.load_format == LoadFormat::Dummy,
+        dummy: model.load_format == config::LoadFormat::Dummy,
         kv_memory: model.kv_memory,
         gpu_memory: model.gpu_memory,
         cuda_graphs: model.cuda_graphs,
         block_size: model.block_size,
         prefix_cache: !model.no_prefix_cache,
+        cache_file: settings.life.cache_file.clone(),
+        cache_scope: model.cache_scope,
+        pin_share: model.pin_memory,
+        step_timeout: model.step_timeout,
     })
 }
 

@@ -3,7 +3,6 @@
 use std::{
     io::{self, BufRead, BufReader},
     process::{Child, Command, Stdio},
-    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -12,20 +11,21 @@ use sconce_loadtest::{
     Live,
     arrivals::Arrivals,
     client::Target,
-    report::Run,
+    report::{Run, figures::Figure},
     run::{Asked, Load, run as send},
-    tune::{Experiment, Knobs, Search, page, table, toml},
+    tune::{self, Experiment, Knobs, Search, Trial, schedules, toml},
     utilisation::settle,
     workload::Workload,
 };
 use tokio::sync::watch;
 
 use super::loadtest::{self, LoadtestError};
-use crate::config::load::{self, Experiments, Tune};
+use crate::config::load::{self, Experiments, Tune, TuneExperiment};
 
 /// A model that is not loaded after this long will not be.
 const LOADING: Duration = Duration::from_secs(600);
-const SETTLING: Duration = Duration::from_secs(60);
+/// A server that still has requests after this long has them from someone else.
+const SETTLING: Duration = Duration::from_secs(120);
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Why nothing was tuned.
@@ -39,6 +39,8 @@ pub enum TuneError {
     Ended,
     #[error("{url}/admin/batching answers {answer}; start that server with `--admin`")]
     Admin { url: String, answer: String },
+    #[error("{url} still has requests two minutes after the last experiment; tune a server that nobody else uses")]
+    Busy { url: String },
     #[error("no experiment was finished")]
     Nothing,
 }
@@ -49,33 +51,98 @@ pub enum TuneError {
 /// [`TuneError`]
 pub fn run(settings: Tune) -> Result<(), TuneError> {
     let workload = loadtest::workload(&settings.workload, None)?;
+    let experiments = &settings.experiments;
+    let parents = [&experiments.save_toml, &experiments.save_html].into_iter().flatten();
+    let parents = parents.filter_map(|path| path.parent());
+    let mut folders = parents.chain(experiments.save_svg.as_deref());
+    folders.try_for_each(loadtest::folder)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let search = runtime.block_on(async {
-        let (_server, url) = match &settings.experiments.url {
+    let tried = runtime.block_on(async {
+        let (_server, url) = match &experiments.url {
             Some(url) => (None, url.clone()),
             None => {
                 let (server, url) = start_server(&settings).await?;
                 (Some(server), url)
             }
         };
-        experiments(&settings, workload, &url).await
+        measure(&settings, workload, &url).await
     })?;
+    match tried {
+        Tried::Front(search) => report_front(experiments, &search),
+        Tried::Schedules(tried) => report_schedules(experiments, &tried),
+    }
+}
+
+/// What was measured, in the order of the measurements.
+enum Tried {
+    Front(Search),
+    Schedules(Vec<Experiment>),
+}
+
+impl Tried {
+    fn count(&self) -> usize {
+        match self {
+            Tried::Front(search) => search.tried.len(),
+            Tried::Schedules(tried) => tried.len(),
+        }
+    }
+
+    /// What to try next, and how many experiments there may be in all.
+    fn next(&self, settings: &Experiments, begun: &Knobs) -> Option<(Trial, usize)> {
+        match self {
+            Tried::Front(search) => Some((search.next()?, settings.max_experiments)),
+            Tried::Schedules(tried) => {
+                let mut trials = schedules::trials(begun, &settings.rates);
+                let count = trials.len();
+                (tried.len() < count).then(|| (trials.swap_remove(tried.len()), count))
+            }
+        }
+    }
+
+    fn tell(&mut self, experiment: Experiment) {
+        match self {
+            Tried::Front(search) => search.tell(experiment),
+            Tried::Schedules(tried) => tried.push(experiment),
+        }
+    }
+}
+
+fn report_front(settings: &Experiments, search: &Search) -> Result<(), TuneError> {
     let best = search.best().ok_or(TuneError::Nothing)?;
     println!(
-        "Goodput under {} at {} requests/s, those on the Pareto front first:\n\n{}\nRecommended, for `serve --config`:\n\n{}",
-        settings.experiments.slo,
-        settings.experiments.rate,
-        table(&search),
-        toml(&best.knobs)
+        "Goodput under {}, those on the Pareto front first:\n\n{}\nRecommended, for `serve --config`:\n\n{}",
+        settings.slo,
+        tune::table(search),
+        toml(&best.trial.knobs)
     );
     for reason in search.reasons() {
         println!("- {reason}");
     }
-    if let Some(path) = &settings.experiments.save_toml {
-        loadtest::write(path, &toml(&best.knobs))?;
+    if let Some(path) = &settings.save_toml {
+        loadtest::write(path, &toml(&best.trial.knobs))?;
     }
-    if let Some(path) = &settings.experiments.save_html {
-        loadtest::write(path, &page(&search))?;
+    let figures: Vec<Figure> = tune::figure(search).into_iter().collect();
+    write_charts(settings, &figures, || tune::page(search))
+}
+
+fn report_schedules(settings: &Experiments, tried: &[Experiment]) -> Result<(), TuneError> {
+    if tried.is_empty() {
+        return Err(TuneError::Nothing);
+    }
+    println!(
+        "Goodput under {} in requests/s, E2E, busy share of the time, and sequences in a step:\n\n{}",
+        settings.slo,
+        schedules::table(tried)
+    );
+    write_charts(settings, &schedules::figures(tried), || schedules::page(tried))
+}
+
+fn write_charts(settings: &Experiments, figures: &[Figure], page: impl FnOnce() -> String) -> Result<(), TuneError> {
+    if let Some(path) = &settings.save_html {
+        loadtest::write(path, &page())?;
+    }
+    if let Some(folder) = &settings.save_svg {
+        loadtest::write_figures(folder, figures)?;
     }
     Ok(())
 }
@@ -134,68 +201,80 @@ fn target(url: &str) -> Result<Target, LoadtestError> {
     Ok(Target::new(url, None, TIMEOUT).map_err(sconce_loadtest::check::CheckError::from)?)
 }
 
-async fn experiments(settings: &Tune, workload: Workload, url: &str) -> Result<Search, TuneError> {
+async fn measure(settings: &Tune, workload: Workload, url: &str) -> Result<Tried, TuneError> {
     let server = load::Asked {
         url: url.to_owned(),
         served_model_name: None,
         api_key: None,
+        insecure: false,
         api: None,
         no_stream: false,
         timeout: TIMEOUT,
+        deadline: None,
     };
     let (asked, _) = loadtest::asked(&server, workload, settings.workload.tokenizer.as_deref()).await?;
-    let asked = Arc::new(asked);
     let begun = change(&asked.target, None).await?;
-    let mut search = Search::new(begun.clone(), settings.experiments.max_experiments);
+    let settings = &settings.experiments;
+    let mut tried = match settings.experiment {
+        TuneExperiment::Front => Tried::Front(Search::new(begun.clone(), &settings.rates, settings.max_experiments)),
+        TuneExperiment::Schedules => Tried::Schedules(Vec::new()),
+    };
     let mut stop = loadtest::stop_at_signal();
     let mut live = Live::new();
     let mut outcome = Ok(());
-    while let Some(knobs) = search.next() {
+    while let Some((trial, count)) = tried.next(settings, &begun) {
         live.begin(&format!(
-            "experiment {} of at most {}",
-            search.tried.len() + 1,
-            settings.experiments.max_experiments
+            "experiment {} of at most {count}, {}",
+            tried.count() + 1,
+            trial
         ));
-        match experiment(&settings.experiments, &asked, knobs, &mut live, &mut stop).await {
-            Ok(Some(experiment)) => search.tell(experiment),
+        let part = tried.count() as u64;
+        match experiment(settings, &asked, trial, part, &mut live, &mut stop).await {
+            Ok(Some(experiment)) => tried.tell(experiment),
             Ok(None) => break,
             Err(error) => {
                 outcome = Err(error);
                 break;
             }
         }
-        settle(&asked.target, SETTLING).await;
     }
     live.end();
     // A server that was running before goes on as it was.
     if outcome.is_ok() {
         change(&asked.target, Some(&begun)).await?;
     }
-    outcome.map(|()| search)
+    outcome.map(|()| tried)
 }
 
-/// Tries settings; `None` where the user ended it.
+/// Tries settings on an idle server; `None` where the user ended it.
 async fn experiment(
     settings: &Experiments,
     asked: &Asked,
-    knobs: Knobs,
+    trial: Trial,
+    part: u64,
     live: &mut Live,
     stop: &mut watch::Receiver<bool>,
 ) -> Result<Option<Experiment>, TuneError> {
+    if !settle(&asked.target, SETTLING).await {
+        let url = asked.target.url().to_owned();
+        return Err(TuneError::Busy { url });
+    }
+    let Trial { knobs, rate } = trial;
     let knobs = change(&asked.target, Some(&knobs)).await?;
     let load = Load {
-        arrivals: Arrivals::Poisson { rate: settings.rate },
+        arrivals: Arrivals::Poisson { rate },
         requests: None,
         duration: Some(settings.duration),
         warmup: settings.warmup,
         seed: settings.seed,
+        part,
     };
     let measured = send(asked, &load, live, stop, None).await;
     if measured.interrupted {
         return Ok(None);
     }
-    let run = Run::of("experiment", Some(settings.rate), measured, Some(&settings.slo));
-    Ok(Some(Experiment::of(knobs, run)))
+    let run = Run::of("experiment", Some(rate), measured, Some(&settings.slo));
+    Ok(Some(Experiment::of(Trial { knobs, rate }, run)))
 }
 
 /// Changes a server's settings, or asks for them; gives those in force.

@@ -42,6 +42,9 @@ pub enum LoadtestAction {
         /// Write the comparison as one HTML file with charts
         #[arg(long, value_name = "PATH")]
         save_html: Option<PathBuf>,
+        /// A folder for the charts, each as an SVG file
+        #[arg(long, value_name = "PATH")]
+        save_svg: Option<PathBuf>,
     },
 }
 
@@ -68,9 +71,12 @@ pub struct Experiments {
     /// What is promised, such as `e2e.p99=2s,ttft.p99=500ms`; goodput counts the requests that keep it
     #[arg(long, value_name = "PROMISES", required = true)]
     pub slo: Slo,
-    /// Requests a second in every experiment
-    #[arg(long, value_name = "REQUESTS/S", default_value = "2", value_parser = positive)]
-    pub rate: f64,
+    /// What is tried
+    #[arg(long, default_value = "front")]
+    pub experiment: TuneExperiment,
+    /// The loads, in requests a second, such as `0.5,1,2`
+    #[arg(long, value_name = "REQUESTS/S,...", default_value = "1,2", value_delimiter = ',', value_parser = positive)]
+    pub rates: Vec<f64>,
     /// For how long an experiment sends
     #[arg(long, value_name = "DURATION", default_value = "20s")]
     #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(100), DAY))]
@@ -79,18 +85,30 @@ pub struct Experiments {
     #[arg(long, value_name = "DURATION", default_value = "2s")]
     #[arg(value_parser = |s: &str| values::duration(s, Duration::ZERO, DAY))]
     pub warmup: Duration,
-    /// The most experiments; the first ten compare schedules and windows
+    /// The most experiments of a search along the front; its first ten compare schedules and windows
     #[arg(long, value_name = "EXPERIMENTS", default_value = "24", value_parser = count(1, 1000))]
     pub max_experiments: usize,
-    /// Seed of arrivals, lengths and prompts: every experiment sends the same load
+    /// Seed of arrivals, lengths and prompts: every experiment sends the same load, in other words
     #[arg(long, default_value = "1")]
     pub seed: u64,
-    /// Write the recommended settings as TOML for `serve --config`
+    /// Write the recommended settings (of the front) as TOML for `serve --config`
     #[arg(long, value_name = "PATH")]
     pub save_toml: Option<PathBuf>,
-    /// Write the experiments as one HTML file with a chart
+    /// Write the experiments as one HTML file with charts
     #[arg(long, value_name = "PATH")]
     pub save_html: Option<PathBuf>,
+    /// A folder for the charts, each as an SVG file
+    #[arg(long, value_name = "PATH")]
+    pub save_svg: Option<PathBuf>,
+}
+
+/// Which settings are tried under which load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum TuneExperiment {
+    /// Searches along the Pareto front of goodput against P99 and recommends settings
+    Front,
+    /// Compares every schedule with windows of 0, 5, 20 and 50 ms under every load
+    Schedules,
 }
 
 /// Which server is asked, and how.
@@ -106,6 +124,11 @@ pub struct Asked {
     /// The key that requests carry as a bearer token
     #[arg(long, value_name = "KEY")]
     pub api_key: Option<String>,
+    /// Believe whatever certificate an HTTPS server shows; `SSL_CERT_FILE` names one to believe instead
+    #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub insecure: bool,
     /// The route that requests take; unset, the workload's
     #[arg(long)]
     pub api: Option<Api>,
@@ -118,6 +141,10 @@ pub struct Asked {
     #[arg(long, value_name = "DURATION", default_value = "5m")]
     #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(1), DAY))]
     pub timeout: Duration,
+    /// Tell the server with each request that its client waits no longer (the header `x-request-timeout-ms`)
+    #[arg(long, value_name = "DURATION")]
+    #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(1), DAY))]
+    pub deadline: Option<Duration>,
 }
 
 /// What requests ask.
@@ -213,6 +240,9 @@ pub struct Reports {
     /// Write the report as one HTML file with charts
     #[arg(long, value_name = "PATH")]
     pub save_html: Option<PathBuf>,
+    /// A folder for the charts, each as an SVG file
+    #[arg(long, value_name = "PATH")]
+    pub save_svg: Option<PathBuf>,
     /// Write the histograms as an HdrHistogram log; several loads follow one another, each with its tags
     #[arg(long, value_name = "PATH")]
     pub save_hdr: Option<PathBuf>,

@@ -16,6 +16,9 @@ A flag outranks a variable, a variable outranks the file, the file outranks the 
 setting's value and where it came from. One file serves every command: a command reads the keys it knows, and a key that
 no command knows is an error. A switch takes `=false` to switch it back, as in `--no-prefix-cache=false`.
 
+The file may also have tables `[[pin]]`, prompts that stay in the prefix cache from the start on: each has a `prompt` or
+`messages`, and is everyone's unless it names a `tenant` or a `cache-salt`.
+
 `SCONCE_HOME` is the folder that downloaded models are kept in; without it they lie in `sconce` in the user's cache
 folder. Models from a hub lie in the hub's own cache (`HF_HOME`).
 ";

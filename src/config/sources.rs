@@ -12,6 +12,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, CommandFactory, FromArgMatches};
 
 use super::{Cli, Command};
+use crate::api::ConfiguredPrompt;
 
 /// What a command line asks for, and where each of its settings came from.
 #[derive(Debug)]
@@ -100,16 +101,19 @@ pub enum FileError {
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, ConfigError> {
     let args: Vec<OsString> = args.into_iter().collect();
     let mut command = command();
-    let mut keys = Vec::new();
+    let (mut keys, mut pins) = (Vec::new(), Vec::new());
     if let Some(path) = config_path(&args) {
-        keys = read_file(&path, &command)?;
+        (keys, pins) = read_file(&path, &command)?;
         command = with_defaults(command, &keys);
     }
     let matches = match command.try_get_matches_from_mut(&args) {
         Ok(matches) => matches,
         Err(error) => return Err(blame_variable(error, &command)),
     };
-    let parsed = Cli::from_arg_matches(&matches)?;
+    let mut parsed = Cli::from_arg_matches(&matches)?;
+    if let Command::Serve(serve) = &mut parsed.command {
+        serve.pins = pins;
+    }
     let settings = match matches.subcommand() {
         Some((name, matches)) => match command.find_subcommand(name) {
             Some(subcommand) => settings(subcommand, matches, &keys),
@@ -165,17 +169,21 @@ fn config_path(args: &[OsString]) -> Option<PathBuf> {
 }
 
 /// The file's keys with their values as a command line would write them.
-fn read_file(path: &Path, command: &clap::Command) -> Result<Vec<(String, String)>, FileError> {
+type Keys = Vec<(String, String)>;
+
+/// The file's keys and its prompts to pin.
+fn read_file(path: &Path, command: &clap::Command) -> Result<(Keys, Vec<ConfiguredPrompt>), FileError> {
     let text = std::fs::read_to_string(path).map_err(|source| FileError::Read {
         path: path.into(),
         source,
     })?;
-    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| FileError::Syntax {
+    let mut table: toml::Table = text.parse().map_err(|error: toml::de::Error| FileError::Syntax {
         path: path.into(),
         line: text[..error.span().map_or(0, |span| span.start)].matches('\n').count() + 1,
         message: error.message().to_owned(),
     })?;
-    let mut keys: Vec<(String, String)> = Vec::new();
+    let pins = read_pins(path, table.remove("pin"))?;
+    let mut keys = Keys::new();
     for (key, value) in &table {
         let name = key.replace('_', "-");
         let args: Vec<&Arg> = args_named(command, &name);
@@ -203,7 +211,18 @@ fn read_file(path: &Path, command: &clap::Command) -> Result<Vec<(String, String
         }
         keys.push((name, value));
     }
-    Ok(keys)
+    Ok((keys, pins))
+}
+
+/// The tables `[[pin]]`, which are no setting of one value.
+fn read_pins(path: &Path, tables: Option<toml::Value>) -> Result<Vec<ConfiguredPrompt>, FileError> {
+    let pins = tables.map(toml::Value::try_into).transpose();
+    let pins = pins.map_err(|error: toml::de::Error| FileError::Value {
+        path: path.into(),
+        key: "pin".to_owned(),
+        message: error.message().to_owned(),
+    })?;
+    Ok(pins.unwrap_or_default())
 }
 
 /// Every command's argument of this name: one file serves them all.
@@ -454,6 +473,19 @@ mod tests {
         assert!(complaint("port = 1\n\nhost = ").contains(", line 3: not TOML"));
         assert!(complaint("max-batch = 1\nmax_batch = 2").contains("given twice"));
         assert!(complaint("block-size = 24").contains("power of two"));
+    }
+
+    #[test]
+    fn prompts_to_pin_are_tables_of_the_file() {
+        let text = "port = 9000\n[[pin]]\nprompt = 'Once'\n[[pin]]\ntenant = 'a'\n\
+                    messages = [{role = 'system', content = 'Be brief.'}]\n";
+        let Command::Serve(settings) = with_file(text, &["serve"]).unwrap().command else {
+            panic!()
+        };
+        assert_eq!((settings.http.port, settings.pins.len()), (9000, 2));
+        assert!(serve(&[]).pins.is_empty());
+        assert!(complaint("[[pin]]\ntext = 'Once'").contains("`pin`: unknown field `text`"));
+        assert!(complaint("pin = 'Once'").contains("`pin`: invalid type"));
     }
 
     #[test]

@@ -21,10 +21,16 @@ pub enum ValueError {
     BytesRange { least: u64, most: u64 },
     #[error("a block holds a power of two of tokens, from 1 to 256")]
     BlockSize,
+    #[error("a share is a number from 0 to 1, such as `0.25`")]
+    Share,
     #[error("a share of the GPU's memory is a number from 0.1 to 0.98")]
     GpuMemory,
     #[error("{0}")]
     LogFilter(String),
+    #[error("this build sends no spans: build it with `--features otlp`")]
+    NoOtlp,
+    #[error("an endpoint is a URL such as `http://127.0.0.1:4318`")]
+    Endpoint,
 }
 
 /// Where the model runs.
@@ -133,11 +139,28 @@ pub(super) fn block_size(text: &str) -> Result<usize, ValueError> {
     }
 }
 
+/// A part of a whole, 0 to 1.
+pub(super) fn share(text: &str) -> Result<f64, ValueError> {
+    match text.parse::<f64>() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err(ValueError::Share),
+    }
+}
+
 /// A filter that `tracing` understands.
 pub(super) fn log_filter(text: &str) -> Result<String, ValueError> {
     match tracing_subscriber::EnvFilter::try_new(text) {
         Ok(_) => Ok(text.to_owned()),
         Err(error) => Err(ValueError::LogFilter(error.to_string())),
+    }
+}
+
+/// A collector's base address, if this build can send to one.
+pub(super) fn otlp_endpoint(text: &str) -> Result<String, ValueError> {
+    match text.split_once("://") {
+        _ if !cfg!(feature = "otlp") => Err(ValueError::NoOtlp),
+        Some(("http" | "https", host)) if !host.is_empty() => Ok(text.trim_end_matches('/').to_owned()),
+        _ => Err(ValueError::Endpoint),
     }
 }
 

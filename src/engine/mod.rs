@@ -1,53 +1,87 @@
 //! The one thread that owns the device: takes a plan, runs the model, samples, sends events.
 
+mod admission;
+mod budget;
+mod cache;
+mod cache_file;
+mod fault;
+#[cfg(any(test, feature = "fault-injection"))]
+mod inject;
+mod memory;
 mod model;
 mod run;
 mod sampler;
+mod step;
+mod watch;
 
-use std::{sync::Arc, thread};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
+use tracing::Span;
 
-pub use model::{DEFAULT_KV_MEMORY, LoadError, Settings, default_dtype};
+use admission::{Place, SharedGate};
+
+pub use cache::{CacheReport, PinFailed, PinInfo, PinRequest};
+pub use cache_file::{SaveError, Saved};
+pub use memory::Memory;
+pub use model::{LoadError, Settings, Weights, default_dtype};
+pub use watch::{End, Guard};
 
 use crate::{
-    batching::{Change, Config, ConfigError},
+    batching::{Change, Config, ConfigError, Estimates, Gate, Limits, Refusal},
     request::Request,
-    telemetry::EngineMetrics,
+    telemetry::{
+        EngineMetrics,
+        trace::{Busy, Life, Recording, Timeline},
+    },
 };
 
 /// The way into the engine, for the HTTP side. Cheap to clone; the engine ends when the last one is dropped and all
 /// requests have ended.
 #[derive(Debug, Clone)]
 pub struct Handle {
+    /// Bounded by the gate and not by itself, because a request keeps its place until a batch takes it, wherever it
+    /// stands until then.
     queue: mpsc::UnboundedSender<Message>,
-    /// One permit a place in the queue. The queue is bounded by these and not by its channel, because a request keeps
-    /// its place until a batch takes it, wherever it stands until then.
-    places: Arc<Semaphore>,
-    limit: usize,
+    gate: SharedGate,
+    timeline: Arc<Timeline>,
+    watch: watch::Watch,
 }
 
 /// What reaches the engine thread.
 #[derive(Debug)]
 enum Message {
-    Request(Queued),
+    Request(Box<Queued>),
+    Pin(Box<Queued>, cache::PinOrder),
+    Cache(cache::Question),
     Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
+    /// Asks for the sequences that have not ended.
+    Live(oneshot::Sender<Vec<Life>>),
+    Save(cache_file::Reply),
 }
 
-/// A request and its place in the queue, which is free again when the place is dropped.
+/// A request, its place before the scheduler has it, and how long it was expected to take when it came.
 #[derive(Debug)]
 struct Queued {
     request: Request,
-    place: OwnedSemaphorePermit,
+    place: Place,
+    predicted: Option<Duration>,
+    /// The span of its time in the queue.
+    phase: Span,
 }
 
 /// Why the engine did not take a request. Nothing of it was queued.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Refused {
-    #[error("the queue is full ({limit} requests wait); try again later")]
-    QueueFull { limit: usize },
-    #[error("the server is shutting down")]
-    ShuttingDown,
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error("the engine failed and is being started again; try again in a moment")]
+    EngineLost,
 }
 
 /// Why settings did not change.
@@ -55,44 +89,83 @@ pub enum Refused {
 pub enum ConfigureError {
     #[error(transparent)]
     Config(#[from] ConfigError),
-    #[error("the server is shutting down")]
-    ShuttingDown,
+    #[error("the engine failed and is being started again; try again in a moment")]
+    EngineLost,
 }
 
 impl Handle {
-    /// Queues all of `requests` (the choices and prompts of one client request), or none of them.
+    /// Queues all of `requests` (the choices and prompts of one client request), or none of them. Decides without
+    /// waiting for the engine.
     pub fn submit(&self, requests: Vec<Request>) -> Result<(), Refused> {
-        let full = Refused::QueueFull { limit: self.limit };
-        let wanted = u32::try_from(requests.len()).map_err(|_| full.clone())?;
-        let mut places = self.places.clone().try_acquire_many_owned(wanted).map_err(|_| full)?;
-        for request in requests {
-            let Some(place) = places.split(1) else { break };
-            let message = Message::Request(Queued { request, place });
-            self.queue.send(message).map_err(|_| Refused::ShuttingDown)?;
+        let accepted = self.gate.ask(&requests, Instant::now())?;
+        if !self.watch.waiters.enter(&requests) {
+            return Err(Refused::EngineLost);
+        }
+        for (request, place) in requests.into_iter().zip(accepted.places) {
+            let phase = tracing::debug_span!(parent: &request.span, "queue");
+            let message = Message::Request(Box::new(Queued {
+                request,
+                place,
+                predicted: accepted.predicted,
+                phase,
+            }));
+            self.queue.send(message).map_err(|_| Refused::EngineLost)?;
         }
         Ok(())
+    }
+
+    /// Whether the engine is lost: it takes no requests, and those it had were told, or are about to be.
+    pub fn is_lost(&self) -> bool {
+        self.watch.pulse.abandoned()
+    }
+
+    /// Another engine takes the new requests: this one finishes its own, and `/metrics` shows the other's state.
+    pub fn retire(&self) {
+        self.watch.pulse.retire();
     }
 
     /// Changes batching settings while the engine runs, and gives those now in force.
     pub async fn configure(&self, change: Change) -> Result<Config, ConfigureError> {
         let (reply, replied) = oneshot::channel();
         let message = Message::Configure(change, reply);
-        self.queue.send(message).map_err(|_| ConfigureError::ShuttingDown)?;
-        Ok(replied.await.map_err(|_| ConfigureError::ShuttingDown)??)
+        self.queue.send(message).map_err(|_| ConfigureError::EngineLost)?;
+        Ok(replied.await.map_err(|_| ConfigureError::EngineLost)??)
+    }
+
+    /// Records what the engine does from now on for this long.
+    pub async fn record(&self, length: Duration) -> Result<Recording, Busy> {
+        let mut session = self.timeline.begin()?;
+        session.gather(length).await;
+        let (reply, replied) = oneshot::channel();
+        // An engine that has ended has no live sequences; one that hangs is not waited for.
+        let _ = self.queue.send(Message::Live(reply));
+        let live = tokio::time::timeout(Duration::from_secs(1), replied).await;
+        Ok(session.finish(live.ok().and_then(Result::ok).unwrap_or_default()))
+    }
+
+    /// Writes the cached blocks to the cache file while requests go on, and says what it wrote.
+    pub async fn save_cache(&self) -> Result<Saved, SaveError> {
+        let (reply, replied) = oneshot::channel();
+        self.queue
+            .send(Message::Save(reply))
+            .map_err(|_| SaveError::ShuttingDown)?;
+        replied.await.map_err(|_| SaveError::ShuttingDown)?
     }
 }
 
 /// A loaded model with its engine not yet running.
 pub struct Engine {
     model: model::Model,
+    step_timeout: Duration,
     metrics: Arc<EngineMetrics>,
 }
 
 impl Engine {
-    /// Loads the model and makes the KV cache. Takes as long as reading the weights does.
-    pub fn load(settings: &Settings, metrics: Arc<EngineMetrics>) -> Result<Self, LoadError> {
+    /// An engine for these weights, with an empty KV cache.
+    pub fn new(weights: &Weights, metrics: Arc<EngineMetrics>) -> Result<Self, LoadError> {
         Ok(Self {
-            model: model::Model::load(settings)?,
+            model: model::Model::new(weights)?,
+            step_timeout: weights.step_timeout(),
             metrics,
         })
     }
@@ -112,22 +185,47 @@ impl Engine {
         self.model.kv_tokens
     }
 
-    /// Starts the engine thread; at most `queue` requests wait at a time. The thread ends once every [`Handle`] is
-    /// dropped and what was queued has ended.
-    pub fn start(self, queue: usize) -> std::io::Result<(Handle, thread::JoinHandle<()>)> {
+    /// Starts the engine thread behind a gate with these limits. The thread ends once every [`Handle`] is dropped and
+    /// what was queued has ended, or when it cannot go on; its [`Guard`] says which.
+    pub fn start(self, limits: Limits) -> std::io::Result<(Handle, Guard)> {
         let (sender, inbox) = mpsc::unbounded_channel();
+        let watch = watch::Watch::new();
+        let outlook = self.model.scheduler.outlook(&Estimates::default(), Instant::now());
+        let gate = SharedGate::new(Gate::new(limits, outlook));
         let handle = Handle {
             queue: sender,
-            places: Arc::new(Semaphore::new(queue)),
-            limit: queue,
+            gate: gate.clone(),
+            timeline: Arc::default(),
+            watch: watch.clone(),
         };
         let timer = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-        let runner = run::Runner::new(self.model, inbox, timer, self.metrics);
-        let thread = thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || runner.run())?;
-        Ok((handle, thread))
+        let timeline = handle.timeline.clone();
+        let runner = run::Runner::new(self.model, inbox, timer, self.metrics, timeline, gate, watch.clone());
+        let (ending, ended) = oneshot::channel();
+        let watched = watch.clone();
+        thread::Builder::new().name("engine".into()).spawn(move || {
+            let end = run_to_the_end(runner, &watched);
+            // A guard that gave up does not listen any more.
+            let _ = ending.send(end);
+        })?;
+        let step_timeout = self.step_timeout;
+        Ok((
+            handle,
+            Guard {
+                watch,
+                ended,
+                step_timeout,
+            },
+        ))
     }
+}
+
+/// Runs the engine; whoever still waits when it ends is told before the runner, with their channels, goes.
+fn run_to_the_end(mut runner: run::Runner, watch: &watch::Watch) -> End {
+    let end = catch_unwind(AssertUnwindSafe(|| runner.run()))
+        .unwrap_or_else(|panic| End::Panicked(fault::panic_message(&*panic)));
+    watch.tell(&end);
+    end
 }
 
 #[cfg(test)]

@@ -1,11 +1,18 @@
 //! The device's side of a step: the model, its KV cache, and the scheduler that owns the cache's blocks.
 
-use std::path::PathBuf;
+use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread, time::Duration};
 
 use candle_core::{DType, Device};
 use sconce_models::{Decoder, Draw, KvCache, ModelError, Span, Step, without_backtrace};
 
-use crate::batching::{BlockPool, Config, ConfigError, Plan, Scheduler};
+use super::{
+    Memory,
+    cache_file::{self, CacheFile, Identity},
+};
+use crate::{
+    batching::{BlockPool, CacheScope, Config, ConfigError, Namespace, Plan, Scheduler},
+    request::Request,
+};
 
 /// What the engine is made from.
 #[derive(Debug, Clone)]
@@ -21,7 +28,8 @@ pub struct Settings {
     pub max_model_len: Option<usize>,
     /// Whether `path` is a `config.json` and the weights are random.
     pub dummy: bool,
-    /// Bytes for the KV cache; `None` takes what is left of `gpu_memory` on a GPU, and [`DEFAULT_KV_MEMORY`] on the CPU.
+    /// Bytes for the KV cache; `None` takes what is left of `gpu_memory` on a GPU, and a share of what is free on the
+    /// CPU: [`Memory::for_kv_cache`].
     pub kv_memory: Option<u64>,
     /// The share of a GPU's memory that weights, steps and KV cache may take together.
     pub gpu_memory: f64,
@@ -30,11 +38,15 @@ pub struct Settings {
     /// Slots in a block.
     pub block_size: usize,
     pub prefix_cache: bool,
+    /// Keeps the prefix cache's blocks from one run to the next.
+    pub cache_file: Option<PathBuf>,
+    pub cache_scope: CacheScope,
+    /// The share of the KV cache that pinned prompts may hold, 0 to 1. Less where a sequence of the greatest length
+    /// would not fit beside them.
+    pub pin_share: f64,
+    /// A step that takes longer is hung.
+    pub step_timeout: Duration,
 }
-
-/// The KV cache's size where none is asked for: a hundred chats of the default model, within the memory of a small
-/// machine.
-pub const DEFAULT_KV_MEMORY: u64 = 640 << 20;
 
 /// What a device computes in where nothing else is asked for.
 pub fn default_dtype(device: &Device) -> DType {
@@ -58,43 +70,152 @@ pub enum LoadError {
     BeyondModel { asked: usize, limit: usize },
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error("cache-file keeps what no-prefix-cache switches off; leave out one of them")]
+    NoPrefixCache,
+    #[error("the folder of the cache file {} does not exist; make it, or choose another cache-file", .0.display())]
+    NoCacheFolder(PathBuf),
+    #[error("cannot read {} for its hash: {source}", path.display())]
+    Hash { path: PathBuf, source: std::io::Error },
+}
+
+impl Settings {
+    /// What would otherwise be found out when the file is written, at the end.
+    fn check_cache_file(&self) -> Result<(), LoadError> {
+        match &self.cache_file {
+            Some(_) if !self.prefix_cache => Err(LoadError::NoPrefixCache),
+            Some(path) if !cache_file::folder(path).is_dir() => Err(LoadError::NoCacheFolder(path.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    /// How many blocks of `block_bytes` bytes the KV cache has.
+    fn blocks(&self, decoder: &Decoder, block_bytes: usize) -> Result<usize, LoadError> {
+        let bytes = match self.kv_memory {
+            Some(bytes) => bytes,
+            None => self.default_kv_memory(decoder, block_bytes)?,
+        };
+        match bytes / block_bytes as u64 {
+            0 => Err(LoadError::NoBlocks { bytes, block_bytes }),
+            blocks => Ok(blocks as usize),
+        }
+    }
+
+    /// What the KV cache gets where nothing else is asked for: on a GPU, what weights and the largest step leave.
+    fn default_kv_memory(&self, decoder: &Decoder, block_bytes: usize) -> Result<u64, LoadError> {
+        let (tokens, rows) = largest_step(&self.batching);
+        let room = decoder.room_for_kv(self.gpu_memory, tokens, rows);
+        let room = room.map_err(|error| LoadError::LargestStep(without_backtrace(error)))?;
+        Ok(room.unwrap_or_else(|| {
+            let asked = self.max_model_len.unwrap_or(0).div_ceil(self.block_size);
+            Memory::look().for_kv_cache(asked as u64 * block_bytes as u64)
+        }))
+    }
+
+    /// The longest sequence, of a model made for `limit` tokens and a KV cache of `kv_tokens`.
+    fn context(&self, limit: usize, kv_tokens: usize) -> Result<usize, LoadError> {
+        match self.max_model_len {
+            Some(asked) if asked > limit => Err(LoadError::BeyondModel { asked, limit }),
+            Some(asked) => Ok(asked),
+            None => {
+                if kv_tokens < limit {
+                    tracing::warn!(
+                        limit,
+                        kv_tokens,
+                        "max-model-len is what the KV cache holds; raise kv-memory for more"
+                    );
+                }
+                Ok(limit.min(kv_tokens))
+            }
+        }
+    }
+}
+
+/// The decoder and, where there is to be one, the cache file, whose hash of the weights is taken beside their loading.
+fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<Arc<CacheFile>>), LoadError> {
+    let load = || match settings.dummy {
+        true => Decoder::dummy(&settings.path, &settings.device, dtype),
+        false => Decoder::load(&settings.path, &settings.device, dtype),
+    };
+    let Some(path) = settings.cache_file.clone() else {
+        return Ok((load()?, None));
+    };
+    let (decoder, hash) = thread::scope(|scope| {
+        let hash = scope.spawn(|| cache_file::weights_hash(&settings.path));
+        (load(), hash.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    });
+    let decoder = decoder?;
+    let identity = Identity {
+        weights: hash.map_err(|source| LoadError::Hash {
+            path: settings.path.clone(),
+            source,
+        })?,
+        dtype: dtype.as_str().into(),
+        block_size: settings.block_size,
+        block_bytes: KvCache::bytes_per_block(decoder.config(), settings.block_size, dtype),
+        layout: KvCache::LAYOUT,
+    };
+    Ok((decoder, Some(Arc::new(CacheFile { path, identity }))))
+}
+
+/// A model's weights, and what is to be made of them. Whatever is made of the same ones shares them.
+#[derive(Clone)]
+pub struct Weights {
+    decoder: Arc<Decoder>,
+    cache_file: Option<Arc<CacheFile>>,
+    settings: Settings,
+}
+
+impl Weights {
+    /// Reads the weights, which takes most of the time that an engine needs to start.
+    pub fn load(settings: &Settings) -> Result<Self, LoadError> {
+        settings.check_cache_file()?;
+        let (decoder, cache_file) = load_weights(settings, settings.dtype())?;
+        Ok(Self {
+            decoder: Arc::new(decoder),
+            cache_file,
+            settings: settings.clone(),
+        })
+    }
+
+    pub(super) fn step_timeout(&self) -> Duration {
+        self.settings.step_timeout
+    }
+}
+
+impl Settings {
+    fn dtype(&self) -> DType {
+        self.dtype.unwrap_or(default_dtype(&self.device))
+    }
 }
 
 pub struct Model {
     pub scheduler: Scheduler,
     pub kv_tokens: usize,
-    decoder: Decoder,
-    cache: KvCache,
+    cache_scope: CacheScope,
+    decoder: Arc<Decoder>,
+    pub cache: KvCache,
+    pub cache_file: Option<Arc<CacheFile>>,
 }
 
 impl Model {
-    pub fn load(settings: &Settings) -> Result<Self, LoadError> {
-        let dtype = settings.dtype.unwrap_or(default_dtype(&settings.device));
-        let load = if settings.dummy { Decoder::dummy } else { Decoder::load };
-        let decoder = load(&settings.path, &settings.device, dtype)?;
-        let config = decoder.config();
-        let bytes = match settings.kv_memory {
-            Some(bytes) => bytes,
-            None => default_kv_memory(&decoder, settings)?,
-        };
-        let block_bytes = KvCache::bytes_per_block(config, settings.block_size, dtype);
-        let blocks = (bytes / block_bytes as u64) as usize;
-        if blocks == 0 {
-            return Err(LoadError::NoBlocks { bytes, block_bytes });
-        }
+    /// A scheduler and a KV cache for these weights, with the cache file's blocks if there is one.
+    pub fn new(weights: &Weights) -> Result<Self, LoadError> {
+        let Weights {
+            decoder,
+            cache_file,
+            settings,
+        } = weights;
+        let (config, dtype) = (decoder.config(), settings.dtype());
+        let blocks = settings.blocks(decoder, KvCache::bytes_per_block(config, settings.block_size, dtype))?;
         let kv_tokens = blocks * settings.block_size;
-        let limit = config.max_position_embeddings;
-        let max_model_len = match settings.max_model_len {
-            Some(asked) if asked > limit => return Err(LoadError::BeyondModel { asked, limit }),
-            Some(asked) => asked,
-            None => limit.min(kv_tokens),
-        };
+        let max_model_len = settings.context(config.max_position_embeddings, kv_tokens)?;
         let batching = Config {
             max_model_len,
             ..settings.batching.clone()
         };
-        let pool = BlockPool::new(blocks, settings.block_size, settings.prefix_cache);
-        let scheduler = Scheduler::new(batching, pool)?;
+        let pin_budget = (blocks as f64 * settings.pin_share) as usize;
+        let pool = BlockPool::new(blocks, settings.block_size, settings.prefix_cache).with_pin_budget(pin_budget);
+        let mut scheduler = Scheduler::new(batching, pool)?;
         let mut cache =
             KvCache::new(config, blocks, settings.block_size, dtype, &settings.device).map_err(|error| {
                 LoadError::KvCache {
@@ -102,6 +223,9 @@ impl Model {
                     source: without_backtrace(error),
                 }
             })?;
+        if let Some(file) = &cache_file {
+            file.load(scheduler.blocks_mut(), &mut cache);
+        }
         let (tokens, rows) = largest_step(&settings.batching);
         decoder
             .prepare(&mut cache, tokens, rows, settings.cuda_graphs)
@@ -109,13 +233,26 @@ impl Model {
         Ok(Self {
             scheduler,
             kv_tokens,
-            decoder,
+            cache_scope: settings.cache_scope,
+            decoder: decoder.clone(),
             cache,
+            cache_file: cache_file.clone(),
         })
+    }
+
+    /// Where a request's blocks are found and kept.
+    pub fn namespace(&self, request: &Request) -> Namespace {
+        self.cache_scope
+            .namespace(&request.tenant.name, request.cache_salt.as_deref())
     }
 
     pub fn vocab_size(&self) -> usize {
         self.decoder.config().vocab_size
+    }
+
+    /// Whether the KV cache can be used; a panic while it was written makes it useless.
+    pub fn cache_is_whole(&self) -> bool {
+        self.cache.is_whole()
     }
 
     /// Whether the device chooses tokens itself.
@@ -157,14 +294,6 @@ impl Model {
         }
         Ok(step)
     }
-}
-
-/// What the KV cache gets where nothing else is asked for: on a GPU, what weights and the largest step leave.
-fn default_kv_memory(decoder: &Decoder, settings: &Settings) -> Result<u64, LoadError> {
-    let (tokens, rows) = largest_step(&settings.batching);
-    let room = decoder.room_for_kv(settings.gpu_memory, tokens, rows);
-    let room = room.map_err(|error| LoadError::LargestStep(without_backtrace(error)))?;
-    Ok(room.unwrap_or(DEFAULT_KV_MEMORY))
 }
 
 /// Tokens of the largest step, and its rows that want logits.

@@ -9,33 +9,71 @@ use std::{
 
 use rayon::prelude::*;
 use sconce_models::Draw;
-use tokio::{
-    runtime::Runtime,
-    sync::{OwnedSemaphorePermit, mpsc},
-};
+use tokio::{runtime::Runtime, sync::mpsc};
+use tracing::Span;
 
 use super::{
     Message, Queued,
+    admission::{SharedGate, Teacher},
+    budget::Budget,
+    cache::{PinOrder, Savings},
+    cache_file::Saves,
     model::Model,
     sampler::{NotANumber, Sample, Sampler},
+    watch::{End, Watch},
 };
 use crate::{
-    batching::{Arrival, Plan, Sequence, SequenceId},
+    batching::{Arrival, Namespace, Plan, Sequence, SequenceId},
     request::{Event, Failure, FinishReason, Token, TokenId},
-    telemetry::EngineMetrics,
+    telemetry::{
+        EngineMetrics,
+        trace::{self, Life, Note, Timeline},
+    },
 };
 
 /// Who waits for a sequence, and how its tokens are chosen.
-struct Client {
+pub(super) struct Client {
+    span: Span,
+    /// The span of the phase that it is in.
+    phase: Span,
     events: mpsc::UnboundedSender<Event>,
     sampler: Sampler,
-    arrival: Instant,
-    /// The place in the queue, until a batch takes the request.
-    place: Option<OwnedSemaphorePermit>,
+    pub(super) life: Life,
+    pub(super) deadline: Option<Instant>,
+    /// How long it was expected to take when it came.
+    pub(super) predicted: Option<Duration>,
+    /// The prompt is to be pinned; no token is wanted.
+    pub(super) pin: Option<PinOrder>,
+}
+
+impl Client {
+    /// The most tokens that it asked for.
+    pub(super) fn max_tokens(&self) -> usize {
+        self.sampler.sampling().max_tokens
+    }
+
+    /// It left the queue: its prefill begins.
+    fn admitted(&mut self, at: Instant, window: Duration, cached_tokens: usize) {
+        self.life.admitted = Some((at, window));
+        self.life.cached_tokens = cached_tokens;
+        let window_ms = window.as_secs_f64() * 1e3;
+        tracing::debug!(parent: &self.span, sequence = self.life.sequence, window_ms, cached_tokens, "admitted");
+        self.phase = tracing::debug_span!(parent: &self.span, "prefill");
+    }
+
+    /// It has one more token: from the first on it decodes.
+    fn generated(&mut self, at: Instant) {
+        if self.life.first_token.is_none() {
+            self.life.first_token = Some(at);
+            self.phase = tracing::debug_span!(parent: &self.span, "decode");
+        }
+        self.life.last_token = Some(at);
+        self.life.generated += 1;
+    }
 }
 
 /// What a step gave.
-enum Answer {
+pub(super) enum Answer {
     /// Of the rows that sample, `[rows × vocabulary]`.
     Logits(Vec<f32>),
     /// One for each row that samples; `None` where a logit was no number.
@@ -43,15 +81,23 @@ enum Answer {
 }
 
 pub struct Runner {
-    model: Model,
+    pub(super) model: Model,
     inbox: mpsc::UnboundedReceiver<Message>,
     /// Gives the wait for an arrival its timeout.
     timer: Runtime,
     /// Whether anyone can still send requests.
     open: bool,
-    clients: HashMap<SequenceId, Client>,
-    metrics: Arc<EngineMetrics>,
+    pub(super) clients: HashMap<SequenceId, Client>,
+    pub(super) metrics: Arc<EngineMetrics>,
     preemptions: u64,
+    saves: Saves,
+    pub(super) savings: Savings,
+    timeline: Arc<Timeline>,
+    admission: Teacher,
+    pub(super) budget: Budget,
+    pub(super) watch: Watch,
+    #[cfg(any(test, feature = "fault-injection"))]
+    pub(super) faults: super::inject::Faults,
 }
 
 impl Runner {
@@ -60,6 +106,9 @@ impl Runner {
         inbox: mpsc::UnboundedReceiver<Message>,
         timer: Runtime,
         metrics: Arc<EngineMetrics>,
+        timeline: Arc<Timeline>,
+        gate: SharedGate,
+        watch: Watch,
     ) -> Self {
         metrics.max_batch.set(model.scheduler.config().max_batch as f64);
         Self {
@@ -70,25 +119,48 @@ impl Runner {
             clients: HashMap::new(),
             metrics,
             preemptions: 0,
+            saves: Saves::default(),
+            savings: Savings::default(),
+            timeline,
+            admission: Teacher::new(gate),
+            budget: Budget::default(),
+            watch,
+            #[cfg(any(test, feature = "fault-injection"))]
+            faults: super::inject::Faults::default(),
         }
     }
 
-    /// Runs until nobody can send requests any more and all have ended.
-    pub fn run(mut self) {
-        while self.open || !self.clients.is_empty() {
+    /// Runs until nobody can send requests any more, all have ended, and what was to be saved is copied, or until it
+    /// cannot go on.
+    pub fn run(&mut self) -> End {
+        while self.open || !self.clients.is_empty() || self.saves.wake(Instant::now()).is_some() {
+            self.watch.pulse.beat();
             self.receive();
+            let Model {
+                scheduler,
+                cache,
+                cache_file,
+                ..
+            } = &self.model;
+            self.saves.advance(cache_file.as_ref(), scheduler.blocks(), cache);
             self.drop_cancelled();
             let now = Instant::now();
             let plan = self.model.scheduler.plan(now);
             self.announce(&plan, now);
+            self.publish(now);
             if plan.rows.is_empty() {
                 self.observe();
-                self.wait(plan.wake);
+                self.watch.pulse.rest();
+                self.wait(plan.wake.into_iter().chain(self.saves.wake(now)).min());
             } else {
-                self.step(&plan);
+                if let Err(end) = self.step(&plan) {
+                    return end;
+                }
+                self.admission.stepped(&plan, now.elapsed());
                 self.observe();
             }
         }
+        End::Finished
     }
 
     /// Takes in what has arrived.
@@ -107,7 +179,12 @@ impl Runner {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Request(queued) => self.enqueue(queued),
+            Message::Request(queued) => {
+                let namespace = self.model.namespace(&queued.request);
+                self.enqueue(*queued, namespace, None);
+            }
+            Message::Pin(queued, order) => self.start_pin(*queued, order),
+            Message::Cache(question) => self.answer(question),
             Message::Configure(change, reply) => {
                 let config = self.model.scheduler.configure(&change).cloned();
                 if let Ok(config) = &config {
@@ -117,27 +194,63 @@ impl Runner {
                 // Whoever asked may have left; the change stands.
                 let _ = reply.send(config);
             }
+            Message::Live(reply) => {
+                let _ = reply.send(self.clients.values().map(|client| client.life.clone()).collect());
+            }
+            Message::Save(reply) => self.saves.ask(reply),
         }
     }
 
-    fn enqueue(&mut self, Queued { request, place }: Queued) {
+    /// Queues a request as a sequence.
+    pub(super) fn enqueue(&mut self, queued: Queued, namespace: Namespace, pin: Option<PinOrder>) {
+        let Queued {
+            request,
+            place,
+            predicted,
+            phase,
+        } = queued;
+        let prompt_tokens = request.prompt.len();
+        let max_tokens = request.sampling.max_tokens;
         let sampler = Sampler::new(request.sampling, &request.prompt);
-        let arrival = request.arrival;
+        let (arrival, span) = (request.arrival, request.span);
         let id = self.model.scheduler.push(Arrival {
+            namespace,
             prompt: request.prompt,
+            max_tokens,
+            tenant: request.tenant.clone(),
+            priority: request.priority,
             arrival,
             deadline: request.deadline,
         });
+        drop(place);
+        #[cfg(any(test, feature = "fault-injection"))]
+        self.faults.note(id, &request.id);
+        tracing::debug!(parent: &span, sequence = id, "queued");
         self.clients.insert(
             id,
             Client {
+                span,
+                phase,
                 events: request.events,
                 sampler,
-                arrival,
-                place: Some(place),
+                life: Life {
+                    sequence: id,
+                    request: request.id,
+                    tenant: request.tenant,
+                    prompt_tokens,
+                    cached_tokens: 0,
+                    generated: 0,
+                    arrival,
+                    admitted: None,
+                    first_token: None,
+                    last_token: None,
+                    ended: None,
+                },
+                deadline: request.deadline,
+                predicted,
+                pin,
             },
         );
-        tracing::debug!(request = request.id, sequence = id, "queued");
     }
 
     /// Sleeps until a request arrives or `wake`.
@@ -181,20 +294,22 @@ impl Runner {
     /// Tells the clients what planning decided.
     fn announce(&mut self, plan: &Plan, now: Instant) {
         for &id in &plan.expired {
-            self.end(id, "expired", Some(Event::Failed(Failure::DeadlinePassed)));
+            match self.clients.get(&id).is_some_and(|client| client.life.generated > 0) {
+                true => self.end(id, "cut", Some(Event::Finished(FinishReason::Deadline))),
+                false => self.end(id, "expired", Some(Event::Failed(Failure::DeadlinePassed))),
+            }
         }
         for admission in &plan.admitted {
             let Some(client) = self.clients.get_mut(&admission.id) else {
                 continue;
             };
-            client.place = None;
-            let waited = now.saturating_duration_since(client.arrival);
+            let waited = now.saturating_duration_since(client.life.arrival);
             self.metrics.window_seconds.observe(admission.window.as_secs_f64());
             self.metrics
                 .queue_seconds
                 .observe(waited.saturating_sub(admission.window).as_secs_f64());
-            self.metrics.cached_tokens.inc_by(admission.cached_tokens as u64);
             let (window, cached_tokens) = (admission.window, admission.cached_tokens);
+            client.admitted(now, window, cached_tokens);
             // A client that has gone is seen at the next step.
             let _ = client.events.send(Event::Admitted {
                 at: now,
@@ -202,7 +317,19 @@ impl Runner {
                 cached_tokens,
             });
         }
+        self.savings.found(plan.cached_tokens, &self.metrics);
+        let mut admitted = plan.admitted.iter();
         for batch in &plan.batches {
+            let windows = admitted.by_ref().take(batch.requests).map(|admission| admission.window);
+            let window = windows.max().unwrap_or_default();
+            self.timeline.note(|| {
+                Note::Batch(trace::Batch {
+                    opened: now.checked_sub(window).unwrap_or(now),
+                    closed: now,
+                    requests: batch.requests,
+                    prompt_tokens: batch.prompt_tokens,
+                })
+            });
             self.metrics.batches.inc();
             self.metrics.batch_requests.observe(batch.requests as f64);
             let positions = &self.metrics.prefill_positions;
@@ -215,7 +342,15 @@ impl Runner {
         }
     }
 
-    fn step(&mut self, plan: &Plan) {
+    /// Lets the gate know what is ahead of whoever comes next, and refuses one that waits in vain.
+    fn publish(&mut self, now: Instant) {
+        if let Some((id, refusal)) = self.admission.publish(&self.model.scheduler, now) {
+            let retry_after = refusal.retry_after;
+            self.end(id, "refused", Some(Event::Failed(Failure::TooBusy { retry_after })));
+        }
+    }
+
+    fn step(&mut self, plan: &Plan) -> Result<(), End> {
         let started = Instant::now();
         let generated = |id| self.model.scheduler.sequence(id).map_or(0, Sequence::generated);
         let decodes = plan
@@ -223,41 +358,41 @@ impl Runner {
             .iter()
             .filter(|row| row.len == 1 && generated(row.id) > 0)
             .count();
-        let ran = match self.draws(plan) {
-            Some(draws) => self.model.sample(plan, &draws).map(Answer::Tokens),
-            None => self.model.forward(plan).map(Answer::Logits),
-        };
-        match ran {
-            Ok(answer) => {
-                self.model.scheduler.commit(plan);
-                match answer {
-                    Answer::Logits(logits) => self.sample(plan, logits),
-                    Answer::Tokens(tokens) => self.take_tokens(plan, tokens),
-                }
-            }
-            Err(error) => {
-                let error = sconce_models::without_backtrace(error);
-                tracing::error!(%error, sequences = plan.rows.len(), "a step failed");
-                for row in &plan.rows {
-                    self.end(row.id, "failed", Some(Event::Failed(Failure::Step(error.to_string()))));
-                }
-            }
-        }
-        let seconds = started.elapsed().as_secs_f64();
         let tokens: usize = plan.rows.iter().map(|row| row.len).sum();
+        let (rows, prefill_tokens) = (plan.rows.len(), tokens - decodes);
+        let span = tracing::debug_span!("step", rows, prefill_tokens, decode_tokens = decodes);
+        for client in plan
+            .admitted
+            .iter()
+            .filter_map(|admission| self.clients.get(&admission.id))
+        {
+            span.follows_from(&client.span);
+        }
+        let _in_span = span.entered();
+        self.run_plan(plan)?;
+        let ended = Instant::now();
+        let seconds = (ended - started).as_secs_f64();
+        let max_batch = self.model.scheduler.config().max_batch;
         self.metrics.busy_seconds.inc_by(seconds);
         self.metrics.step_seconds.observe(seconds);
         self.metrics.step_tokens.observe(tokens as f64);
-        self.metrics.decode_tokens.inc_by(decodes as u64);
-        self.metrics.prefill_tokens.inc_by((tokens - decodes) as u64);
-        self.metrics
-            .occupancy_steps
-            .inc_by(plan.rows.len() as f64 / self.model.scheduler.config().max_batch as f64);
-        tracing::trace!(tokens, sequences = plan.rows.len(), seconds, "step");
+        self.metrics.occupancy_steps.inc_by(rows as f64 / max_batch as f64);
+        self.timeline.note(|| {
+            Note::Step(trace::Step {
+                began: started,
+                ended,
+                rows,
+                prefill_tokens,
+                decode_tokens: decodes,
+                max_batch,
+            })
+        });
+        tracing::trace!(seconds, "step ended");
+        Ok(())
     }
 
     /// How the device is to choose each row's token; `None` where the host chooses, from logits.
-    fn draws(&mut self, plan: &Plan) -> Option<Vec<Draw>> {
+    pub(super) fn draws(&mut self, plan: &Plan) -> Option<Vec<Draw>> {
         if !self.model.samples() {
             return None;
         }
@@ -273,10 +408,14 @@ impl Runner {
         sampling().map(draw).collect()
     }
 
-    /// Sends the tokens that the device chose.
-    fn take_tokens(&mut self, plan: &Plan, tokens: Vec<Option<TokenId>>) {
-        let at = Instant::now();
+    /// The tokens that the device chose, by sequence.
+    pub(super) fn chosen(
+        &mut self,
+        plan: &Plan,
+        tokens: Vec<Option<TokenId>>,
+    ) -> Vec<(SequenceId, Result<Sample, Failure>)> {
         let sampling = plan.rows.iter().filter(|row| row.samples);
+        let mut samples = Vec::with_capacity(tokens.len());
         for (row, token) in sampling.zip(tokens) {
             let Some(client) = self.clients.get_mut(&row.id) else {
                 continue;
@@ -285,38 +424,50 @@ impl Runner {
                 client.sampler.chose(token);
                 Sample { token, logprobs: None }
             });
-            self.deliver(row.id, sample, at);
+            samples.push((row.id, sample));
         }
+        samples
     }
 
     /// Chooses a token for each row that reached its sequence's end.
-    fn sample(&mut self, plan: &Plan, mut logits: Vec<f32>) {
+    pub(super) fn choose(&mut self, plan: &Plan, mut logits: Vec<f32>) -> Vec<(SequenceId, Result<Sample, Failure>)> {
         let sampling = plan.rows.iter().filter(|row| row.samples);
-        let mut clients: Vec<_> = sampling.map(|row| (row.id, self.clients.remove(&row.id))).collect();
+        let mut clients: Vec<_> = sampling
+            .filter_map(|row| Some((row.id, self.clients.remove(&row.id)?)))
+            .collect();
         let vocabulary = self.model.vocab_size();
         let samples: Vec<_> = clients
             .par_iter_mut()
             .zip(logits.par_chunks_mut(vocabulary))
-            .map(|((_, client), logits)| client.as_mut().map(|client| sample_one(&mut client.sampler, logits)))
+            .map(|((id, client), logits)| {
+                let choose = || {
+                    #[cfg(any(test, feature = "fault-injection"))]
+                    self.faults.sampler(*id, &self.model.scheduler);
+                    client.sampler.sample(logits)
+                };
+                (*id, guarded(choose))
+            })
             .collect();
-        let at = Instant::now();
-        for ((id, client), sample) in clients.into_iter().zip(samples) {
-            if let (Some(client), Some(sample)) = (client, sample) {
-                self.clients.insert(id, client);
-                self.deliver(id, sample, at);
-            }
-        }
+        self.clients.extend(clients);
+        samples
     }
 
     /// Sends a sampled token and goes on with its sequence or ends it.
-    fn deliver(&mut self, id: SequenceId, sample: Result<Sample, Failure>, at: Instant) {
-        let (Some(client), Some(sequence)) = (self.clients.get(&id), self.model.scheduler.sequence(id)) else {
+    pub(super) fn deliver(&mut self, id: SequenceId, sample: Sample, at: Instant) {
+        if self.finish_pin(id, at) {
+            return;
+        }
+        let (Some(client), Some(sequence)) = (self.clients.get_mut(&id), self.model.scheduler.sequence(id)) else {
             return;
         };
-        let Sample { token, logprobs } = match sample {
-            Ok(sample) => sample,
-            Err(failure) => return self.end(id, "failed", Some(Event::Failed(failure))),
-        };
+        let Sample { token, logprobs } = sample;
+        if sequence.generated() == 0 {
+            let cached_tokens = sequence.cached_tokens();
+            self.metrics.cache.request(cached_tokens);
+            client.life.cached_tokens = cached_tokens;
+            let _ = client.events.send(Event::Prefilled { cached_tokens });
+        }
+        client.generated(at);
         let _ = client.events.send(Event::Token(Token {
             id: token,
             at,
@@ -336,35 +487,74 @@ impl Runner {
     }
 
     /// Ends a sequence: its last event, its blocks, its place.
-    fn end(&mut self, id: SequenceId, outcome: &str, event: Option<Event>) {
-        if let (Some(client), Some(event)) = (self.clients.remove(&id), event) {
-            let _ = client.events.send(event);
-        }
-        self.model.scheduler.remove(id, Instant::now());
+    pub(super) fn end(&mut self, id: SequenceId, outcome: &'static str, event: Option<Event>) {
+        let now = Instant::now();
+        self.model.scheduler.remove(id, now);
+        // Counted before its client hears of it, who may look.
         self.metrics.sequences.with_label_values(&[outcome]).inc();
+        if let Some(mut client) = self.clients.remove(&id) {
+            client.life.ended = Some((now, outcome));
+            match &event {
+                Some(Event::Failed(failure)) if outcome == "failed" => {
+                    tracing::warn!(parent: &client.span, sequence = id, %failure, "failed");
+                }
+                _ => tracing::debug!(parent: &client.span, sequence = id, outcome, "ended"),
+            }
+            if let "stop" | "length" | "cut" | "expired" = outcome {
+                let late = matches!(outcome, "cut" | "expired");
+                self.admission.ended(&client, late, &self.metrics, now);
+            }
+            if let Some(event) = event {
+                let _ = client.events.send(event);
+            }
+            self.timeline.note(|| Note::Ended(client.life));
+        }
     }
 
     /// Publishes the scheduler's present state.
-    fn observe(&mut self) {
+    pub(super) fn observe(&mut self) {
         let scheduler = &self.model.scheduler;
-        self.metrics.waiting.set(scheduler.waiting() as f64);
-        self.metrics.running.set(scheduler.running() as f64);
-        let counts = scheduler.block_counts();
-        for (state, blocks) in [("free", counts.free), ("held", counts.held), ("cached", counts.cached)] {
-            self.metrics.kv_blocks.with_label_values(&[state]).set(blocks as f64);
-        }
         self.metrics
             .preemptions
             .inc_by(scheduler.preemptions() - self.preemptions);
         self.preemptions = scheduler.preemptions();
+        if !self.watch.pulse.shown() {
+            return;
+        }
+        self.metrics.waiting.set(scheduler.waiting() as f64);
+        self.metrics.running.set(scheduler.running() as f64);
+        let counts = scheduler.block_counts();
+        for (state, blocks) in [
+            ("free", counts.free),
+            ("held", counts.held),
+            ("cached", counts.cached),
+            ("pinned", counts.pinned),
+        ] {
+            self.metrics.kv_blocks.with_label_values(&[state]).set(blocks as f64);
+        }
+        self.metrics.cache.observe(scheduler.pin_counts());
+        self.metrics
+            .preemptions
+            .inc_by(scheduler.preemptions() - self.preemptions);
+        self.preemptions = scheduler.preemptions();
+        self.timeline.note(|| {
+            Note::State(trace::State {
+                at: Instant::now(),
+                waiting: scheduler.waiting(),
+                running: scheduler.running(),
+                free_blocks: counts.free,
+                held_blocks: counts.held,
+                cached_blocks: counts.cached,
+            })
+        });
     }
 }
 
 /// Samples one sequence; whatever goes wrong is that sequence's alone.
-fn sample_one(sampler: &mut Sampler, logits: &mut [f32]) -> Result<Sample, Failure> {
+fn guarded(choose: impl FnOnce() -> Result<Sample, NotANumber>) -> Result<Sample, Failure> {
     // A sampler that panicked is not used again: its sequence ends with this failure.
-    match catch_unwind(AssertUnwindSafe(|| sampler.sample(logits))) {
+    match catch_unwind(AssertUnwindSafe(choose)) {
         Ok(sample) => sample.map_err(|NotANumber| Failure::NotANumber),
-        Err(_) => Err(Failure::Step("choosing a token failed".into())),
+        Err(_) => Err(Failure::Sampler),
     }
 }

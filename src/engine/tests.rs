@@ -3,11 +3,12 @@
 use std::{sync::Arc, time::Instant};
 
 use prometheus::Registry;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::sync::mpsc;
 
 use super::*;
 use crate::{
-    batching::{Buckets, Config, Schedule, WindowPolicy},
+    batching::{Buckets, CacheScope, Cause, Config, Schedule, WindowPolicy},
     commands::model_files,
     request::{Event, Failure, FinishReason, Sampling, Tenant, TokenId},
 };
@@ -35,26 +36,33 @@ fn settings() -> Settings {
         cuda_graphs: true,
         block_size: 16,
         prefix_cache: true,
+        cache_file: None,
+        cache_scope: CacheScope::Tenant,
+        pin_share: 0.25,
+        step_timeout: std::time::Duration::from_secs(60),
     }
 }
 
-fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::UnboundedReceiver<Event>) {
+pub(super) fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mpsc::UnboundedReceiver<Event>) {
     let (events, receiver) = mpsc::unbounded_channel();
     (
         Request {
             id: "test".into(),
             tenant: Arc::new(Tenant::anyone()),
+            priority: 0,
             prompt,
+            cache_salt: None,
             sampling,
             arrival: Instant::now(),
             deadline: None,
+            span: tracing::Span::none(),
             events,
         },
         receiver,
     )
 }
 
-fn greedy(max_tokens: usize) -> Sampling {
+pub(super) fn greedy(max_tokens: usize) -> Sampling {
     Sampling {
         temperature: 0.0,
         max_tokens,
@@ -62,12 +70,17 @@ fn greedy(max_tokens: usize) -> Sampling {
     }
 }
 
+fn wait(guard: Guard) -> End {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+    runtime.unwrap().block_on(guard.wait())
+}
+
 /// A request's tokens and how it ended.
 fn answer(mut events: mpsc::UnboundedReceiver<Event>) -> (Vec<TokenId>, Option<Event>) {
     let mut tokens = Vec::new();
     while let Some(event) = events.blocking_recv() {
         match event {
-            Event::Admitted { .. } => assert!(tokens.is_empty(), "admitted before the first token"),
+            Event::Admitted { .. } | Event::Prefilled { .. } => assert!(tokens.is_empty(), "before the first token"),
             Event::Token(token) => tokens.push(token.id),
             end => return (tokens, Some(end)),
         }
@@ -75,12 +88,102 @@ fn answer(mut events: mpsc::UnboundedReceiver<Event>) -> (Vec<TokenId>, Option<E
     (tokens, None)
 }
 
+/// Prompts that begin with one of three texts, to different lengths, and go on differently; greedy and seeded.
+fn mixed(count: u64) -> Vec<(Vec<TokenId>, Sampling)> {
+    let mut random = StdRng::seed_from_u64(count);
+    let mut one = |number| {
+        let (text, shared) = (random.random_range(0..3), random.random_range(0..24));
+        let own = random.random_range(1..10);
+        let prompt = (0..shared)
+            .map(|index| 1000 * (text + 1) + index)
+            .chain((0..own).map(|_| random.random_range(300..4000)))
+            .collect();
+        let sampling = Sampling {
+            temperature: if number % 2 == 0 { 0.0 } else { 0.9 },
+            seed: number,
+            ignore_eos: true,
+            ..greedy(random.random_range(10..30))
+        };
+        (prompt, sampling)
+    };
+    (0..count).map(&mut one).collect()
+}
+
+/// No limit but this many requests that wait.
+fn places(requests: usize) -> Limits {
+    Limits {
+        requests,
+        tokens: None,
+        in_flight: None,
+        key_share: 1.0,
+    }
+}
+
+/// The answers to all of the requests, sent in bursts of eight, and what the engine counted.
+fn answers(settings: &Settings, requests: &[(Vec<TokenId>, Sampling)]) -> (Vec<Vec<TokenId>>, Arc<EngineMetrics>) {
+    let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
+    let engine = Engine::new(&Weights::load(settings).unwrap(), metrics.clone()).unwrap();
+    let (handle, guard) = engine.start(places(requests.len())).unwrap();
+    let mut answers = Vec::new();
+    for burst in requests.chunks(8) {
+        let (burst, receivers): (Vec<_>, Vec<_>) = burst
+            .iter()
+            .map(|(prompt, sampling)| request(prompt.clone(), sampling.clone()))
+            .unzip();
+        handle.submit(burst).unwrap();
+        answers.extend(receivers.into_iter().map(|receiver| answer(receiver).0));
+    }
+    drop(handle);
+    assert_eq!(wait(guard), End::Finished);
+    (answers, metrics)
+}
+
+#[test]
+fn the_prefix_cache_changes_no_token_however_little_memory_there_is() {
+    let requests = mixed(20);
+    let engine = |prefix_cache, block_size, kv_tokens: u64| {
+        let settings = settings();
+        Settings {
+            max_model_len: Some(64),
+            // A token's keys and values in the default model, in float32.
+            kv_memory: Some(kv_tokens * 46_080),
+            block_size,
+            prefix_cache,
+            batching: Config {
+                step_tokens: 48,
+                ..settings.batching.clone()
+            },
+            ..settings
+        }
+    };
+    let (expected, _) = answers(&engine(false, 4, 1024), &requests);
+    let (mut found, mut evictions, mut preemptions) = (0, 0, 0);
+    for (block_size, kv_tokens) in [(4, 80), (8, 96)] {
+        let (answers, metrics) = answers(&engine(true, block_size, kv_tokens), &requests);
+        assert_eq!(answers, expected, "with blocks of {block_size}");
+        let prompts: usize = requests.iter().map(|(prompt, _)| prompt.len()).sum();
+        assert_eq!(
+            metrics.prefill_tokens.get() + metrics.cache.tokens.get(),
+            prompts as u64
+        );
+        let by_outcome = ["hit", "miss"].map(|outcome| metrics.cache.requests.with_label_values(&[outcome]).get());
+        assert_eq!(by_outcome.iter().sum::<u64>(), requests.len() as u64);
+        found += metrics.cache.tokens.get();
+        evictions += metrics.cache.evictions();
+        preemptions += metrics.preemptions.get();
+    }
+    assert!(
+        found > 0 && evictions > 0 && preemptions > 0,
+        "{found} found, {evictions} evicted, {preemptions} preempted"
+    );
+}
+
 #[test]
 fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
-    let engine = Engine::load(&settings(), metrics.clone()).unwrap();
+    let engine = Engine::new(&Weights::load(&settings()).unwrap(), metrics.clone()).unwrap();
     assert_eq!(engine.max_model_len(), 256);
-    let (handle, thread) = engine.start(4).unwrap();
+    let (handle, guard) = engine.start(places(4)).unwrap();
 
     // "What is the capital of France?" in the model's chat template; its answer is 8 tokens with the end token.
     let file: serde_json::Value =
@@ -121,17 +224,65 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
         );
     }
 
-    let (mut late, receiver) = request(prompt.clone(), greedy(1000));
-    late.deadline = Some(Instant::now());
-    handle.submit(vec![late]).unwrap();
+    // It is let in once the engine has said that it is idle.
+    let receiver = loop {
+        let (mut late, receiver) = request(prompt.clone(), greedy(1000));
+        late.deadline = Some(Instant::now());
+        if handle.submit(vec![late]).is_ok() {
+            break receiver;
+        }
+        thread::yield_now();
+    };
     assert_eq!(answer(receiver).1, Some(Event::Failed(Failure::DeadlinePassed)));
 
     let five: Vec<_> = (0..5).map(|_| request(prompt.clone(), greedy(1)).0).collect();
-    assert_eq!(handle.submit(five), Err(Refused::QueueFull { limit: 4 }));
+    let refused = handle.submit(five).unwrap_err();
+    assert!(
+        matches!(&refused, Refused::Refused(refusal) if refusal.cause == Cause::Requests { limit: 4 }),
+        "{refused}"
+    );
 
     drop(handle);
-    thread.join().unwrap();
+    assert_eq!(wait(guard), End::Finished);
     assert_eq!(metrics.sequences.with_label_values(&["stop"]).get(), 1);
     assert_eq!(metrics.sequences.with_label_values(&["expired"]).get(), 1);
     assert_eq!(metrics.kv_blocks.with_label_values(&["held"]).get(), 0.0);
+}
+
+#[test]
+fn whoever_leaves_frees_its_place_within_a_step() {
+    let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
+    let mut settings = settings();
+    (settings.batching.max_batch, settings.batching.step_tokens) = (1, 8);
+    let engine = Engine::new(&Weights::load(&settings).unwrap(), metrics.clone()).unwrap();
+    let (handle, guard) = engine.start(places(4)).unwrap();
+    let wait_until = |condition: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed().as_secs() < 60);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    };
+    let held = || metrics.kv_blocks.with_label_values(&["held"]).get();
+    // In its prefill of 30 steps, and in its decode, each with another that waits behind it.
+    for (prompt, decodes) in [(vec![300; 240], 0), (vec![300; 4], 3)] {
+        let ignoring = Sampling {
+            ignore_eos: true,
+            ..greedy(1000)
+        };
+        let (runs, running) = request(prompt.clone(), ignoring);
+        let (waits, waiting) = request(prompt, greedy(1));
+        let (prefilled, decoded) = (metrics.prefill_tokens.get(), metrics.decode_tokens.get());
+        handle.submit(vec![runs, waits]).unwrap();
+        wait_until(&|| metrics.prefill_tokens.get() > prefilled && metrics.decode_tokens.get() >= decoded + decodes);
+        assert!(held() > 0.0);
+        drop((running, waiting));
+        let steps = metrics.step_seconds.get_sample_count();
+        wait_until(&|| held() == 0.0 && metrics.waiting.get() == 0.0);
+        // The step that ran as they left, and none after it.
+        assert!(metrics.step_seconds.get_sample_count() <= steps + 1);
+    }
+    drop(handle);
+    assert_eq!(wait(guard), End::Finished);
+    assert_eq!(metrics.sequences.with_label_values(&["cancelled"]).get(), 4);
 }

@@ -4,6 +4,8 @@ use prometheus::{
     Counter, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, core::Collector,
 };
 
+use super::cache::CacheMetrics;
+
 /// Upper bounds in seconds: from a window's milliseconds to a long generation.
 const SECONDS: [f64; 16] = [
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0,
@@ -18,7 +20,8 @@ pub struct EngineMetrics {
     pub step_tokens: Histogram,
     pub prefill_tokens: IntCounter,
     pub decode_tokens: IntCounter,
-    pub cached_tokens: IntCounter,
+    pub recomputed_tokens: IntCounter,
+    pub cache: CacheMetrics,
     pub batches: IntCounter,
     pub batch_requests: Histogram,
     /// By layout: `packed` (as it is) and `padded` (as it would be).
@@ -29,15 +32,47 @@ pub struct EngineMetrics {
     pub running: Gauge,
     pub max_batch: Gauge,
     pub occupancy_steps: Counter,
-    /// By state: `free`, `held`, `cached`.
+    /// By state: `free`, `held`, `cached`, `pinned`.
     pub kv_blocks: GaugeVec,
     pub preemptions: IntCounter,
-    /// By outcome: `stop`, `length`, `cancelled`, `expired`, `failed`.
+    /// By how they ended: `OUTCOMES`.
     pub sequences: IntCounterVec,
+    /// Predicted over actual time, less one.
+    pub prediction_error: Histogram,
+    pub prediction_margin: Gauge,
+    /// By cause, see `FAULTS`.
+    pub faults: IntCounterVec,
+    /// By cause: `panicked`, `hung`.
+    pub restarts: IntCounterVec,
+    /// By outcome: `swapped`, `failed`.
+    pub model_changes: IntCounterVec,
 }
 
+/// What can go wrong in a step or in what follows it.
+pub const FAULTS: [&str; 6] = [
+    "not_a_number",
+    "sampler_panicked",
+    "step_failed",
+    "step_panicked",
+    "out_of_memory",
+    "device_lost",
+];
+
 /// The ways in which a sequence ends.
-pub const OUTCOMES: [&str; 5] = ["stop", "length", "cancelled", "expired", "failed"];
+pub const OUTCOMES: [&str; 8] = [
+    "stop",
+    "length",
+    "cut",
+    "cancelled",
+    "expired",
+    "refused",
+    "failed",
+    "pinned",
+];
+/// How wrong a prediction was: -0.5 is half of what it took, 1 twice of it.
+const ERRORS: [f64; 14] = [
+    -0.8, -0.5, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0,
+];
 
 impl EngineMetrics {
     /// Makes the metrics and registers them; an error means that a name was taken.
@@ -52,10 +87,14 @@ impl EngineMetrics {
             step_tokens: make.histogram("sconce_step_tokens", "Tokens that a step ran", &COUNTS)?,
             prefill_tokens: make.counter(
                 "sconce_prefill_tokens_total",
-                "Tokens computed in prefill chunks: prompts, and what a preempted sequence computes again",
+                "Prompt tokens computed; with sconce_cached_tokens_total, all tokens of the prompts that ran",
             )?,
-            decode_tokens: make.counter("sconce_decode_tokens_total", "Tokens computed one at a time")?,
-            cached_tokens: make.counter("sconce_cached_tokens_total", "Prompt tokens found in the prefix cache")?,
+            decode_tokens: make.counter("sconce_decode_tokens_total", "Generated tokens computed")?,
+            recomputed_tokens: make.counter(
+                "sconce_recomputed_tokens_total",
+                "Tokens computed once more, after a preemption",
+            )?,
+            cache: CacheMetrics::new(&make)?,
             batches: make.counter("sconce_batches_total", "Batches that the window closed")?,
             batch_requests: make.histogram("sconce_batch_requests", "Requests in a closed batch", &COUNTS)?,
             prefill_positions: make.counters(
@@ -81,16 +120,49 @@ impl EngineMetrics {
                 "sconce_occupancy_steps_total",
                 "Sum over steps of the share of max-batch that ran; over the number of steps it is the mean occupancy",
             )?,
-            kv_blocks: make.gauges("sconce_kv_blocks", "KV blocks", "state", &["free", "held", "cached"])?,
+            kv_blocks: make.gauges(
+                "sconce_kv_blocks",
+                "KV blocks",
+                "state",
+                &["free", "held", "cached", "pinned"],
+            )?,
             preemptions: make.counter(
                 "sconce_preemptions_total",
                 "Sequences that lost their blocks for a while",
             )?,
             sequences: make.counters(
                 "sconce_sequences_total",
-                "Sequences that ended; one cut at a stop string counts as cancelled, as one whose client left",
+                "Sequences that ended; `cut` at the deadline with tokens, `expired` without any, `refused` in the queue; \
+                 one cut at a stop string counts as cancelled, as one whose client left",
                 "outcome",
                 &OUTCOMES,
+            )?,
+            prediction_error: make.histogram(
+                "sconce_prediction_error_ratio",
+                "Time a request was expected to take when it came over the time it took, less 1; what came after it counts",
+                &ERRORS,
+            )?,
+            prediction_margin: make.gauge(
+                "sconce_prediction_margin",
+                "What predictions are multiplied by before they are held against a deadline",
+            )?,
+            faults: make.counters(
+                "sconce_faults_total",
+                "Forward passes that failed, and rows that gave no token, by cause",
+                "cause",
+                &FAULTS,
+            )?,
+            restarts: make.counters(
+                "sconce_engine_restarts_total",
+                "Engines that failed as a whole and were started again, by cause",
+                "cause",
+                &["panicked", "hung"],
+            )?,
+            model_changes: make.counters(
+                "sconce_model_changes_total",
+                "Models that were to be swapped in while the server runs",
+                "outcome",
+                &["swapped", "failed"],
             )?,
         };
         Ok(metrics)
@@ -98,33 +170,33 @@ impl EngineMetrics {
 }
 
 /// Makes metrics in a registry, with every label value present from the start.
-struct Maker<'a>(&'a Registry);
+pub(super) struct Maker<'a>(&'a Registry);
 
 impl Maker<'_> {
-    fn register<M: Collector + Clone + 'static>(&self, metric: M) -> Result<M, prometheus::Error> {
+    pub(super) fn register<M: Collector + Clone + 'static>(&self, metric: M) -> Result<M, prometheus::Error> {
         self.0.register(Box::new(metric.clone()))?;
         Ok(metric)
     }
 
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+    pub(super) fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
         self.register(IntCounter::new(name, help)?)
     }
 
-    fn seconds(&self, name: &str, help: &str) -> Result<Counter, prometheus::Error> {
+    pub(super) fn seconds(&self, name: &str, help: &str) -> Result<Counter, prometheus::Error> {
         self.register(Counter::new(name, help)?)
     }
 
-    fn gauge(&self, name: &str, help: &str) -> Result<Gauge, prometheus::Error> {
+    pub(super) fn gauge(&self, name: &str, help: &str) -> Result<Gauge, prometheus::Error> {
         self.register(Gauge::new(name, help)?)
     }
 
-    fn histogram(&self, name: &str, help: &str, bounds: &[f64]) -> Result<Histogram, prometheus::Error> {
+    pub(super) fn histogram(&self, name: &str, help: &str, bounds: &[f64]) -> Result<Histogram, prometheus::Error> {
         self.register(Histogram::with_opts(
             HistogramOpts::new(name, help).buckets(bounds.to_vec()),
         )?)
     }
 
-    fn counters(
+    pub(super) fn counters(
         &self,
         name: &str,
         help: &str,
@@ -138,7 +210,13 @@ impl Maker<'_> {
         Ok(metric)
     }
 
-    fn gauges(&self, name: &str, help: &str, label: &str, values: &[&str]) -> Result<GaugeVec, prometheus::Error> {
+    pub(super) fn gauges(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: &[&str],
+    ) -> Result<GaugeVec, prometheus::Error> {
         let metric = self.register(GaugeVec::new(Opts::new(name, help), &[label])?)?;
         for value in values {
             metric.with_label_values(&[*value]);

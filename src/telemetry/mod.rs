@@ -1,9 +1,17 @@
-//! What the server says of itself: metrics in Prometheus' text format, and how full the device was.
+//! What the server says of itself: metrics in Prometheus' text format, how full the device was, a recording of the
+//! engine at work, and spans for a collector.
 
+mod cache;
+mod chrome;
 mod gpu;
+pub mod log_level;
 mod metrics;
+#[cfg(feature = "otlp")]
+pub mod otlp;
 mod page;
+pub mod trace;
 
+pub use chrome::chrome_trace;
 pub use gpu::register as register_gpu;
 pub use metrics::EngineMetrics;
 pub use page::page;

@@ -11,7 +11,9 @@ const INTRODUCTION: &str = "\
 `GET /metrics` answers in Prometheus' text format. Counters count from the server's start, so two readings give what
 happened between them: `sconce_busy_seconds_total` over the seconds between is the share of time in which the device ran
 a step; `sconce_occupancy_steps_total` over `sconce_step_seconds_count` is the mean occupancy; one less the ratio of the
-packed to the padded `sconce_prefill_positions_total` is the padding waste that packing saved.
+packed to the padded `sconce_prefill_positions_total` is the padding waste that packing saved;
+`sconce_cached_tokens_total` over the sum of it and `sconce_prefill_tokens_total` is the prefix cache's hit rate by tokens,
+the share of `hit` in `sconce_prefix_requests_total` that by requests.
 
 | metric | type | labels | meaning |
 | --- | --- | --- | --- |

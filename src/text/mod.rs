@@ -3,8 +3,10 @@
 //! Nothing here knows a tensor, a socket or a clock. A model's text side is opened from the same path as its weights:
 //! a GGUF file, whose metadata hold vocabulary and template, or a Hugging Face folder.
 
+mod bounded;
 mod detokenizer;
 mod gguf;
+mod marks;
 mod stand_in;
 mod stop;
 mod template;

@@ -11,11 +11,9 @@ use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, Error, ErrorKind, context};
 use serde::Serialize;
 
+use super::bounded::{self, Program};
+use super::marks::unmarked;
 use super::{TextError, gguf, read_optional, read_optional_json, token_text};
-
-/// Instructions one rendering may take: thousands of messages, but not forever.
-const FUEL: u64 = 10_000_000;
-const NAME: &str = "chat";
 
 /// One message of a conversation, as templates see it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -32,6 +30,7 @@ pub struct Message {
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    program: Program,
     bos: String,
     eos: String,
 }
@@ -64,24 +63,23 @@ impl ChatTemplate {
     pub(super) fn new(source: String, bos: String, eos: String) -> Result<Self, TextError> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|e| TextError::Template(describe(&e)))?);
-        environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        let syntax = syntax.map_err(|e| TextError::Template(describe(&e)))?;
+        environment.set_unknown_method_callback(bounded::method);
+        bounded::prepare(&mut environment);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
-        environment
-            .add_template_owned(NAME, source)
-            .map_err(|e| TextError::Template(describe(&e)))?;
-        Ok(Self { environment, bos, eos })
+        let program = Program::compile(source, syntax).map_err(|e| TextError::Template(describe(&e)))?;
+        Ok(Self {
+            environment,
+            program,
+            bos,
+            eos,
+        })
     }
 
     /// The prompt for `messages`, ending where the assistant's turn begins if `add_generation_prompt`.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TextError> {
-        let template = self
-            .environment
-            .get_template(NAME)
-            .map_err(|e| TextError::Template(describe(&e)))?;
         let context = context! {
             messages => Value::from(Serde(messages)),
             add_generation_prompt,
@@ -90,10 +88,12 @@ impl ChatTemplate {
             tools => (),
             documents => (),
         };
-        template.render(context).map_err(|e| match raised(&e) {
-            Some(message) => TextError::TemplateRefused(message),
-            None => TextError::Template(describe(&e)),
-        })
+        self.program
+            .render(&self.environment, context, messages.len())
+            .map_err(|e| match raised(&e) {
+                Some(message) => TextError::TemplateRefused(unmarked(&message)),
+                None => TextError::Template(unmarked(&describe(&e))),
+            })
     }
 }
 
@@ -239,6 +239,17 @@ mod tests {
             r#"[{"role": "user", "content": "Grüße \"<you>\""}]"#
         );
         assert_eq!(render("{{ [1] | tojson(indent=2) }}").unwrap(), "[\n  1\n]");
+        assert_eq!(
+            render("{{ 'a\n\nb' | indent(2) }}{{ 'a\nb' | indent(width=1, first=true) }}").unwrap(),
+            "a\n\n  b a\n b"
+        );
+        assert_eq!(
+            render(
+                "{{ 1 + 2 * 3 }}{{ 'a' ~ 1 ~ none }}{{ ([1] + [2])|length }}{{ {'a': {'b': 4}}.a.b }}{{ 'ab' * 2 }}"
+            )
+            .unwrap(),
+            "7a1None24abab"
+        );
         assert_eq!(render("{{ strftime_now('%Y') | length }}").unwrap(), "4");
         assert_eq!(
             render("{% for m in range(9) %}\n{% if m == 2 %}{% break %}{% endif %}\nx\n{% endfor %}").unwrap(),
@@ -268,6 +279,55 @@ mod tests {
     fn a_template_cannot_run_forever() {
         let nested = "{% for a in range(9000) %}{% for b in range(9000) %}{% for c in range(9000) %}{% endfor %}{% endfor %}{% endfor %}";
         assert!(matches!(render(nested), Err(TextError::Template(m)) if m.contains("fuel")));
+    }
+
+    #[test]
+    fn a_template_cannot_fill_the_memory() {
+        let grows = |step: &str| {
+            format!(
+                "{{% set ns = namespace(x='aa', l=['a']) %}}{{% for i in range(60) %}}{step}{{% endfor %}}{{{{ ns.x|length }}}}"
+            )
+        };
+        for step in [
+            "{% set ns.x = ns.x ~ ns.x %}",
+            "{% set ns.x = ns.x + ns.x %}",
+            "{% set ns.x = ns.x * 9 %}",
+            "{% set ns.x = ns.x | replace('a', ns.x) %}",
+            "{% set ns.x = ns.x.replace('a', 'aa') %}",
+            "{% set ns.x = [ns.x, ns.x] | join %}",
+            "{% set ns.x = ns.x.join([ns.x, ns.x]) %}",
+            "{% set ns.x = [ns.x, ns.x] | string %}",
+            "{% set ns.x = [ns.x, ns.x] | tojson %}",
+            "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}",
+            "{% set ns.l = [ns.l, ns.l] %}",
+        ] {
+            let error = render(&grows(step)).unwrap_err();
+            assert!(
+                matches!(&error, TextError::Template(m) if m.contains("bytes of text")),
+                "{step}: {error}"
+            );
+        }
+        for whole in [
+            "{% set x = 'a' * 1000000 %}{% set ns = namespace(l=[]) %}{% for i in range(900) %}{% set ns.l = ns.l + [x|upper] %}{% endfor %}",
+            "{% macro f(x) %}{{ f(x ~ x) }}{% endmacro %}{{ f('a') }}",
+            "{{ 'a' | indent(1000000000) }}",
+            "{{ ['a'] * 100000000 }}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
+            "{% set ns = namespace() %}{% set ns.x = [ns] %}{{ ns | tojson }}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns == [ns] or ns is eq namespace(x=ns) }}",
+            "{% set ns = namespace(l=(1,)) %}{% for i in range(60) %}{% set ns.l = (ns.l, ns.l) %}{% endfor %}{{ ns.l == ns.l }}",
+            "{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = ns.l + ns.l %}{% endfor %}{{ 2 in ns.l }}",
+            "{% set ns = namespace(l=['a']) %}{% for i in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l == ns.l }}",
+            "{% set ns = namespace(l=['a']) %}{% for i in range(60) %}{% set ns.l = {'a': ns.l, 'b': ns.l} %}{% endfor %}{{ ns.l|string }}",
+        ] {
+            assert!(matches!(render(whole), Err(TextError::Template(_))), "{whole}");
+        }
+    }
+
+    #[test]
+    fn a_template_cannot_nest_without_end() {
+        let nested = "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}done";
+        assert!(matches!(render(nested), Err(TextError::Template(m)) if m.contains("into one another")));
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! A running server and what the tests ask of it. Everything goes through the program and its socket.
 #![allow(dead_code)] // each test program uses its own part
 
+pub mod tiny;
+
 use std::{
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write},
+    net::TcpStream,
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -21,10 +24,22 @@ pub struct Server {
 impl Server {
     /// Starts `sconce serve --port 0` with more arguments and waits until the model answers.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::start_logging_to(Stdio::inherit(), arguments)
+    }
+
+    /// The same without what it says on standard error, for tests in which much goes wrong.
+    pub fn start_quietly(arguments: &[&str]) -> Self {
+        Self::start_logging_to(Stdio::null(), arguments)
+    }
+
+    /// The same with its log lines going elsewhere than to the test's own standard error.
+    pub fn start_logging_to(log: impl Into<Stdio>, arguments: &[&str]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_sconce"))
             .args(["serve", "--port", "0"])
             .args(arguments)
             .stdout(Stdio::piped())
+            .stderr(log)
+            .env("RUST_BACKTRACE", "0")
             .spawn()
             .expect("the program starts");
         let mut lines = BufReader::new(child.stdout.take().expect("stdout is a pipe")).lines();
@@ -36,6 +51,7 @@ impl Server {
         };
         // Whatever else it prints must not fill the pipe.
         thread::spawn(move || lines.for_each(drop));
+        sconce_loadtest::tls::prepare();
         let client = Client::builder()
             .timeout(Duration::from_secs(240))
             .build()
@@ -47,6 +63,11 @@ impl Server {
                 .is_some_and(|response| response.status() == 200)
         });
         server
+    }
+
+    /// The process's id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn url(&self, path: &str) -> String {
@@ -154,6 +175,20 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Posts by hand: the connection, the request being sent whole, to read from or to drop.
+pub fn send_by_hand(server: &Server, path: &str, id: &str, body: &Value) -> TcpStream {
+    let body = body.to_string();
+    let mut socket = TcpStream::connect(server.address()).expect("connects");
+    write!(
+        socket,
+        "POST {path} HTTP/1.1\r\nhost: x\r\nx-request-id: {id}\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    )
+    .expect("sends");
+    socket
 }
 
 /// A greedy chat request with one user message.

@@ -1,25 +1,55 @@
-//! Charts as SVG.
+//! Charts as SVG, on a white ground of their own so that they read the same on a dark page.
+
+use std::ops::Range;
 
 use plotters::{
-    chart::{ChartBuilder, ChartContext},
-    coord::ranged1d::ValueFormatter,
+    chart::DualCoordChartContext,
+    coord::ranged1d::{DefaultFormatting, KeyPointHint},
     prelude::*,
 };
+
+use super::scale::{Axis, Scale, percent};
 
 /// A named line or cloud of points.
 pub struct Series {
     pub name: String,
     pub points: Vec<(f64, f64)>,
+    /// Series of one colour belong together.
+    pub colour: usize,
+    /// From 1 (full) down to 0: tells series of one colour apart.
+    pub strength: f64,
 }
 
-/// How an axis is called and how its numbers are written.
-#[derive(Clone, Copy)]
-pub struct Axis {
-    pub title: &'static str,
-    pub format: fn(&f64) -> String,
+impl Series {
+    pub fn new(colour: usize, name: impl Into<String>, points: Vec<(f64, f64)>) -> Self {
+        Self {
+            name: name.into(),
+            points,
+            colour,
+            strength: 1.0,
+        }
+    }
+
+    pub fn paler(self, strength: f64) -> Self {
+        Self { strength, ..self }
+    }
+
+    /// Mixed with the white ground, so that crossing lines stay as they are.
+    fn paint(&self) -> RGBColor {
+        let RGBColor(red, green, blue) = COLOURS[self.colour % COLOURS.len()];
+        let mixed = |part: u8| (255.0 - (255.0 - f64::from(part)) * self.strength).round() as u8;
+        RGBColor(mixed(red), mixed(green), mixed(blue))
+    }
 }
 
-const SIZE: (u32, u32) = (900, 380);
+/// What stands around the plotted points.
+pub struct Frame<'a> {
+    pub title: &'a str,
+    pub x: Axis,
+    pub y: Axis,
+}
+
+const SIZE: (u32, u32) = (900, 400);
 /// The width of the names beside the chart.
 const LEGEND: u32 = 190;
 const FONT: &str = "sans-serif";
@@ -34,165 +64,168 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(80, 80, 80),
 ];
 
-/// Lines with dots, the vertical axis logarithmic; `None` where nothing is to be drawn.
-pub fn lines(series: &[Series], x: Axis, y: Axis) -> Option<String> {
-    draw(series, |root| {
-        let (across, up) = (range(series, |point| point.0), log_range(series)?);
-        let chart = &mut builder(root).build_cartesian_2d(across, up.log_scale()).ok()?;
-        axes(chart, x, y)?;
-        for (index, series) in series.iter().enumerate() {
-            let paint = colour(index);
-            let line = LineSeries::new(series.points.iter().copied(), paint.stroke_width(2)).point_size(3);
+/// Lines with dots; `None` where nothing is to be drawn.
+pub fn lines(series: &[Series], frame: &Frame) -> Option<String> {
+    draw(series, &[], false, frame, |mut chart, series| {
+        for series in series {
+            let line = LineSeries::new(placed(series, frame), series.paint().stroke_width(2)).point_size(3);
             chart.draw_series(line).ok()?;
         }
-        legend(root, series.iter())
+        Some(())
     })
 }
 
-/// Points alone, both axes linear.
-pub fn cloud(series: &[Series], x: Axis, y: Axis) -> Option<String> {
-    draw(series, |root| {
-        let (across, up) = (range(series, |point| point.0), range(series, |point| point.1));
-        let chart = &mut builder(root).build_cartesian_2d(across, up).ok()?;
-        axes(chart, x, y)?;
-        for (index, series) in series.iter().enumerate() {
-            let paint = colour(index);
-            let dots = series
-                .points
-                .iter()
-                .map(|&point| Circle::new(point, 2, paint.mix(0.6).filled()));
+/// Points alone; those of `front` are joined by a line and ringed.
+pub fn cloud(series: &[Series], front: Option<&Series>, frame: &Frame) -> Option<String> {
+    draw(series, front.as_slice(), false, frame, |mut chart, series| {
+        if let Some(front) = front {
+            let line = LineSeries::new(placed(front, frame), front.paint().stroke_width(2));
+            chart.draw_series(line).ok()?;
+            let rings = placed(front, frame).map(|at| Circle::new(at, 7, front.paint().stroke_width(2)));
+            chart.draw_series(rings).ok()?;
+        }
+        let size = if front.is_some() { 4 } else { 3 };
+        for series in series {
+            let dots = placed(series, frame).map(|at| Circle::new(at, size, series.paint().filled()));
             chart.draw_series(dots).ok()?;
         }
-        legend(root, series.iter())
-    })
-}
-
-/// Points with a line through those of the front, both axes linear.
-pub fn front(series: &[Series], front: &Series, x: Axis, y: Axis) -> Option<String> {
-    draw(series, |root| {
-        let (across, up) = (range(series, |point| point.0), range(series, |point| point.1));
-        let chart = &mut builder(root).build_cartesian_2d(across, up).ok()?;
-        axes(chart, x, y)?;
-        let grey = colour(series.len());
-        let line = LineSeries::new(front.points.iter().copied(), grey.mix(0.6).stroke_width(2));
-        chart.draw_series(line).ok()?;
-        for (index, series) in series.iter().enumerate() {
-            let paint = colour(index);
-            let dots = series.points.iter().map(|&point| Circle::new(point, 4, paint.filled()));
-            chart.draw_series(dots).ok()?;
-        }
-        legend(root, series.iter().chain([front]))
+        Some(())
     })
 }
 
 /// Lines over time; the shares have an axis of their own on the right, from 0 to 1.
-pub fn timeline(counts: &[Series], shares: &[Series], x: Axis, y: Axis) -> Option<String> {
-    draw(counts, |root| {
-        let across = range(counts, |point| point.0);
-        let up = range(counts, |point| point.1);
-        let mut chart = builder(root)
-            .right_y_label_area_size(if shares.is_empty() { 0 } else { 48 })
-            .build_cartesian_2d(across.clone(), up)
-            .ok()?
-            .set_secondary_coord(across, 0.0..1.0);
-        axes(&mut chart, x, y)?;
-        if !shares.is_empty() {
-            let mut mesh = chart.configure_secondary_axes();
-            mesh.y_desc("occupancy").y_label_formatter(&percent).draw().ok()?;
-        }
-        for (index, series) in counts.iter().enumerate() {
-            let paint = colour(index);
-            let line = LineSeries::new(series.points.iter().copied(), paint.stroke_width(2));
+pub fn timeline(counts: &[Series], shares: &[Series], frame: &Frame) -> Option<String> {
+    let others: Vec<&Series> = shares.iter().collect();
+    draw(counts, &others, !shares.is_empty(), frame, |mut chart, counts| {
+        for series in counts {
+            let line = LineSeries::new(placed(series, frame), series.paint().stroke_width(2));
             chart.draw_series(line).ok()?;
         }
-        for (index, series) in shares.iter().enumerate() {
-            let paint = colour(counts.len() + index);
-            let line = LineSeries::new(series.points.iter().copied(), paint.stroke_width(1));
+        if shares.is_empty() {
+            return Some(());
+        }
+        let mut mesh = chart.configure_secondary_axes();
+        mesh.y_desc("occupancy")
+            .axis_desc_style((FONT, 14))
+            .label_style((FONT, 13));
+        mesh.y_label_formatter(&|share: &f64| percent(*share)).draw().ok()?;
+        for series in shares {
+            let line = LineSeries::new(series.points.iter().copied(), series.paint().stroke_width(1));
             chart.draw_secondary_series(line).ok()?;
         }
-        legend(root, counts.iter().chain(shares))
+        Some(())
     })
 }
 
-/// A share as a percentage.
-pub fn percent(share: &f64) -> String {
-    format!("{:.0} %", share * 100.0)
+/// The places along an axis, with a tick at some of them.
+struct Places {
+    span: Range<f64>,
+    ticks: Vec<f64>,
 }
 
-/// A time in milliseconds with its unit.
-pub fn milliseconds(value: &f64) -> String {
-    match *value {
-        v if v >= 1000.0 => format!("{} s", v / 1e3),
-        v => format!("{v} ms"),
+impl Places {
+    fn along(scale: Scale, span: Range<f64>) -> Self {
+        let ticks = scale.ticks(&span);
+        Self { span, ticks }
     }
 }
 
-/// A plain number.
-pub fn number(value: &f64) -> String {
-    format!("{}", (value * 1000.0).round() / 1000.0)
+impl Ranged for Places {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, place: &f64, (first, last): (i32, i32)) -> i32 {
+        let share = (place - self.span.start) / (self.span.end - self.span.start);
+        first + (share * f64::from(last - first)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
+        // The lighter lines between the ticks are left out.
+        if hint.weight().allow_light_points() {
+            Vec::new()
+        } else {
+            self.ticks.clone()
+        }
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.span.clone()
+    }
 }
 
-type Root<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
+/// A chart with a second axis on its right, which few use.
+type Chart<'a, 'b> = DualCoordChartContext<'a, SVGBackend<'b>, Plane, Plane>;
+type Plane = Cartesian2d<Places, Places>;
 
-fn draw(series: &[Series], chart: impl FnOnce(&Root) -> Option<()>) -> Option<String> {
-    if series.iter().all(|series| series.points.is_empty()) {
-        return None;
-    }
+/// The points that the frame has a place for.
+fn placed<'s>(series: &'s Series, frame: &'s Frame) -> impl Iterator<Item = (f64, f64)> + 's {
+    let shown = |&&(_, y): &&(f64, f64)| frame.y.scale != Scale::Log || y > 0.0;
+    let place = |&(x, y): &(f64, f64)| (frame.x.scale.place(x), frame.y.scale.place(y));
+    series.points.iter().filter(shown).map(place)
+}
+
+/// Draws what surrounds the points, with room for an axis on the right, then lets `points` draw them on the chart. The
+/// series span the axes; the others are named beside it too.
+fn draw(
+    series: &[Series],
+    others: &[&Series],
+    right: bool,
+    frame: &Frame,
+    points: impl for<'a, 'b> FnOnce(Chart<'a, 'b>, &[Series]) -> Option<()>,
+) -> Option<String> {
+    let all = || series.iter().flat_map(|series| &series.points);
+    let across = frame.x.scale.span(all().map(|point| point.0))?;
+    let up = frame.y.scale.span(all().map(|point| point.1))?;
     let mut svg = String::new();
     let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
     root.fill(&WHITE).ok()?;
-    chart(&root)?;
+    let title = (FONT, 17).into_font().style(FontStyle::Bold);
+    root.draw(&Text::new(frame.title.to_owned(), (16, 12), title)).ok()?;
+    legend(&root, series.iter().chain(others.iter().copied()))?;
+    let (x, y) = (frame.x.scale, frame.y.scale);
+    let mut builder = ChartBuilder::on(&root);
+    builder.margin(12).margin_top(44).margin_right(LEGEND as i32 + 14);
+    builder.x_label_area_size(46).y_label_area_size(72);
+    builder.right_y_label_area_size(if right { 58 } else { 0 });
+    let mut chart = builder
+        .build_cartesian_2d(Places::along(x, across.clone()), Places::along(y, up))
+        .ok()?
+        .set_secondary_coord(Places::along(x, across), Places::along(Scale::Linear, 0.0..1.0));
+    let mut mesh = chart.configure_mesh();
+    mesh.x_desc(frame.x.title).y_desc(frame.y.title);
+    mesh.bold_line_style(BLACK.mix(0.1))
+        .axis_desc_style((FONT, 14))
+        .label_style((FONT, 13));
+    let written = |axis: Axis| move |place: &f64| (axis.format)(axis.scale.value(*place));
+    let (x_label, y_label) = (written(frame.x), written(frame.y));
+    mesh.x_label_formatter(&x_label).y_label_formatter(&y_label);
+    mesh.draw().ok()?;
+    points(chart, series)?;
     root.present().ok()?;
     drop(root);
     Some(svg)
 }
 
-fn builder<'a, 'b>(root: &'b Root<'a>) -> ChartBuilder<'b, 'b, SVGBackend<'a>>
-where
-    'a: 'b,
-{
-    let mut builder = ChartBuilder::on(root);
-    builder
-        .margin(12)
-        .margin_right(LEGEND as i32 + 10)
-        .x_label_area_size(42)
-        .y_label_area_size(64);
-    builder
-}
-
-fn axes<X, Y>(chart: &mut ChartContext<SVGBackend, Cartesian2d<X, Y>>, x: Axis, y: Axis) -> Option<()>
-where
-    X: Ranged<ValueType = f64> + ValueFormatter<f64>,
-    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
-{
-    let mut mesh = chart.configure_mesh();
-    mesh.x_desc(x.title)
-        .y_desc(y.title)
-        .x_label_formatter(&x.format)
-        .y_label_formatter(&y.format);
-    mesh.light_line_style(BLACK.mix(0.05)).bold_line_style(BLACK.mix(0.12));
-    mesh.label_style((FONT, 13)).axis_desc_style((FONT, 14)).draw().ok()
-}
+type Root<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
 
 /// The series' names beside the chart, where they cover nothing.
 fn legend<'s>(root: &Root, series: impl Iterator<Item = &'s Series>) -> Option<()> {
     let left = (SIZE.0 - LEGEND) as i32;
     for (index, series) in series.enumerate() {
-        let (top, colour) = (20 + 20 * index as i32, colour(index));
-        root.draw(&Rectangle::new([(left, top), (left + 12, top + 10)], colour.filled()))
-            .ok()?;
+        let top = 48 + 21 * index as i32;
+        root.draw(&Rectangle::new(
+            [(left, top), (left + 12, top + 11)],
+            series.paint().filled(),
+        ))
+        .ok()?;
         root.draw(&Text::new(
             shortened(&series.name),
-            (left + 18, top - 2),
+            (left + 18, top - 1),
             (FONT, 13).into_font(),
         ))
         .ok()?;
     }
     Some(())
-}
-
-fn colour(index: usize) -> RGBColor {
-    COLOURS[index % COLOURS.len()]
 }
 
 /// As much of a name as has room.
@@ -204,80 +237,36 @@ fn shortened(name: &str) -> String {
     }
 }
 
-/// From 0 (or the least value, where that is below) to a little above the largest value.
-fn range(series: &[Series], pick: fn(&(f64, f64)) -> f64) -> std::ops::Range<f64> {
-    let values = series.iter().flat_map(|series| series.points.iter().map(pick));
-    let (least, most) = values.fold((0.0_f64, 0.0_f64), |(least, most), value| {
-        (least.min(value), most.max(value))
-    });
-    let most = if most > least { most } else { least + 1.0 };
-    least..most + (most - least) * 0.05
-}
-
-/// Whole powers of ten around the values above 0.
-fn log_range(series: &[Series]) -> Option<std::ops::Range<f64>> {
-    let values = series
-        .iter()
-        .flat_map(|series| series.points.iter().map(|point| point.1));
-    let values: Vec<f64> = values.filter(|&value| value > 0.0).collect();
-    let least = values.iter().copied().reduce(f64::min)?;
-    let most = values.iter().copied().reduce(f64::max)?;
-    let floor = 10f64.powf(least.log10().floor());
-    Some(floor..10f64.powf((most * 1.01).log10().ceil()).max(floor * 10.0))
-}
-
-/// The coordinate that spreads percentiles out towards 100: 1 at 90, 2 at 99, 3 at 99.9.
-pub fn nines(percentile: f64) -> f64 {
-    -(1.0 - percentile / 100.0).max(1e-6).log10()
-}
-
-/// A percentile written from its coordinate, as exactly as its distance to 100 needs.
-pub fn from_nines(nines: &f64) -> String {
-    let percentile = 100.0 * (1.0 - 10f64.powf(-nines));
-    let decimals = nines.floor().max(0.0) as usize;
-    let text = format!("{percentile:.decimals$}");
-    let text = if decimals > 0 {
-        text.trim_end_matches('0').trim_end_matches('.')
-    } else {
-        &text
-    };
-    format!("P{text}")
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
-
-    #[test]
-    fn percentiles_are_spread_by_their_nines() {
-        assert_eq!(nines(90.0).round(), 1.0);
-        assert!((nines(99.9) - 3.0).abs() < 1e-9);
-        assert_eq!(nines(100.0), 6.0);
-        assert_eq!(from_nines(&2.0), "P99");
-        assert_eq!(from_nines(&3.0), "P99.9");
-        assert_eq!(from_nines(&0.0), "P0");
-        assert_eq!(from_nines(&0.7), "P80");
-    }
+    use super::{super::scale::number, *};
 
     #[test]
     fn charts_hold_their_series() {
-        let series = [Series {
-            name: "first <one>".into(),
-            points: vec![(0.0, 3.0), (2.0, 40.0)],
-        }];
-        let axis = Axis {
+        let series = [Series::new(0, "first <one>", vec![(0.0, 3.0), (2.0, 40.0)])];
+        let axis = |scale| Axis {
             title: "requests/s",
             format: number,
+            scale,
+        };
+        let frame = Frame {
+            title: "A & B",
+            x: axis(Scale::Linear),
+            y: axis(Scale::Log),
         };
         let charts = [
-            lines(&series, axis, axis),
-            cloud(&series, axis, axis),
-            timeline(&series, &series, axis, axis),
+            lines(&series, &frame),
+            cloud(&series, Some(&series[0]), &frame),
+            timeline(&series, &series, &frame),
         ];
         for svg in charts.map(|svg| svg.unwrap()) {
             assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-            assert!(svg.contains("first &lt;one&gt;") && svg.contains("requests/s"));
+            for text in ["first &lt;one&gt;", "requests/s", "A &amp; B"] {
+                assert!(svg.contains(text), "{text}");
+            }
         }
-        assert!(lines(&[], axis, axis).is_none());
+        assert!(lines(&[], &frame).is_none());
+        let hidden = Series::new(0, "none above 0", vec![(1.0, 0.0)]);
+        assert!(lines(&[hidden], &frame).is_none());
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     Report, Run, SCHEMA,
-    table::{MAIN, UTILISATION, markdown, percentiles, remarks, table},
+    table::{MAIN, UTILISATION, markdown, percentiles, remarks, table, turns},
 };
 
 /// Why a file is no report.
@@ -48,6 +48,7 @@ fn one(path: &Path, name: &str) -> Result<Report, ReportError> {
         });
     }
     let mut report: Report = serde_json::from_value(value).map_err(not_json)?;
+    report.name = name.to_owned();
     for run in &mut report.runs {
         run.label = format!("{name} {}", run.label);
     }
@@ -81,6 +82,10 @@ pub fn text(reports: &[Report]) -> String {
         markdown(&titles, &rows),
         table(&UTILISATION, &runs)
     );
+    let (titles, rows) = turns(&runs);
+    if !rows.is_empty() {
+        text += &format!("\n{}", markdown(&titles, &rows));
+    }
     let workloads: BTreeSet<_> = reports
         .iter()
         .map(|report| (&report.workload, &report.arrivals))

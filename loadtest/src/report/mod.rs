@@ -2,20 +2,18 @@
 
 pub(crate) mod charts;
 pub mod compare;
+pub mod figures;
 pub mod html;
+pub(crate) mod scale;
 pub mod table;
+mod turns;
 
 pub(crate) use html::escaped;
+pub use turns::Turn;
 
 use std::{collections::BTreeMap, time::UNIX_EPOCH};
 
-use hdrhistogram::{
-    Histogram,
-    serialization::{
-        V2DeflateSerializer,
-        interval_log::{IntervalLogWriterBuilder, Tag},
-    },
-};
+use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -55,6 +53,9 @@ pub struct Report {
     pub search: Vec<Probe>,
     pub interrupted: bool,
     pub runs: Vec<Run>,
+    /// Tells it from those that it is set beside; empty where it is alone.
+    #[serde(skip)]
+    pub name: String,
 }
 
 /// A load that the search tried.
@@ -80,6 +81,9 @@ pub struct Run {
     pub latency_ms: BTreeMap<Metric, Summary>,
     /// How much later than intended requests went out.
     pub lateness_ms: Option<Summary>,
+    /// How long refused requests (429 or 503) waited to hear it; absent where none was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal_ms: Option<Summary>,
     /// The lateness was large enough to matter.
     pub late: bool,
     pub slo_kept: Option<bool>,
@@ -89,10 +93,13 @@ pub struct Run {
     pub timeline: Vec<Sample>,
     /// By metric: pairs of percentile and milliseconds.
     pub curves: BTreeMap<Metric, Vec<[f64; 2]>>,
+    /// The requests of sessions by their place in them; empty where every session had one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub turns: Vec<Turn>,
     /// Pairs of TTFT and TPOT in milliseconds, of at most 2000 requests.
     pub scatter: Vec<[f64; 2]>,
     pub interrupted: bool,
-    /// The histograms as an interval log.
+    /// The histograms of every second as an interval log.
     #[serde(skip)]
     pub hdr_log: String,
 }
@@ -112,6 +119,9 @@ pub struct Requests {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Tokens {
     pub prompt: u64,
+    /// Those of the prompts that the server found in its prefix cache; absent where it does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached: Option<u64>,
     pub output: u64,
     pub output_per_second: f64,
     pub total_per_second: f64,
@@ -146,8 +156,9 @@ impl Summary {
 
 impl Run {
     /// Sums a run up.
-    pub fn of(label: &str, offered_rate: Option<f64>, measured: Measured, slo: Option<&Slo>) -> Self {
-        let hdr_log = hdr_log(label, &measured);
+    pub fn of(label: &str, offered_rate: Option<f64>, mut measured: Measured, slo: Option<&Slo>) -> Self {
+        let comment = format!("{label}; values in microseconds");
+        let hdr_log = measured.recorder.take_log(&comment, measured.began, measured.length);
         let recorder = &measured.recorder;
         let seconds = measured.length.as_secs_f64().max(1e-9);
         let answered = recorder.records.len() as u64;
@@ -156,6 +167,10 @@ impl Run {
             .iter()
             .map(|record| u64::from(record.prompt_tokens))
             .sum();
+        let cached = recorder
+            .records
+            .iter()
+            .filter_map(|record| record.cached_tokens.map(u64::from));
         let output: u64 = recorder
             .records
             .iter()
@@ -182,6 +197,7 @@ impl Run {
             },
             tokens: Tokens {
                 prompt,
+                cached: cached.reduce(|a, b| a + b),
                 output,
                 output_per_second: output as f64 / seconds,
                 total_per_second: (prompt + output) as f64 / seconds,
@@ -192,12 +208,14 @@ impl Run {
                 .collect(),
             late: lateness > LATE_MS || (answered > 0 && lateness > LATE_SHARE * median),
             lateness_ms,
+            refusal_ms: Summary::of(&recorder.refusals),
             slo_kept: slo.map(|slo| slo.holds(&recorder.records, recorder.failed()) && !measured.gave_up),
             goodput: slo.map(|slo| good(slo) as f64 / seconds),
             curves: by_metric
                 .filter(|(_, h)| !h.is_empty())
                 .map(|(metric, h)| (metric, curve(h)))
                 .collect(),
+            turns: turns::of(&recorder.records),
             scatter: scatter(recorder),
             utilisation: measured.utilisation,
             timeline: measured.samples,
@@ -228,34 +246,6 @@ fn scatter(recorder: &Recorder) -> Vec<[f64; 2]> {
     records
         .filter_map(|record| Some([record.ttft? as f64 / 1e3, record.tpot? as f64 / 1e3]))
         .collect()
-}
-
-/// The histograms in microseconds, one line a metric, as HdrHistogram's log readers take them.
-fn hdr_log(label: &str, measured: &Measured) -> String {
-    let mut log = Vec::new();
-    let mut serializer = V2DeflateSerializer::new();
-    let mut write = || {
-        let mut writer = IntervalLogWriterBuilder::new()
-            .add_comment(&format!("{label}; values in microseconds, maxima in milliseconds"))
-            .with_start_time(measured.began)
-            .with_base_time(measured.began)
-            .with_max_value_divisor(1e3)
-            .begin_log_with(&mut log, &mut serializer)
-            .ok()?;
-        let (lateness, mut entries) = (&measured.recorder.lateness, Vec::new());
-        entries.extend(Metric::ALL.map(|metric| (metric.name(), measured.recorder.histogram(metric))));
-        entries.push(("lateness", lateness));
-        for (name, histogram) in entries.into_iter().filter(|(_, histogram)| !histogram.is_empty()) {
-            let tag = Tag::new(name);
-            writer
-                .write_histogram(histogram, std::time::Duration::ZERO, measured.length, tag)
-                .ok()?;
-        }
-        Some(())
-    };
-    // Writing into memory does not fail.
-    let _ = write();
-    String::from_utf8(log).unwrap_or_default()
 }
 
 /// Seconds since 1970.

@@ -9,7 +9,7 @@ use crate::slo::Metric;
 type Column = (&'static str, fn(&Run) -> Option<String>);
 
 /// What a reader looks at first.
-pub const MAIN: [Column; 14] = [
+pub const MAIN: [Column; 17] = [
     ("load", |run| Some(run.label.clone())),
     ("offered/s", |run| run.offered_rate.map(short)),
     ("achieved/s", |run| Some(short(run.achieved_rate))),
@@ -18,6 +18,10 @@ pub const MAIN: [Column; 14] = [
         run.slo_kept.map(|kept| if kept { "kept" } else { "broken" }.to_owned())
     }),
     ("failed", |run| Some(run.requests.failed.to_string())),
+    ("refused P50", |run| {
+        run.refusal_ms.as_ref().map(|s| milliseconds(s.p50))
+    }),
+    ("P99", |run| run.refusal_ms.as_ref().map(|s| milliseconds(s.p99))),
     ("TTFT P50", |run| at(run, Metric::Ttft, |s| s.p50)),
     ("P99", |run| at(run, Metric::Ttft, |s| s.p99)),
     ("TPOT P50", |run| at(run, Metric::Tpot, |s| s.p50)),
@@ -25,14 +29,18 @@ pub const MAIN: [Column; 14] = [
     ("E2E P50", |run| at(run, Metric::E2e, |s| s.p50)),
     ("P99", |run| at(run, Metric::E2e, |s| s.p99)),
     ("out tok/s", |run| Some(short(run.tokens.output_per_second))),
+    ("cached", |run| {
+        Some(percent(run.tokens.cached? as f64 / (run.tokens.prompt as f64).max(1.0)))
+    }),
     ("all tok/s", |run| Some(short(run.tokens.total_per_second))),
 ];
 
 /// What the server did meanwhile.
-pub const UTILISATION: [Column; 16] = [
+pub const UTILISATION: [Column; 17] = [
     ("load", |run| Some(run.label.clone())),
     ("busy", |run| run.utilisation.busy.map(percent)),
     ("occupancy", |run| run.utilisation.occupancy.map(percent)),
+    ("running", |run| run.utilisation.running_mean.map(short)),
     ("queue mean", |run| run.utilisation.queue_depth_mean.map(short)),
     ("max", |run| run.utilisation.queue_depth_max.map(short)),
     ("padding", |run| run.utilisation.padding_waste.map(percent)),
@@ -78,7 +86,7 @@ pub(crate) fn short(value: f64) -> String {
     }
 }
 
-fn percent(share: f64) -> String {
+pub(crate) fn percent(share: f64) -> String {
     format!("{:.0} %", share * 100.0)
 }
 
@@ -165,6 +173,36 @@ pub fn percentiles(runs: &[Run]) -> (Vec<&'static str>, Vec<Vec<String>>) {
     )
 }
 
+/// The turns of sessions, where there are any.
+pub fn turns(runs: &[Run]) -> (Vec<&'static str>, Vec<Vec<String>>) {
+    let all = || {
+        runs.iter()
+            .flat_map(|run| run.turns.iter().map(move |turn| (run, turn)))
+    };
+    let mut titles = vec!["load", "turn", "requests", "prompt tokens"];
+    let says_cached = all().any(|(_, turn)| turn.cached_tokens.is_some());
+    if says_cached {
+        titles.extend(["cached", "computed"]);
+    }
+    titles.extend(["TTFT P50", "P99", "E2E P50"]);
+    let rows = all().map(|(run, turn)| {
+        let time = |value: Option<f64>| value.map_or("-".to_owned(), milliseconds);
+        let mut row = vec![run.label.clone(), turn.turn.to_string(), turn.answered.to_string()];
+        row.push(short(turn.prompt_tokens));
+        if says_cached {
+            let computed = turn.cached_tokens.map(|cached| turn.prompt_tokens - cached);
+            row.extend([turn.cached_tokens, computed].map(|value| value.map_or("-".to_owned(), short)));
+        }
+        row.extend([
+            time(turn.ttft_p50_ms),
+            time(turn.ttft_p99_ms),
+            milliseconds(turn.e2e_p50_ms),
+        ]);
+        row
+    });
+    (titles, rows.collect())
+}
+
 /// What a reader must know before believing the figures.
 pub fn remarks(report: &Report) -> Vec<String> {
     let mut remarks = Vec::new();
@@ -220,8 +258,12 @@ pub fn text(report: &Report) -> String {
             report.search.len()
         );
     }
-    let (titles, rows) = percentiles(&report.runs);
-    let _ = write!(text, "\n{}\n{}", table(&MAIN, &report.runs), markdown(&titles, &rows));
+    let _ = write!(text, "\n{}", table(&MAIN, &report.runs));
+    for (titles, rows) in [percentiles(&report.runs), turns(&report.runs)] {
+        if !rows.is_empty() {
+            let _ = write!(text, "\n{}", markdown(&titles, &rows));
+        }
+    }
     let (titles, rows) = cells(&UTILISATION, &report.runs);
     if titles.len() > 1 {
         let _ = write!(text, "\n{}", markdown(&titles, &rows));

@@ -29,7 +29,7 @@ pub struct Utilisation {
     /// Share of wall time in which the device ran a step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub busy: Option<f64>,
-    /// Sequences in a step over the most allowed, mean over steps.
+    /// Sequences in a step over the most allowed, mean over steps; over time where a server does not count steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub occupancy: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -164,12 +164,19 @@ async fn watch(target: Target, process: Option<Process>, gpu: Option<Gpu>, seen:
     }
 }
 
-async fn moment(target: &Target, process: Option<&Process>) -> Moment {
-    let page = match target.get("/metrics").await {
+/// A page; empty where there is none.
+async fn text(target: &Target, path: &str) -> String {
+    match target.get(path).await {
         Ok(response) if response.status().is_success() => response.text().await.unwrap_or_default(),
         _ => String::new(),
-    };
-    let page = Page::read(&page);
+    }
+}
+
+async fn moment(target: &Target, process: Option<&Process>) -> Moment {
+    let mut page = Page::read(&text(target, "/metrics").await);
+    if page.is_empty() {
+        page = Page::of_slots(&text(target, "/slots").await);
+    }
     Moment {
         at: tokio::time::Instant::now(),
         cpu: process.and_then(Process::cpu_seconds).or(page.cpu_seconds()),
@@ -190,6 +197,7 @@ impl Seen {
         let mut utilisation = scrape::between(&first.page, &last.page, seconds);
         utilisation.queue_depth_mean = mean(|gauges| gauges.waiting);
         utilisation.queue_depth_max = self.gauges.iter().filter_map(|gauges| gauges.waiting).reduce(f64::max);
+        utilisation.occupancy = utilisation.occupancy.or_else(|| mean(|gauges| gauges.occupancy));
         utilisation.running_mean = mean(|gauges| gauges.running);
         utilisation.kv_use = mean(|gauges| gauges.kv_use);
         utilisation.cpu_cores = last.cpu.zip(first.cpu).map(|(last, first)| (last - first) / seconds);
@@ -201,15 +209,16 @@ impl Seen {
     }
 }
 
-/// Waits until the server says that nothing waits or runs, at most so long; a moment where it says nothing of it.
-pub async fn settle(target: &Target, most: Duration) {
+/// Waits until the server says that nothing waits or runs, at most so long; a moment where it says nothing of it. False
+/// where something still does.
+pub async fn settle(target: &Target, most: Duration) -> bool {
     let deadline = tokio::time::Instant::now() + most;
     loop {
         tokio::time::sleep(SCRAPING).await;
         let gauges = moment(target, None).await.page.gauges();
         let left = gauges.waiting.unwrap_or(0.0) + gauges.running.unwrap_or(0.0);
         if left == 0.0 || tokio::time::Instant::now() > deadline {
-            return;
+            return left == 0.0;
         }
     }
 }

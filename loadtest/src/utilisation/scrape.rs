@@ -2,7 +2,12 @@
 
 use std::collections::HashMap;
 
+use serde::Deserialize;
+
 use super::{Gauges, Utilisation};
+
+/// The name given to the number of llama.cpp's slots, which its metrics do not have.
+const SLOTS: &str = "slots";
 
 /// Samples of a page by their name with labels, such as `sconce_kv_blocks{state="free"}`; those of one name are summed
 /// under the bare name too.
@@ -34,6 +39,27 @@ impl Page {
         Self(page)
     }
 
+    /// Reads llama.cpp's list of slots, which that server has even where it was started without metrics.
+    pub fn of_slots(text: &str) -> Self {
+        #[derive(Deserialize)]
+        struct Slot {
+            is_processing: bool,
+        }
+        let slots: Vec<Slot> = serde_json::from_str(text).unwrap_or_default();
+        if slots.is_empty() {
+            return Self::default();
+        }
+        let running = slots.iter().filter(|slot| slot.is_processing).count();
+        Self(HashMap::from([
+            ("llamacpp:requests_processing".to_owned(), running as f64),
+            (SLOTS.to_owned(), slots.len() as f64),
+        ]))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     fn get(&self, name: &str) -> Option<f64> {
         self.0.get(name).copied()
     }
@@ -59,7 +85,10 @@ impl Page {
         ]);
         let blocks = |state: &str| self.get(&format!("sconce_kv_blocks{{state=\"{state}\"}}"));
         let kv_use = match (blocks("free"), blocks("held"), blocks("cached")) {
-            (Some(free), Some(held), Some(cached)) if free + held + cached > 0.0 => Some(held / (free + held + cached)),
+            (Some(free), Some(held), Some(cached)) if free + held + cached > 0.0 => {
+                let used = held + blocks("pinned").unwrap_or(0.0);
+                Some(used / (free + used + cached))
+            }
             _ => self.any(&[
                 "vllm:kv_cache_usage_perc",
                 "vllm:gpu_cache_usage_perc",
@@ -74,7 +103,7 @@ impl Page {
             ]),
             running,
             occupancy: running
-                .zip(self.get("sconce_max_batch"))
+                .zip(self.any(&["sconce_max_batch", SLOTS]))
                 .map(|(running, most)| running / most),
             kv_use,
         }
@@ -127,8 +156,8 @@ mod tests {
              sconce_busy_seconds_total {busy}\nsconce_step_seconds_count {steps}\nsconce_step_seconds_sum {busy}\n\
              sconce_occupancy_steps_total {occupied}\nsconce_prefill_positions_total{{layout=\"packed\"}} {packed}\n\
              sconce_prefill_positions_total{{layout=\"padded\"}} {padded}\nsconce_max_batch 10\nsconce_running 4\n\
-             sconce_waiting 3\nsconce_kv_blocks{{state=\"free\"}} 60\nsconce_kv_blocks{{state=\"held\"}} 30\n\
-             sconce_kv_blocks{{state=\"cached\"}} 10\nsconce_cached_tokens_total 20\nsconce_prefill_tokens_total 60\n"
+             sconce_waiting 3\nsconce_kv_blocks{{state=\"free\"}} 60\nsconce_kv_blocks{{state=\"held\"}} 20\n\
+             sconce_kv_blocks{{state=\"cached\"}} 10\nsconce_kv_blocks{{state=\"pinned\"}} 10\nsconce_cached_tokens_total 20\nsconce_prefill_tokens_total 60\n"
         ))
     }
 
@@ -159,5 +188,9 @@ mod tests {
             (Some(7.0), Some(2.0), Some(0.5))
         );
         assert_eq!(between(&page, &page, 1.0), Utilisation::default());
+        let slots = Page::of_slots(r#"[{"id": 0, "is_processing": true}, {"id": 1, "is_processing": false}]"#);
+        let gauges = slots.gauges();
+        assert_eq!((gauges.running, gauges.occupancy), (Some(1.0), Some(0.5)));
+        assert!(Page::of_slots("{\"error\": {}}").is_empty());
     }
 }

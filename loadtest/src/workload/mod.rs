@@ -106,18 +106,20 @@ pub enum Content {
     Tokens(Vec<u32>),
 }
 
-/// Makes a workload's sessions, one after the other, the same for the same seed.
+/// Makes a workload's sessions, one after the other, the same for the same seeds.
 #[derive(Debug)]
 pub struct Sessions {
     workload: Arc<Workload>,
     vocabulary: Arc<Vocabulary>,
     random: Xoshiro256PlusPlus,
+    words: Xoshiro256PlusPlus,
     prefix: Option<Message>,
     made: usize,
 }
 
 impl Sessions {
-    pub fn new(workload: Arc<Workload>, vocabulary: Arc<Vocabulary>, seed: u64) -> Self {
+    /// One seed fixes lengths and pauses, another the words.
+    pub fn new(workload: Arc<Workload>, vocabulary: Arc<Vocabulary>, seed: u64, words: u64) -> Self {
         // All runs share the prefix, whatever their seed: it is part of the workload.
         let mut fixed = Xoshiro256PlusPlus::seed_from_u64(0);
         let prefix = (workload.shared_prefix > 0).then(|| Message {
@@ -128,6 +130,7 @@ impl Sessions {
             workload,
             vocabulary,
             random: Xoshiro256PlusPlus::seed_from_u64(seed),
+            words: Xoshiro256PlusPlus::seed_from_u64(words),
             prefix,
             made: 0,
         }
@@ -182,9 +185,9 @@ impl Sessions {
     fn content(&mut self, length: Option<u32>) -> Content {
         let length = length.unwrap_or_else(|| self.workload.prompt.sample(&mut self.random));
         if self.workload.token_ids && self.vocabulary.has_ids() {
-            Content::Tokens(self.vocabulary.ids(length, &mut self.random))
+            Content::Tokens(self.vocabulary.ids(length, &mut self.words))
         } else {
-            Content::Text(self.vocabulary.text(length, &mut self.random))
+            Content::Text(self.vocabulary.text(length, &mut self.words))
         }
     }
 
@@ -226,7 +229,10 @@ impl Workload {
             text += &format!(", {} shared", self.shared_prefix);
         }
         if self.turns != Lengths::Fixed(1) {
-            text += &format!(", {} turns, {:?} think time", self.turns, self.think_time);
+            text += &format!(", {} turns", self.turns);
+        }
+        if !self.think_time.is_zero() {
+            text += &format!(", {:?} think time", self.think_time);
         }
         text
     }
@@ -237,8 +243,32 @@ mod tests {
     use super::*;
 
     fn sessions(workload: &Workload, seed: u64) -> Vec<Session> {
-        let mut sessions = Sessions::new(Arc::new(workload.clone()), Arc::new(Vocabulary::estimated()), seed);
+        worded(workload, seed, seed)
+    }
+
+    fn worded(workload: &Workload, seed: u64, words: u64) -> Vec<Session> {
+        let vocabulary = Arc::new(Vocabulary::estimated());
+        let mut sessions = Sessions::new(Arc::new(workload.clone()), vocabulary, seed, words);
         (0..20).map(|_| sessions.make()).collect()
+    }
+
+    #[test]
+    fn other_words_keep_the_lengths() {
+        let (one, two) = (
+            worded(&Preset::Chat.workload(), 1, 1),
+            worded(&Preset::Chat.workload(), 1, 2),
+        );
+        for (one, two) in one.iter().zip(&two) {
+            let ([one], [two]) = (&one.turns[..], &two.turns[..]) else {
+                panic!("one turn each")
+            };
+            let (Content::Text(a), Content::Text(b)) = (&one.content, &two.content) else {
+                panic!("texts")
+            };
+            assert_eq!(a.split_whitespace().count(), b.split_whitespace().count());
+            assert_eq!(one.max_tokens, two.max_tokens);
+            assert_ne!(a, b);
+        }
     }
 
     #[test]

@@ -70,18 +70,47 @@ pub struct Mock {
 impl Mock {
     /// Answers the n-th generation request (from 0) with `reply(n)`, called when the request has been read.
     pub fn start(reply: impl Fn(usize) -> Reply + Send + Sync + 'static) -> Self {
+        Self::serve("http", |stream| stream, reply)
+    }
+
+    fn serve<S: Read + Write + 'static>(
+        scheme: &str,
+        wrap: impl Fn(TcpStream) -> S + Send + Sync + 'static,
+        reply: impl Fn(usize) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        let url = format!("{scheme}://{}", listener.local_addr().unwrap());
+        let wrap = Arc::new(wrap);
         let (reply, count) = (Arc::new(reply), Arc::new(AtomicUsize::new(0)));
         let bodies = Arc::new(Mutex::new(Vec::new()));
         let kept = bodies.clone();
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let (reply, count, bodies) = (reply.clone(), count.clone(), kept.clone());
-                thread::spawn(move || connection(stream, &*reply, &count, &bodies));
+                let (wrap, reply, count, bodies) = (wrap.clone(), reply.clone(), count.clone(), kept.clone());
+                thread::spawn(move || {
+                    stream.set_nodelay(true).unwrap();
+                    connection(wrap(stream), &*reply, &count, &bodies)
+                });
             }
         });
         Self { url, bodies }
+    }
+
+    /// The same over TLS, with a certificate that nobody has signed.
+    pub fn start_secret(reply: impl Fn(usize) -> Reply + Send + Sync + 'static) -> Self {
+        let signed = rcgen::generate_simple_self_signed(["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
+        let key = rustls::pki_types::PrivatePkcs8KeyDer::from(signed.signing_key.serialize_der());
+        sconce_loadtest::tls::prepare();
+        let settings = rustls::ServerConfig::builder()
+            .with_no_client_auth()
+            .with_single_cert(vec![signed.cert.der().clone()], key.into())
+            .unwrap();
+        let settings = Arc::new(settings);
+        let over_tls = move |stream| {
+            let tls = rustls::ServerConnection::new(settings.clone()).unwrap();
+            rustls::StreamOwned::new(tls, stream)
+        };
+        Self::serve("https", over_tls, reply)
     }
 
     pub fn asked(&self, timeout: Duration) -> Asked {
@@ -130,6 +159,7 @@ pub fn drive(asked: &Asked, arrivals: Arrivals, requests: u64) -> Measured {
         duration: None,
         warmup: Duration::ZERO,
         seed: 11,
+        part: 0,
     };
     let (_sender, mut stop) = tokio::sync::watch::channel(false);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -141,19 +171,23 @@ pub fn drive(asked: &Asked, arrivals: Arrivals, requests: u64) -> Measured {
     runtime.block_on(task).unwrap()
 }
 
-fn connection(stream: TcpStream, reply: &dyn Fn(usize) -> Reply, count: &AtomicUsize, bodies: &Mutex<Vec<String>>) {
-    stream.set_nodelay(true).unwrap();
-    let mut writer = stream.try_clone().unwrap();
+fn connection(
+    stream: impl Read + Write,
+    reply: &dyn Fn(usize) -> Reply,
+    count: &AtomicUsize,
+    bodies: &Mutex<Vec<String>>,
+) {
     let mut reader = BufReader::new(stream);
     while let Some((path, body)) = request(&mut reader) {
+        let writer = reader.get_mut();
         let done = match path.as_str() {
             "/v1/completions" | "/v1/chat/completions" => {
                 let reply = reply(count.fetch_add(1, Ordering::SeqCst));
                 bodies.lock().unwrap().push(body);
-                answer(&mut writer, reply)
+                answer(writer, reply)
             }
-            "/v1/models" => answer(&mut writer, page("{\"data\":[{\"id\":\"mock\"}]}")),
-            _ => answer(&mut writer, Reply::status(404)),
+            "/v1/models" => answer(writer, page("{\"data\":[{\"id\":\"mock\"}]}")),
+            _ => answer(writer, Reply::status(404)),
         };
         if done.is_none() {
             return;
@@ -166,7 +200,7 @@ fn page(text: &str) -> Reply {
 }
 
 /// The path and the body; `None` when the client has gone.
-fn request(reader: &mut BufReader<TcpStream>) -> Option<(String, String)> {
+fn request(reader: &mut BufReader<impl Read>) -> Option<(String, String)> {
     let mut line = String::new();
     reader.read_line(&mut line).ok().filter(|&read| read > 0)?;
     let path = line.split_whitespace().nth(1)?.to_owned();
@@ -186,12 +220,13 @@ fn request(reader: &mut BufReader<TcpStream>) -> Option<(String, String)> {
     Some((path, String::from_utf8(body).ok()?))
 }
 
-fn answer(writer: &mut TcpStream, reply: Reply) -> Option<()> {
+fn answer(writer: &mut impl Write, reply: Reply) -> Option<()> {
     thread::sleep(reply.wait);
     let mut bytes = format!("HTTP/1.1 {} X\r\ntransfer-encoding: chunked\r\n\r\n", reply.status).into_bytes();
     for (pause, part) in &reply.parts {
         if !pause.is_zero() {
-            writer.write_all(&std::mem::take(&mut bytes)).ok()?;
+            let ready = std::mem::take(&mut bytes);
+            writer.write_all(&ready).and_then(|()| writer.flush()).ok()?;
             thread::sleep(*pause);
         }
         bytes.extend(format!("{:x}\r\n{part}\r\n", part.len()).bytes());
@@ -199,6 +234,6 @@ fn answer(writer: &mut TcpStream, reply: Reply) -> Option<()> {
     if reply.whole {
         bytes.extend(b"0\r\n\r\n");
     }
-    writer.write_all(&bytes).ok()?;
+    writer.write_all(&bytes).and_then(|()| writer.flush()).ok()?;
     reply.whole.then_some(())
 }

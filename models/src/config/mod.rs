@@ -63,6 +63,10 @@ pub enum RopeScaling {
     Divisors(Vec<f32>),
 }
 
+/// More than any size of any model, and little enough that two of them multiplied still count bytes.
+const MOST: usize = 1 << 27;
+const MOST_LAYERS: usize = 4096;
+
 /// A setting that cannot be used: its key and what is wrong with it.
 type Problem = (String, String);
 
@@ -82,6 +86,22 @@ impl Config {
         ];
         if let Some((key, _)) = sizes.iter().find(|(_, size)| *size == 0) {
             return problem(key, "is zero".into());
+        }
+        if let Some((key, size)) = sizes.iter().find(|(_, size)| *size > MOST) {
+            return problem(key, format!("is {size}, and no model has more than {MOST}"));
+        }
+        if self.heads * self.head_dim > MOST {
+            let width = self.heads * self.head_dim;
+            return problem(
+                "head_dim",
+                format!("times the heads is {width}, and no model has more than {MOST}"),
+            );
+        }
+        if self.layers > MOST_LAYERS {
+            return problem(
+                "num_hidden_layers",
+                format!("is {}, and no model has more than {MOST_LAYERS}", self.layers),
+            );
         }
         if self.sliding_window == Some(0) {
             return problem("sliding_window", "is zero".into());

@@ -6,12 +6,15 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::Deserialize;
 
 use super::check_shape;
 use crate::ModelError;
 
 const SINGLE: &str = "model.safetensors";
+/// The format's own bound of a header, in bytes.
+const MOST_HEADER: u64 = 100_000_000;
 const INDEX: &str = "model.safetensors.index.json";
 
 /// The tensors of all files of a folder, by name.
@@ -25,16 +28,7 @@ struct Location {
     file: PathBuf,
     /// Absolute offset in the file, in bytes.
     start: u64,
-    entry: Entry,
-}
-
-/// A tensor in a safetensors header.
-#[derive(Deserialize)]
-struct Entry {
-    dtype: String,
-    shape: Vec<usize>,
-    /// First byte and the one after the last, from the end of the header.
-    data_offsets: (u64, u64),
+    info: TensorInfo,
 }
 
 #[derive(Deserialize)]
@@ -73,22 +67,16 @@ impl Folder {
         let Location {
             file: path,
             start,
-            entry,
+            info,
         } = self.tensors.get(name).ok_or_else(missing)?;
-        check_shape(path, name, shape, &entry.shape)?;
-        let (width, decode) = decoder(&entry.dtype).ok_or_else(|| ModelError::Unsupported {
+        check_shape(path, name, shape, &info.shape)?;
+        let decode = decoder(info.dtype).ok_or_else(|| ModelError::Unsupported {
             path: path.clone(),
-            what: format!("type {} of tensor {name}", entry.dtype),
+            what: format!("type {} of tensor {name}", info.dtype),
             supported: "F32, F16 and BF16".into(),
         })?;
-        let len = shape.iter().product::<usize>() * width;
-        if entry.data_offsets.1.checked_sub(entry.data_offsets.0) != Some(len as u64) {
-            return Err(corrupt(
-                path,
-                format!("tensor {name} of shape {shape:?} does not fill its {len} bytes"),
-            ));
-        }
-        let mut bytes = vec![0; len];
+        // The header was checked: the range is as long as the type and shape say.
+        let mut bytes = vec![0; info.data_offsets.1 - info.data_offsets.0];
         let mut file = File::open(path).map_err(|source| io(path, source))?;
         file.seek(SeekFrom::Start(*start)).map_err(|source| io(path, source))?;
         file.read_exact(&mut bytes)
@@ -97,7 +85,8 @@ impl Folder {
     }
 }
 
-/// Adds one file's tensors. A header is its length in 8 bytes, then that many bytes of JSON.
+/// Adds one file's tensors. A header is its length in 8 bytes, then that many bytes of JSON, whose ranges the
+/// `safetensors` crate checks against types and shapes. (The crate would have the whole file in memory.)
 fn read_header(path: &Path, tensors: &mut HashMap<String, Location>) -> Result<(), ModelError> {
     let mut file = File::open(path).map_err(|source| io(path, source))?;
     let size = file.metadata().map_err(|source| io(path, source))?.len();
@@ -110,38 +99,41 @@ fn read_header(path: &Path, tensors: &mut HashMap<String, Location>) -> Result<(
             format!("its header of {length} bytes is longer than the file"),
         ));
     }
+    if length > MOST_HEADER {
+        return Err(corrupt(
+            path,
+            format!("its header of {length} bytes is longer than the format's {MOST_HEADER}"),
+        ));
+    }
     let mut header = vec![0; length as usize];
     file.read_exact(&mut header).map_err(|e| corrupt(path, e))?;
-    let header: HashMap<String, serde_json::Value> = serde_json::from_slice(&header).map_err(|e| corrupt(path, e))?;
-    for (name, value) in header.into_iter().filter(|(name, _)| name != "__metadata__") {
-        let entry: Entry = serde_json::from_value(value).map_err(|e| corrupt(path, format!("tensor {name}: {e}")))?;
-        let data = 8 + length;
-        if data.saturating_add(entry.data_offsets.1) > size {
-            return Err(corrupt(path, format!("tensor {name} ends behind the end of the file")));
-        }
-        tensors.insert(
-            name,
-            Location {
-                file: path.into(),
-                start: data.saturating_add(entry.data_offsets.0),
-                entry,
-            },
-        );
+    let header: Metadata = serde_json::from_slice(&header).map_err(|e| corrupt(path, e))?;
+    let data = 8 + length;
+    if data.saturating_add(header.data_len() as u64) > size {
+        return Err(corrupt(path, "its tensors end behind the end of the file"));
+    }
+    for (name, info) in header.tensors() {
+        let location = Location {
+            file: path.into(),
+            start: data + info.data_offsets.0 as u64,
+            info: info.clone(),
+        };
+        tensors.insert(name, location);
     }
     Ok(())
 }
 
 type Decode = fn(&[u8]) -> Vec<f32>;
 
-/// Bytes of one element of a safetensors type, and how its elements become float32.
-fn decoder(dtype: &str) -> Option<(usize, Decode)> {
+/// How elements of a safetensors type become float32.
+fn decoder(dtype: Dtype) -> Option<Decode> {
     fn elements<const N: usize>(bytes: &[u8], decode: fn([u8; N]) -> f32) -> Vec<f32> {
         bytes.as_chunks().0.iter().map(|&chunk| decode(chunk)).collect()
     }
     match dtype {
-        "F32" => Some((4, |bytes| elements(bytes, f32::from_le_bytes))),
-        "F16" => Some((2, |bytes| elements(bytes, |b| f16::from_le_bytes(b).to_f32()))),
-        "BF16" => Some((2, |bytes| elements(bytes, |b| bf16::from_le_bytes(b).to_f32()))),
+        Dtype::F32 => Some(|bytes| elements(bytes, f32::from_le_bytes)),
+        Dtype::F16 => Some(|bytes| elements(bytes, |b| f16::from_le_bytes(b).to_f32())),
+        Dtype::BF16 => Some(|bytes| elements(bytes, |b| bf16::from_le_bytes(b).to_f32())),
         _ => None,
     }
 }

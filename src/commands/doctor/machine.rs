@@ -5,6 +5,8 @@ use std::process::Command;
 
 use serde::Serialize;
 
+use crate::engine::Memory;
+
 /// The machine and what this build can use of it.
 #[derive(Debug, Serialize)]
 pub struct Machine {
@@ -20,16 +22,6 @@ pub struct Machine {
     pub built_with_cuda: bool,
 }
 
-/// Main memory, in bytes.
-#[derive(Debug, Default, PartialEq, Serialize)]
-pub struct Memory {
-    pub total: Option<u64>,
-    /// What programs may still take without swapping.
-    pub available: Option<u64>,
-    /// What the control group (a container, a service) allows this process.
-    pub limit: Option<u64>,
-}
-
 impl Machine {
     /// Looks around.
     pub fn look() -> Self {
@@ -38,10 +30,7 @@ impl Machine {
             cpu: field(&cpuinfo, "model name").map(str::to_owned),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             simd: simd(field(&cpuinfo, "flags").unwrap_or_default()),
-            memory: Memory {
-                limit: control_group_limit(),
-                ..memory(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default())
-            },
+            memory: Memory::look(),
             gpus: gpus(Path::new("/dev")),
             built_with_cuda: candle_core::utils::cuda_is_available(),
         }
@@ -59,24 +48,6 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     pairs
         .find(|(found, _)| found.trim() == name)
         .map(|(_, value)| value.trim())
-}
-
-fn memory(meminfo: &str) -> Memory {
-    let bytes = |name| Some(field(meminfo, name)?.strip_suffix(" kB")?.parse::<u64>().ok()? * 1024);
-    Memory {
-        total: bytes("MemTotal"),
-        available: bytes("MemAvailable"),
-        limit: None,
-    }
-}
-
-/// Version 2 of Linux's control groups, as a container sees its own.
-fn control_group_limit() -> Option<u64> {
-    std::fs::read_to_string("/sys/fs/cgroup/memory.max")
-        .ok()?
-        .trim()
-        .parse()
-        .ok()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -162,17 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_the_kernels_tables() {
-        let meminfo = "MemTotal:       24689764 kB\nMemFree:  1 kB\nMemAvailable:   10 kB\n";
-        assert_eq!(
-            memory(meminfo),
-            Memory {
-                total: Some(24_689_764 * 1024),
-                available: Some(10_240),
-                limit: None
-            }
-        );
-        assert_eq!(memory("nothing"), Memory::default());
+    fn reads_the_kernels_table() {
         assert_eq!(
             field("processor\t: 0\nmodel name\t: Some CPU: fast\n", "model name"),
             Some("Some CPU: fast")

@@ -1,20 +1,25 @@
 //! Where a tuner looks next, what it found, and what it recommends. Pure: running an experiment is the caller's.
 //!
-//! The search begins with the schedules at four windows, then walks from setting to neighbouring setting along the
-//! Pareto front of goodput against P99, and so spends its experiments where the front is.
+//! The search begins with the schedules at four windows, then walks from setting to neighbouring setting, and from load
+//! to neighbouring load, along the Pareto front of goodput against P99, and so spends its experiments where the front is.
+
+mod page;
+pub mod schedules;
+
+pub use page::{figure, page, table};
+
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use crate::report::{
-    Run, charts, escaped,
-    table::{markdown, milliseconds, short},
+    Run,
+    table::{milliseconds, short},
 };
 
 const SCHEDULES: [&str; 3] = ["sequential", "dynamic", "continuous"];
 const POLICIES: [&str; 3] = ["none", "adaptive", "fixed"];
 const WINDOWS_MS: [f64; 5] = [0.0, 5.0, 20.0, 50.0, 100.0];
-/// Windows of the opening experiments, each with every schedule that has batches.
-const OPENING_WINDOWS_MS: [f64; 4] = [0.0, 5.0, 20.0, 50.0];
 const MAX_BATCHES: [usize; 6] = [4, 8, 16, 32, 64, 100];
 const STEP_TOKENS: [usize; 5] = [128, 256, 512, 1024, 2048];
 /// Goodputs that differ by less than this share are alike, and the P99 decides.
@@ -30,10 +35,26 @@ pub struct Knobs {
     pub step_tokens: usize,
 }
 
-/// One experiment.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Experiment {
+/// What one experiment tries: settings under a load.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Trial {
     pub knobs: Knobs,
+    /// Requests a second.
+    pub rate: f64,
+}
+
+impl fmt::Display for Trial {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Trial { knobs, rate } = self;
+        write!(f, "{} with window {} at {rate}/s", knobs.schedule, window(knobs))
+    }
+}
+
+/// One experiment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Experiment {
+    /// The settings as the server has them in force, and the load.
+    pub trial: Trial,
     /// Requests a second that kept the SLO.
     pub goodput: f64,
     /// Of E2E; absent where nothing was answered.
@@ -42,9 +63,9 @@ pub struct Experiment {
 }
 
 impl Experiment {
-    pub fn of(knobs: Knobs, run: Run) -> Self {
+    pub fn of(trial: Trial, run: Run) -> Self {
         Self {
-            knobs,
+            trial,
             goodput: run.goodput.unwrap_or(0.0),
             p99_ms: run.latency_ms.get(&crate::slo::Metric::E2e).map(|summary| summary.p99),
             run,
@@ -66,22 +87,27 @@ impl Experiment {
 #[derive(Debug)]
 pub struct Search {
     start: Knobs,
+    /// Ascending.
+    rates: Vec<f64>,
     budget: usize,
     pub tried: Vec<Experiment>,
 }
 
 impl Search {
-    /// A search from a server's settings, of at most `budget` experiments.
-    pub fn new(start: Knobs, budget: usize) -> Self {
+    /// A search from a server's settings, of at most `budget` experiments at some of these rates.
+    pub fn new(start: Knobs, rates: &[f64], budget: usize) -> Self {
+        let mut rates = rates.to_vec();
+        rates.sort_by(f64::total_cmp);
         Self {
             start,
+            rates,
             budget,
             tried: Vec::new(),
         }
     }
 
-    /// The settings to try next; `None` when the budget is spent or the front has no untried neighbours.
-    pub fn next(&self) -> Option<Knobs> {
+    /// What to try next; `None` when the budget is spent or the front has no untried neighbours.
+    pub fn next(&self) -> Option<Trial> {
         if self.tried.len() >= self.budget {
             return None;
         }
@@ -89,33 +115,37 @@ impl Search {
         let around = self
             .front()
             .into_iter()
-            .flat_map(|experiment| neighbours(&experiment.knobs));
-        opening.into_iter().chain(around).find(|knobs| !self.was_tried(knobs))
+            .flat_map(|experiment| self.neighbours(&experiment.trial));
+        opening.into_iter().chain(around).find(|trial| !self.was_tried(trial))
     }
 
     pub fn tell(&mut self, experiment: Experiment) {
         self.tried.push(experiment);
     }
 
-    fn was_tried(&self, knobs: &Knobs) -> bool {
-        self.tried.iter().any(|experiment| same(&experiment.knobs, knobs))
+    fn was_tried(&self, trial: &Trial) -> bool {
+        let as_tried = |tried: &Trial| tried.rate == trial.rate && same(&tried.knobs, &trial.knobs);
+        self.tried.iter().any(|experiment| as_tried(&experiment.trial))
     }
 
-    fn opening(&self) -> Vec<Knobs> {
-        let mut opening = vec![self.start.clone()];
-        opening.push(Knobs {
-            schedule: "sequential".to_owned(),
-            ..self.start.clone()
-        });
-        for schedule in ["dynamic", "continuous"] {
-            opening.extend(OPENING_WINDOWS_MS.map(|batch_window_ms| Knobs {
-                schedule: schedule.to_owned(),
-                window_policy: "fixed".to_owned(),
-                batch_window_ms,
-                ..self.start.clone()
-            }));
-        }
-        opening
+    /// The server's settings as they are and the schedules with their windows, under the middle load.
+    fn opening(&self) -> Vec<Trial> {
+        let Some(&rate) = self.rates.get(self.rates.len() / 2) else {
+            return Vec::new();
+        };
+        let knobs = std::iter::once(self.start.clone()).chain(schedules::settings(&self.start));
+        knobs.map(|knobs| Trial { knobs, rate }).collect()
+    }
+
+    /// The same settings under the loads beside this one, then those beside these under the same load.
+    fn neighbours(&self, trial: &Trial) -> Vec<Trial> {
+        let rates = beside(&self.rates, trial.rate)
+            .into_iter()
+            .map(|rate| Trial { rate, ..trial.clone() });
+        let knobs = neighbours(&trial.knobs)
+            .into_iter()
+            .map(|knobs| Trial { knobs, ..trial.clone() });
+        rates.chain(knobs).collect()
     }
 
     /// The experiments that no other dominates, the highest goodput first.
@@ -140,11 +170,11 @@ impl Search {
         good.min_by(|a, b| a.p99().total_cmp(&b.p99()))
     }
 
-    /// What each other tried value of one setting alone would have given.
+    /// What each other tried value of one setting alone, or another load, would have given.
     pub fn reasons(&self) -> Vec<String> {
         let Some(best) = self.best() else { return Vec::new() };
         let others = self.tried.iter().filter_map(|other| {
-            let change = only_change(&best.knobs, &other.knobs)?;
+            let change = only_change(&best.trial, &other.trial)?;
             Some(format!(
                 "{change} gave goodput {} instead of {}, P99 {} instead of {}",
                 short(other.goodput),
@@ -209,13 +239,17 @@ fn beside<T: PartialOrd + Copy>(axis: &[T], value: T) -> Vec<T> {
 }
 
 /// How the second differs from the first, if in one setting alone.
-fn only_change(from: &Knobs, to: &Knobs) -> Option<String> {
+fn only_change(from: &Trial, to: &Trial) -> Option<String> {
+    let rates = [from.rate, to.rate].map(short);
+    let (from, to) = (&from.knobs, &to.knobs);
     let mut changes = Vec::new();
     let mut change = |name: &str, from: String, to: String| {
         if from != to {
             changes.push(format!("{name} {to} instead of {from}"));
         }
     };
+    let [from_rate, to_rate] = rates;
+    change("a load of", from_rate, to_rate);
     change("schedule", from.schedule.clone(), to.schedule.clone());
     change("window-policy", from.window_policy.clone(), to.window_policy.clone());
     change("batch-window", window(from), window(to));
@@ -240,100 +274,11 @@ pub fn toml(knobs: &Knobs) -> String {
     )
 }
 
-/// Every experiment, those on the front first, as a Markdown table.
-pub fn table(search: &Search) -> String {
-    let front = search.front();
-    let is_on_front = |experiment: &&Experiment| front.iter().any(|other| std::ptr::eq(*other, *experiment));
-    let mut order: Vec<&Experiment> = front.clone();
-    order.extend(search.tried.iter().filter(|experiment| !is_on_front(experiment)));
-    let rows: Vec<Vec<String>> = order
-        .iter()
-        .map(|experiment| {
-            let knobs = &experiment.knobs;
-            vec![
-                knobs.schedule.clone(),
-                knobs.window_policy.clone(),
-                window(knobs),
-                knobs.max_batch.to_string(),
-                knobs.step_tokens.to_string(),
-                short(experiment.goodput),
-                short(experiment.run.achieved_rate),
-                experiment.p99_ms.map_or("-".to_owned(), milliseconds),
-                if is_on_front(experiment) { "yes" } else { "" }.to_owned(),
-            ]
-        })
-        .collect();
-    let titles = [
-        "schedule",
-        "policy",
-        "window",
-        "max batch",
-        "step tokens",
-        "goodput/s",
-        "achieved/s",
-        "E2E P99",
-        "front",
-    ];
-    markdown(&titles, &rows)
-}
-
-/// The chart, the table and the recommendation as one HTML file.
-pub fn page(search: &Search) -> String {
-    let points = |experiments: &[&Experiment]| {
-        let pairs = experiments
-            .iter()
-            .filter_map(|experiment| Some((experiment.p99_ms?, experiment.goodput)));
-        pairs.collect::<Vec<_>>()
-    };
-    let mut series: Vec<charts::Series> = SCHEDULES
-        .iter()
-        .map(|&schedule| {
-            let of: Vec<&Experiment> = search
-                .tried
-                .iter()
-                .filter(|one| one.knobs.schedule == schedule)
-                .collect();
-            charts::Series {
-                name: schedule.to_owned(),
-                points: points(&of),
-            }
-        })
-        .collect();
-    series.retain(|series| !series.points.is_empty());
-    let axis = |title, format| charts::Axis { title, format };
-    let front = charts::Series {
-        name: "front".to_owned(),
-        points: points(&search.front()),
-    };
-    let chart = charts::front(
-        &series,
-        &front,
-        axis("E2E P99", charts::milliseconds),
-        axis("goodput, requests/s", charts::number),
-    );
-    let toml = search.best().map(|best| toml(&best.knobs)).unwrap_or_default();
-    let reasons: String = search
-        .reasons()
-        .iter()
-        .map(|reason| format!("<li>{}</li>", escaped(reason)))
-        .collect();
-    format!(
-        "<!doctype html>\n<html lang=en><meta charset=utf-8><title>Tuning</title>\
-         <style>body{{font:15px/1.45 system-ui,sans-serif;max-width:900px;margin:2em auto;padding:0 1em}}\
-         svg{{max-width:100%;height:auto}}pre{{background:#f5f5f5;padding:1em;overflow-x:auto}}</style>\n\
-         <body><h1>Goodput against P99</h1>\n{}\n<h2>Experiments</h2>\n<pre>{}</pre>\n<h2>Recommended</h2>\n\
-         <pre>{}</pre>\n<ul>{reasons}</ul></body></html>\n",
-        chart.unwrap_or_default(),
-        escaped(&table(search)),
-        escaped(&toml),
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn start() -> Knobs {
+    pub(super) fn start() -> Knobs {
         Knobs {
             schedule: "continuous".to_owned(),
             window_policy: "adaptive".to_owned(),
@@ -343,14 +288,14 @@ mod tests {
         }
     }
 
-    fn experiment(knobs: Knobs, goodput: f64, p99_ms: f64) -> Experiment {
+    pub(super) fn experiment(knobs: Knobs, goodput: f64, p99_ms: f64) -> Experiment {
         let report = serde_json::json!({"label": "", "offered_rate": null, "achieved_rate": goodput, "seconds": 1.0,
             "requests": {"sent": 1, "answered": 1, "failed": 0, "unfinished": 0, "errors": {}},
             "tokens": {"prompt": 1, "output": 1, "output_per_second": 1.0, "total_per_second": 1.0},
             "latency_ms": {}, "lateness_ms": null, "late": false, "slo_kept": true, "goodput": goodput,
             "utilisation": {}, "timeline": [], "curves": {}, "scatter": [], "interrupted": false});
         Experiment {
-            knobs,
+            trial: Trial { knobs, rate: 2.0 },
             goodput,
             p99_ms: Some(p99_ms),
             run: serde_json::from_value(report).unwrap(),
@@ -358,40 +303,50 @@ mod tests {
     }
 
     /// A made-up server: continuous is best, smaller windows and a step budget of 256 lower the P99.
-    fn respond(knobs: &Knobs) -> (f64, f64) {
-        let goodput = match knobs.schedule.as_str() {
+    fn respond(Trial { knobs, rate }: &Trial) -> (f64, f64) {
+        let most: f64 = match knobs.schedule.as_str() {
             "continuous" => 10.0,
             "dynamic" => 6.0,
             _ => 2.0,
         };
+        let goodput = most.min(*rate);
         let window = if knobs.window_policy == "none" {
             0.0
         } else {
             knobs.batch_window_ms
         };
-        let p99 = 500.0 + window + (knobs.step_tokens as f64 - 256.0).abs() + knobs.max_batch.abs_diff(32) as f64;
+        let p99 =
+            500.0 * rate + window + (knobs.step_tokens as f64 - 256.0).abs() + knobs.max_batch.abs_diff(32) as f64;
         (goodput, p99)
     }
 
     fn search(budget: usize) -> Search {
-        let mut search = Search::new(start(), budget);
-        while let Some(knobs) = search.next() {
-            let (goodput, p99) = respond(&knobs);
-            search.tell(experiment(knobs, goodput, p99));
+        let mut search = Search::new(start(), &[6.0, 12.0], budget);
+        while let Some(trial) = search.next() {
+            let (goodput, p99) = respond(&trial);
+            let mut told = experiment(trial.knobs.clone(), goodput, p99);
+            told.trial = trial;
+            search.tell(told);
         }
         search
     }
 
     #[test]
     fn the_search_climbs_to_the_best_settings() {
-        let search = search(30);
-        let best = &search.best().unwrap().knobs;
+        let search = search(40);
+        let Trial { knobs: best, rate } = &search.best().unwrap().trial;
+        assert_eq!(*rate, 12.0);
         assert_eq!(
             (best.schedule.as_str(), best.step_tokens, best.max_batch),
             ("continuous", 256, 32)
         );
         assert!(best.window_policy == "none" || best.batch_window_ms == 0.0, "{best:?}");
-        assert!(search.tried.len() <= 30);
+        assert!(search.tried.len() <= 40);
+        let lower = |one: &&Experiment| one.trial.rate == 6.0;
+        assert!(
+            search.front().into_iter().any(|one| lower(&one)),
+            "a lower load has a lower P99"
+        );
         assert!(!search.reasons().is_empty());
     }
 
@@ -402,16 +357,16 @@ mod tests {
             let of = search
                 .tried
                 .iter()
-                .filter(|one| one.knobs.schedule == schedule && one.knobs.window_policy == "fixed");
-            let mut windows: Vec<f64> = of.map(|one| one.knobs.batch_window_ms).collect();
+                .filter(|one| one.trial.knobs.schedule == schedule && one.trial.knobs.window_policy == "fixed");
+            let mut windows: Vec<f64> = of.map(|one| one.trial.knobs.batch_window_ms).collect();
             windows.sort_by(f64::total_cmp);
-            assert_eq!(windows, OPENING_WINDOWS_MS);
+            assert_eq!(windows, schedules::WINDOWS_MS);
         }
         assert_eq!(
             search
                 .tried
                 .iter()
-                .filter(|one| one.knobs.schedule == "sequential")
+                .filter(|one| one.trial.knobs.schedule == "sequential")
                 .count(),
             1
         );
@@ -422,9 +377,11 @@ mod tests {
         let search = search(60);
         for (index, one) in search.tried.iter().enumerate() {
             assert!(
-                !search.tried[..index].iter().any(|other| same(&one.knobs, &other.knobs)),
+                !search.tried[..index]
+                    .iter()
+                    .any(|other| one.trial.rate == other.trial.rate && same(&one.trial.knobs, &other.trial.knobs)),
                 "{:?}",
-                one.knobs
+                one.trial
             );
         }
         let front = search.front();
@@ -438,7 +395,7 @@ mod tests {
 
     #[test]
     fn failed_experiments_are_never_recommended() {
-        let mut search = Search::new(start(), 2);
+        let mut search = Search::new(start(), &[2.0], 2);
         search.tell(experiment(start(), 1.0, 900.0));
         let mut broken = experiment(
             Knobs {
@@ -450,7 +407,7 @@ mod tests {
         );
         broken.p99_ms = None;
         search.tell(broken);
-        assert_eq!(search.best().unwrap().knobs, start());
+        assert_eq!(search.best().unwrap().trial.knobs, start());
         assert_eq!(search.front().len(), 1);
     }
 }

@@ -1,0 +1,289 @@
+//! Owns the models and their engines: the one that serves, one that may be loading, and those that were replaced and
+//! still finish requests. Starts an engine again that failed, unless it fails too often.
+
+use std::{
+    collections::VecDeque,
+    panic::resume_unwind,
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::{JoinError, JoinSet},
+};
+
+use super::{ServeError, engine_settings, limits};
+use crate::{
+    api::{self, ModelCommand, ModelState, NotChanged},
+    commands::model_files,
+    config::{LoadFormat, Serve},
+    engine::{self, End, Engine, LoadError, Weights},
+    telemetry::EngineMetrics,
+    text::{ChatTemplate, Tokenizer, stand_in},
+};
+
+/// An engine that fails more often than this...
+const MOST_RESTARTS: usize = 3;
+/// ... in this time is not started again.
+const RESTARTS_WITHIN: Duration = Duration::from_secs(600);
+
+/// A model that is in memory, with an engine that does not run yet.
+struct Loaded {
+    /// As `--model` would name it.
+    name: String,
+    tokenizer: Tokenizer,
+    template: Option<Arc<ChatTemplate>>,
+    weights: Weights,
+    engine: Engine,
+}
+
+/// The model that serves.
+struct Current {
+    name: String,
+    /// Which of the guards watches its engine.
+    number: u64,
+    engine: engine::Handle,
+    model: Arc<api::Model>,
+    weights: Weights,
+}
+
+type LoadReply = oneshot::Sender<Result<ModelState, NotChanged>>;
+
+pub struct Supervisor {
+    settings: Arc<Serve>,
+    metrics: Arc<EngineMetrics>,
+    server: Arc<api::Server>,
+    current: Option<Current>,
+    /// At most one model loads at a time.
+    loads: JoinSet<Result<Loaded, ServeError>>,
+    /// Its name, and who asked for it: nobody for the first one.
+    loading: Option<(String, Option<LoadReply>)>,
+    /// One for each engine, the serving one and those that were replaced.
+    guards: JoinSet<(u64, End)>,
+    engines: u64,
+    restarts: VecDeque<Instant>,
+}
+
+impl Supervisor {
+    pub fn new(settings: Serve, metrics: Arc<EngineMetrics>, server: Arc<api::Server>) -> Self {
+        Self {
+            settings: Arc::new(settings),
+            metrics,
+            server,
+            current: None,
+            loads: JoinSet::new(),
+            loading: None,
+            guards: JoinSet::new(),
+            engines: 0,
+            restarts: VecDeque::new(),
+        }
+    }
+
+    /// Loads the first model, then does what is asked and what failures demand. Returns when there is no model to serve
+    /// any more, or never was one; whoever waited has been told by then. `ready` hears of the first model's name.
+    pub async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<ModelCommand>,
+        ready: impl FnOnce(&str),
+    ) -> Result<(), ServeError> {
+        let mut ready = Some(ready);
+        self.load(self.settings.choice.model.clone(), None);
+        loop {
+            tokio::select! {
+                Some(loaded) = self.loads.join_next() => {
+                    self.loaded(loaded).await?;
+                    if let (Some(ready), Some(current)) = (ready.take(), &self.current) {
+                        ready(&current.model.names[0]);
+                    }
+                }
+                Some(Ok((number, end))) = self.guards.join_next() => self.ended(number, end).await?,
+                Some(command) = commands.recv() => self.obey(command),
+            }
+        }
+    }
+
+    fn obey(&mut self, command: ModelCommand) {
+        // Whoever asked may have left.
+        match command {
+            ModelCommand::Show(reply) => drop(reply.send(self.state())),
+            ModelCommand::Change { model, reply } => match &self.loading {
+                Some((loading, _)) => {
+                    let loading = loading.clone();
+                    let _ = reply.send(Err(NotChanged::Busy { loading }));
+                }
+                None => self.load(model, Some(reply)),
+            },
+        }
+    }
+
+    fn state(&self) -> ModelState {
+        let serving = usize::from(self.current.is_some());
+        ModelState {
+            model: self.current.as_ref().map(|current| current.name.clone()),
+            loading: self.loading.as_ref().map(|(name, _)| name.clone()),
+            retiring: self.guards.len().saturating_sub(serving),
+        }
+    }
+
+    fn load(&mut self, name: String, reply: Option<LoadReply>) {
+        let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
+        self.loading = Some((name.clone(), reply));
+        self.loads.spawn_blocking(move || load(&settings, name, metrics));
+    }
+
+    /// A model is in memory, or it is not: then the one before it goes on, and without one there is nothing to do.
+    async fn loaded(&mut self, loaded: Result<Result<Loaded, ServeError>, JoinError>) -> Result<(), ServeError> {
+        let asked = self.loading.take().and_then(|(_, reply)| reply);
+        let result = loaded.unwrap_or(Err(ServeError::LoadPanicked));
+        let started = match result {
+            Ok(loaded) => self.swap(loaded).await,
+            Err(error) => Err(error),
+        };
+        let Some(reply) = asked else { return started };
+        let outcome = if started.is_ok() { "swapped" } else { "failed" };
+        self.metrics.model_changes.with_label_values(&[outcome]).inc();
+        let answer = started.map(|()| self.state()).map_err(|error| {
+            tracing::warn!(%error, "the model was not replaced");
+            NotChanged::Failed(error.to_string())
+        });
+        // The change stands, whoever asked for it.
+        let _ = reply.send(answer);
+        Ok(())
+    }
+
+    /// New requests go to this model from now on. The one before it ends with its last request.
+    async fn swap(&mut self, loaded: Loaded) -> Result<(), ServeError> {
+        let Loaded {
+            name,
+            tokenizer,
+            template,
+            weights,
+            engine,
+        } = loaded;
+        let served = self.settings.http.served_model_name.clone();
+        let names = vec![served.unwrap_or_else(|| name.clone())];
+        let text = (tokenizer, template);
+        let current = self.start(name, names, text, weights, engine).await?;
+        if let Some(before) = self.current.replace(current) {
+            before.engine.retire();
+        }
+        Ok(())
+    }
+
+    /// Starts an engine, watches it, pins the settings' prompts in its cache and lets it serve.
+    async fn start(
+        &mut self,
+        name: String,
+        names: Vec<String>,
+        (tokenizer, template): (Tokenizer, Option<Arc<ChatTemplate>>),
+        weights: Weights,
+        engine: Engine,
+    ) -> Result<Current, ServeError> {
+        let (max_model_len, vocab_size) = (engine.max_model_len(), engine.vocab_size());
+        let (handle, guard) = engine.start(limits(&self.settings))?;
+        self.engines += 1;
+        let number = self.engines;
+        self.guards.spawn(async move { (number, guard.wait().await) });
+        let queue = handle.clone();
+        let model = Arc::new(api::Model {
+            names,
+            max_model_len,
+            vocab_size,
+            tokenizer,
+            template,
+            submit: Box::new(move |requests| queue.submit(requests)),
+            engine: Some(handle.clone()),
+        });
+        api::pin_configured(&model, &handle, &self.settings.pins).await?;
+        self.server.serve_model(model.clone());
+        Ok(Current {
+            name,
+            number,
+            engine: handle,
+            model,
+            weights,
+        })
+    }
+
+    /// An engine's thread has ended or hangs. One that was replaced is not missed; the serving one is started again.
+    async fn ended(&mut self, number: u64, end: End) -> Result<(), ServeError> {
+        let Some(current) = self.current.take_if(|current| current.number == number) else {
+            tracing::info!(?end, "a replaced model's engine ended");
+            return Ok(());
+        };
+        self.server.restarting();
+        tracing::error!(?end, "the engine failed; everyone who waited for it was told");
+        let cause = match end {
+            End::DeviceLost(reason) => return Err(ServeError::DeviceLost(reason)),
+            End::Hung => "hung",
+            End::Panicked(_) | End::Finished => "panicked",
+        };
+        if !self.may_restart(Instant::now()) {
+            return Err(ServeError::EngineLost);
+        }
+        self.metrics.restarts.with_label_values(&[cause]).inc();
+        let Current {
+            name, model, weights, ..
+        } = current;
+        let (fresh, metrics) = (weights.clone(), self.metrics.clone());
+        let engine = tokio::task::spawn_blocking(move || Engine::new(&fresh, metrics)).await;
+        let engine = engine.map_err(|_| ServeError::EngineLost)??;
+        let text = (model.tokenizer.clone(), model.template.clone());
+        self.current = Some(self.start(name, model.names.clone(), text, weights, engine).await?);
+        tracing::warn!("the engine runs again");
+        Ok(())
+    }
+
+    fn may_restart(&mut self, now: Instant) -> bool {
+        self.restarts
+            .retain(|restart| now.saturating_duration_since(*restart) < RESTARTS_WITHIN);
+        self.restarts.push_back(now);
+        self.restarts.len() <= MOST_RESTARTS
+    }
+}
+
+/// Fetches the model if need be and reads it.
+fn load(settings: &Serve, name: String, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
+    #[cfg(any(test, feature = "fault-injection"))]
+    crate::fault_injection::Fault::Loader.panic_if_asked(&name, 0);
+    let dummy = settings.model.load_format == LoadFormat::Dummy;
+    let find = if dummy {
+        model_files::shape
+    } else {
+        model_files::resolve
+    };
+    let path = find(&name)?;
+    let started = Instant::now();
+    // The vocabulary takes a moment of its own, on one core.
+    let (weights, tokenizer, template) = thread::scope(|scope| {
+        let text = scope.spawn(|| text(&path, dummy));
+        let weights = Weights::load(&engine_settings(settings, &path)?)?;
+        let (tokenizer, template) = text.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+        Ok::<_, ServeError>((weights, tokenizer, template.map(Arc::new)))
+    })?;
+    let engine = Engine::new(&weights, metrics)?;
+    tracing::info!(
+        path = %path.display(), seconds = started.elapsed().as_secs_f64(),
+        max_model_len = engine.max_model_len(), kv_tokens = engine.kv_tokens(), "model loaded"
+    );
+    Ok(Loaded {
+        name,
+        tokenizer,
+        template,
+        weights,
+        engine,
+    })
+}
+
+/// The model's vocabulary and chat template.
+fn text(path: &Path, dummy: bool) -> Result<(Tokenizer, Option<ChatTemplate>), ServeError> {
+    if dummy {
+        let config = sconce_models::Config::from_json(path).map_err(LoadError::Model)?;
+        let (tokenizer, template) = stand_in(config.vocab_size)?;
+        return Ok((tokenizer, Some(template)));
+    }
+    Ok((Tokenizer::open(path)?, ChatTemplate::open(path)?))
+}

@@ -1,0 +1,71 @@
+//! Clients that leave: wherever their request is, its place is free within a step.
+
+mod common;
+
+use std::{io::Read, net::Shutdown, time::Duration};
+
+use common::{Server, send_by_hand};
+use serde_json::json;
+
+const LIMIT: Duration = Duration::from_secs(30);
+const HELD: &str = "sconce_kv_blocks{state=\"held\"}";
+const CANCELLED: &str = "sconce_sequences_total{outcome=\"cancelled\"}";
+const STEPS: &str = "sconce_step_seconds_count";
+
+/// A prompt that takes hundreds of steps of 16 tokens.
+fn long(stream: bool) -> serde_json::Value {
+    json!({"prompt": vec![300; 4000], "max_tokens": 8, "stream": stream})
+}
+
+/// A short prompt with an answer of a thousand tokens.
+fn lasting(stream: bool) -> serde_json::Value {
+    json!({"prompt": [300, 301], "max_tokens": 1000, "ignore_eos": true, "stream": stream})
+}
+
+#[test]
+fn a_client_that_leaves_frees_its_place_wherever_its_request_is() {
+    let server = Server::start(&["--step-tokens", "16", "--max-batch", "1", "--no-prefix-cache"]);
+    let mut gone = 0.0;
+    for stream in [true, false] {
+        // In the middle of its prefill, with a second request waiting behind it.
+        let prefilling = send_by_hand(&server, "/v1/completions", "prefilling", &long(stream));
+        let tokens = server.metric("sconce_prefill_tokens_total");
+        server.wait_until("it is prefilled", LIMIT, || {
+            server.metric("sconce_prefill_tokens_total") > tokens
+        });
+        let queued = send_by_hand(&server, "/v1/completions", "queued", &lasting(stream));
+        server.wait_until("the second waits", LIMIT, || server.metric("sconce_waiting") == 1.0);
+        let held = server.metric(HELD);
+        drop(queued);
+        gone += 1.0;
+        server.wait_until("the second is gone", LIMIT, || server.metric(CANCELLED) == gone);
+        server.wait_until("nobody waits", LIMIT, || server.metric("sconce_waiting") == 0.0);
+        assert_eq!(server.metric(HELD), held, "the first goes on");
+        prefilling.shutdown(Shutdown::Both).expect("closes");
+        gone += 1.0;
+        free(&server, gone);
+
+        // In the middle of its answer.
+        let decoded = server.metric("sconce_decode_tokens_total");
+        let mut decoding = send_by_hand(&server, "/v1/completions", "decoding", &lasting(stream));
+        if stream {
+            decoding.read_exact(&mut [0; 64]).expect("the answer begins");
+        }
+        server.wait_until("it is decoded", LIMIT, || {
+            server.metric("sconce_decode_tokens_total") > decoded
+        });
+        drop(decoding);
+        gone += 1.0;
+        free(&server, gone);
+        assert!(server.metric("sconce_decode_tokens_total") - decoded < 1000.0);
+    }
+}
+
+/// The request is gone, its blocks are free, and no further step runs for it.
+fn free(server: &Server, gone: f64) {
+    server.wait_until("it is gone", LIMIT, || server.metric(CANCELLED) == gone);
+    server.wait_until("its blocks are free", LIMIT, || server.metric(HELD) == 0.0);
+    let steps = server.metric(STEPS);
+    assert_eq!(server.metric("sconce_running"), 0.0);
+    assert_eq!(server.metric(STEPS), steps);
+}

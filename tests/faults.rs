@@ -1,0 +1,208 @@
+//! Faults over a real socket with the real model: who is at fault ends, the others answer as if nothing had been; and
+//! what no step can outlive is told to everyone. A request asks for its fault by its id.
+
+mod common;
+
+use std::{io::Read, process::Command, time::Duration};
+
+use common::{Server, all_at_once, chat, send_by_hand, text};
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+const LIMIT: Duration = Duration::from_secs(60);
+const QUESTIONS: [&str; 3] = ["What is the capital of France?", "Name an animal.", "Count to ten."];
+
+fn question(index: usize) -> Value {
+    let mut body = chat(QUESTIONS[index % QUESTIONS.len()], 16);
+    body["ignore_eos"] = json!(true);
+    body
+}
+
+/// The whole answer to a request with this id: its status, and its body.
+fn ask(server: &Server, id: &str, body: &Value) -> (u16, String) {
+    let mut answer = String::new();
+    let mut socket = send_by_hand(server, CHAT, id, body);
+    socket.read_to_string(&mut answer).expect("the answer ends");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+    let status = head.split(' ').nth(1).expect("a status").parse().expect("a number");
+    (status, body.to_owned())
+}
+
+/// That a request failed in the way it should: with a status before its first token, else with its stream's last event.
+fn failed(answer: (u16, String), late: bool, code: &str) {
+    let (status, body) = answer;
+    let errors = body.matches("\"error\"").count();
+    assert_eq!((errors, body.contains("[DONE]")), (1, false), "{status} {body}");
+    assert!(body.contains(code), "{status} {body}");
+    assert_eq!(status == 200, late, "{status} {body}");
+}
+
+fn expected(server: &Server) -> Vec<String> {
+    (0..QUESTIONS.len())
+        .map(|index| text(&server.ask(CHAT, &question(index))))
+        .collect()
+}
+
+fn fault(server: &Server, cause: &str) -> f64 {
+    server.metric(&format!("sconce_faults_total{{cause=\"{cause}\"}}"))
+}
+
+fn idle(server: &Server) {
+    server.wait_until("nothing runs", LIMIT, || {
+        ["sconce_running", "sconce_waiting", "sconce_kv_blocks{state=\"held\"}"]
+            .iter()
+            .all(|name| server.metric(name) == 0.0)
+    });
+}
+
+#[test]
+fn a_fault_has_one_victim() {
+    let server = Server::start_quietly(&[]);
+    let expected = expected(&server);
+    let faults = [
+        ("nan", 3),
+        ("nan", 0),
+        ("infinity", 2),
+        ("sampler", 4),
+        ("step", 2),
+        ("step", 0),
+        ("step-panic", 1),
+        ("detokenizer", 2),
+        ("handler", 0),
+    ];
+    let mut work: Vec<Box<dyn FnOnce() + Send>> = Vec::new();
+    for (index, (name, after)) in faults.into_iter().enumerate() {
+        let server = &server;
+        work.push(Box::new(move || {
+            let mut body = question(index);
+            body["stream"] = json!(true);
+            let answer = ask(server, &format!("fault.{name}.{after}"), &body);
+            failed(answer, after > 0, "server_error");
+        }));
+    }
+    for index in 0..2 * QUESTIONS.len() {
+        let (server, expected) = (&server, &expected[index % QUESTIONS.len()]);
+        work.push(Box::new(move || {
+            assert_eq!(&text(&server.ask(CHAT, &question(index))), expected);
+        }));
+    }
+    all_at_once(work);
+    idle(&server);
+    assert_eq!(fault(&server, "not_a_number"), 3.0);
+    assert_eq!(fault(&server, "sampler_panicked"), 1.0);
+    // A pass of several rows fails before the guilty one stands alone.
+    assert!(fault(&server, "step_failed") >= 2.0 && fault(&server, "step_panicked") >= 1.0);
+    assert_eq!(server.metric("sconce_request_panics_total{place=\"text\"}"), 1.0);
+    assert_eq!(server.metric("sconce_request_panics_total{place=\"handler\"}"), 1.0);
+    assert_eq!(server.metric("sconce_sequences_total{outcome=\"failed\"}"), 7.0);
+}
+
+#[test]
+fn short_memory_makes_smaller_steps_and_the_same_answers() {
+    let server = Server::start_quietly(&[]);
+    let expected = expected(&server);
+    let ids = ["fault.out-of-memory.0", "fault.out-of-memory.3", "plain"];
+    let work = ids.iter().cycle().take(6).enumerate();
+    let work = work.map(|(index, id)| {
+        let (server, expected) = (&server, &expected);
+        move || {
+            let (status, body) = ask(server, id, &question(index));
+            let answer: Value = serde_json::from_str(&body).expect("JSON");
+            assert_eq!((status, &text(&answer)), (200, &expected[index % QUESTIONS.len()]));
+        }
+    });
+    all_at_once(work.collect());
+    idle(&server);
+    assert_eq!(fault(&server, "out_of_memory"), 4.0);
+}
+
+#[test]
+fn a_hung_step_is_given_up_and_the_engine_runs_again() {
+    let server = Server::start_quietly(&["--step-timeout", "3s", "--max-batch", "3"]);
+    let expected = expected(&server);
+    // Three that run, one of which hangs, and two that wait.
+    let work = ["fault.hang.2", "a", "b", "c", "d"].into_iter().enumerate();
+    let work = work.map(|(index, id)| {
+        let server = &server;
+        move || {
+            let mut body = question(index);
+            body["stream"] = json!(index < 2);
+            body["max_tokens"] = json!(200);
+            (index, ask(server, id, &body))
+        }
+    });
+    for (index, answer) in all_at_once(work.collect()) {
+        let begun = answer.0 == 200;
+        assert!(!begun || index < 2, "only a stream's status goes out before its end");
+        failed(answer, begun, "engine_lost");
+    }
+    server.wait_until("it is ready", LIMIT, || server.get("/ready").status() == 200);
+    for (index, expected) in expected.iter().enumerate() {
+        assert_eq!(&text(&server.ask(CHAT, &question(index))), expected);
+    }
+    assert_eq!(server.metric("sconce_engine_restarts_total{cause=\"hung\"}"), 1.0);
+    idle(&server);
+}
+
+#[test]
+fn an_engine_that_fails_too_often_ends_the_server() {
+    let server = Server::start_quietly(&[]);
+    let expected = expected(&server);
+    for time in 0..4 {
+        let work = ["fault.engine.2", "neighbour"].map(|id| {
+            let server = &server;
+            move || {
+                let mut body = question(0);
+                body["stream"] = json!(true);
+                body["max_tokens"] = json!(500);
+                ask(server, id, &body)
+            }
+        });
+        for answer in all_at_once(work.into()) {
+            let begun = answer.0 == 200;
+            failed(answer, begun, "engine_lost");
+        }
+        if time < 3 {
+            server.wait_until("it is ready", LIMIT, || server.get("/ready").status() == 200);
+            assert_eq!(text(&server.ask(CHAT, &question(1))), expected[1]);
+            let restarts = server.metric("sconce_engine_restarts_total{cause=\"panicked\"}");
+            assert_eq!(restarts, f64::from(time + 1));
+        }
+    }
+    assert_eq!(server.wait().code(), Some(1));
+}
+
+#[test]
+fn a_lost_device_ends_the_server_and_everyone_is_told() {
+    let server = Server::start_quietly(&[]);
+    let work = ["fault.device-lost.2", "a", "b"].map(|id| {
+        let server = &server;
+        move || {
+            let mut body = question(0);
+            body["stream"] = json!(true);
+            body["max_tokens"] = json!(500);
+            ask(server, id, &body)
+        }
+    });
+    for answer in all_at_once(work.into()) {
+        let begun = answer.0 == 200;
+        failed(answer, begun, "engine_lost");
+    }
+    assert_eq!(server.wait().code(), Some(1));
+}
+
+#[test]
+fn a_loader_that_panics_ends_the_start_and_leaves_a_running_model() {
+    let output = Command::new(env!("CARGO_BIN_EXE_sconce"))
+        .args(["serve", "--port", "0", "--model", "fault.loader.0"])
+        .output()
+        .expect("runs");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("made the loader panic"));
+
+    let server = Server::start_quietly(&["--admin"]);
+    let response = server.post("/admin/model", &json!({"model": "fault.loader.0"}));
+    assert_eq!(response.status(), 400);
+    assert!(response.text().expect("text").contains("made the loader panic"));
+    server.ask(CHAT, &question(0));
+}
