@@ -95,6 +95,9 @@ pub struct Bench {
     pub batching: Batching,
     #[command(flatten)]
     pub common: Common,
+    /// Write what was measured as JSON
+    #[arg(long, help_heading = "Output", value_name = "PATH")]
+    pub save_json: Option<PathBuf>,
 }
 
 /// Settings of `sconce doctor`.
@@ -147,10 +150,21 @@ pub struct Model {
     /// holds it
     #[arg(long, value_name = "TOKENS", value_parser = count(2, 1 << 24))]
     pub max_model_len: Option<usize>,
+    /// Where weights come from: the model's files, or random numbers for the shape in a `config.json`, to measure speed
+    #[arg(long, default_value = "files")]
+    pub load_format: LoadFormat,
     /// Memory for the KV cache, such as `640MiB` or `2GiB`; unset, half of what is free once the weights are loaded, at
-    /// most 640MiB, and at least what `--max-model-len` needs
+    /// most 640MiB, and at least what `--max-model-len` needs; on a GPU what `--gpu-memory` leaves
     #[arg(long, value_name = "BYTES", value_parser = |s: &str| values::bytes(s, 1 << 20, 1 << 44))]
     pub kv_memory: Option<u64>,
+    /// The share of a GPU's memory for weights, steps and KV cache together, 0.1 to 0.98
+    #[arg(long, value_name = "SHARE", default_value = "0.9", value_parser = values::gpu_memory)]
+    pub gpu_memory: f64,
+    /// Run a GPU's decode steps as CUDA graphs, captured at start
+    #[arg(long, value_name = "BOOL", default_value = "true", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub cuda_graphs: bool,
     /// Tokens in a KV-cache block: a power of two, 1 to 256
     #[arg(long, value_name = "TOKENS", default_value = "16", value_parser = values::block_size)]
     pub block_size: usize,
@@ -299,6 +313,15 @@ pub enum Dtype {
     F32,
     Bf16,
     F16,
+}
+
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoadFormat {
+    /// The model's files
+    Files,
+    /// Random numbers; `--model` is a config.json, or a folder with one
+    Dummy,
 }
 
 /// How log lines look.

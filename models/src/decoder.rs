@@ -1,20 +1,17 @@
-//! The decoder: embedding, layers of attention and MLP, and the logits of the rows that are wanted.
-
-use std::path::Path;
+//! The decoder on the CPU: embedding, layers of attention and MLP, and the logits of the rows that are wanted.
 
 use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
 
 use crate::cpu::attention::{Attention, Queries};
 use crate::cpu::elementwise::{Half, RmsNorm, Rotate, Store};
 use crate::cpu::linear::{GateUp, Linear};
 use crate::kv::Pools;
 use crate::rope::{cos_sin, inverse_frequencies};
-use crate::weights::Weights;
+use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, Weights};
 use crate::{Config, KvCache, ModelError, Step, without_backtrace};
 
 /// A loaded model.
-pub struct Decoder {
+pub(crate) struct CpuDecoder {
     config: Config,
     device: Device,
     /// `None` where the output projection is the embedding table too.
@@ -48,23 +45,12 @@ struct Pass<'a> {
     logit_rows: Tensor,
 }
 
-impl Decoder {
-    /// Loads a model from a `.gguf` file, or from a folder with `config.json` and safetensors. Weights are stored as
-    /// `dtype`: f32, bf16 or f16.
-    pub fn load(path: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
-        if !device.is_cpu() {
-            return Err(ModelError::UnsupportedDevice {
-                device: format!("{:?}", device.location()),
-            });
-        }
-        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
-            return Err(ModelError::UnsupportedDType {
-                found: dtype.as_str().into(),
-            });
-        }
-        let (weights, config) = Weights::open(path)?;
+impl CpuDecoder {
+    /// Packs a model's weights as `dtype`: f32, bf16 or f16.
+    pub fn load(weights: &Weights, config: Config, dtype: DType) -> Result<Self, ModelError> {
+        let device = &Device::Cpu;
         let loader = Loader {
-            weights: &weights,
+            weights,
             config: &config,
             dtype,
         };
@@ -73,7 +59,7 @@ impl Decoder {
         let layers = (0..config.layers)
             .map(|index| loader.layer(index))
             .collect::<Result<_, _>>()?;
-        let norm = loader.norm("model.norm.weight", config.hidden_size)?;
+        let norm = loader.norm(weights.read(FINAL_NORM, &[config.hidden_size])?);
         let inverse_frequencies = inverse_frequencies(&config.rope, config.head_dim);
         Ok(Self {
             device: device.clone(),
@@ -91,11 +77,8 @@ impl Decoder {
         &self.config
     }
 
-    /// Runs a step: writes its tokens' keys and values into `cache`, and answers the logits (float32,
-    /// `[logit rows, vocab_size]`) of the last token of each span that asks for them, in order. A step that does not
-    /// fit the model or the cache is refused before anything is written.
+    /// Runs a step that was checked; see [`crate::Decoder::forward`].
     pub fn forward(&self, step: &Step, cache: &mut KvCache) -> candle_core::Result<Tensor> {
-        step.check(&self.config, cache)?;
         // One way into the thread pool for the whole step, instead of one for each operator.
         rayon::scope(|_| self.run(step, cache))
     }
@@ -227,8 +210,6 @@ struct Loader<'a> {
 impl Loader<'_> {
     /// The embedding table, unless it is the output projection as well, and that projection.
     fn embedding_and_output(&self, device: &Device) -> Result<(Option<Tensor>, Linear), ModelError> {
-        const EMBEDDING: &str = "model.embed_tokens.weight";
-        const OUTPUT: &str = "lm_head.weight";
         let shape = [self.config.vocab_size, self.config.hidden_size];
         if self.config.tie_word_embeddings {
             return Ok((
@@ -247,69 +228,31 @@ impl Loader<'_> {
     }
 
     fn layer(&self, index: usize) -> Result<Layer, ModelError> {
-        let Config {
-            hidden_size: hidden,
-            intermediate_size: inner,
-            head_dim,
-            ..
-        } = *self.config;
-        let (queries, keys) = (self.config.heads * head_dim, self.config.kv_heads * head_dim);
-        let name = |part: &str| format!("model.layers.{index}.{part}");
-        let matrices = [
-            ("self_attn.q_proj.weight", [queries, hidden]),
-            ("self_attn.k_proj.weight", [keys, hidden]),
-            ("self_attn.v_proj.weight", [keys, hidden]),
-            ("self_attn.o_proj.weight", [hidden, queries]),
-            ("mlp.gate_proj.weight", [inner, hidden]),
-            ("mlp.up_proj.weight", [inner, hidden]),
-            ("mlp.down_proj.weight", [hidden, inner]),
-        ];
-        let read = matrices
-            .par_iter()
-            .map(|(part, shape)| self.weights.read(&name(part), shape));
-        let mut read = read.collect::<Result<Vec<_>, _>>()?.into_iter();
-        let mut next = || read.next().unwrap_or_default();
-        let qkv = [next(), next(), next()].concat();
-        let (output, gate, up, down) = (next(), next(), next(), next());
-        let qk_norm = |part: &str| match self.config.qk_norm {
-            true => self.norm(&name(part), head_dim).map(Some),
-            false => Ok(None),
-        };
+        let read = LayerWeights::read(self.weights, self.config, index)?;
+        let hidden = self.config.hidden_size;
+        let norm = |weight| self.norm(weight);
         Ok(Layer {
-            attention_norm: self.norm(&name("input_layernorm.weight"), hidden)?,
-            qkv: self.linear("qkv", qkv, hidden, self.qkv_bias(index)?)?,
-            query_norm: qk_norm("self_attn.q_norm.weight")?,
-            key_norm: qk_norm("self_attn.k_norm.weight")?,
-            attention_output: self.linear("attention output", output, queries, None)?,
-            mlp_norm: self.norm(&name("post_attention_layernorm.weight"), hidden)?,
-            gate_up: GateUp::new(&gate, &up, hidden, self.dtype).map_err(built("gate and up projection"))?,
-            down: self.linear("down projection", down, inner, None)?,
+            attention_norm: norm(read.attention_norm),
+            qkv: self.linear("qkv", read.qkv, hidden, read.qkv_bias)?,
+            query_norm: read.query_norm.map(norm),
+            key_norm: read.key_norm.map(norm),
+            attention_output: self.linear(
+                "attention output",
+                read.attention_output,
+                self.config.heads * self.config.head_dim,
+                None,
+            )?,
+            mlp_norm: norm(read.mlp_norm),
+            gate_up: GateUp::new(&read.gate, &read.up, hidden, self.dtype).map_err(built("gate and up projection"))?,
+            down: self.linear("down projection", read.down, self.config.intermediate_size, None)?,
         })
     }
 
-    fn qkv_bias(&self, index: usize) -> Result<Option<Vec<f32>>, ModelError> {
-        if !self.config.qkv_bias {
-            return Ok(None);
-        }
-        let (queries, keys) = (
-            self.config.heads * self.config.head_dim,
-            self.config.kv_heads * self.config.head_dim,
-        );
-        let parts = [("q", queries), ("k", keys), ("v", keys)];
-        let read = |(part, len)| {
-            self.weights
-                .read(&format!("model.layers.{index}.self_attn.{part}_proj.bias"), &[len])
-        };
-        Ok(Some(
-            parts.into_iter().map(read).collect::<Result<Vec<_>, _>>()?.concat(),
-        ))
-    }
-
-    fn norm(&self, name: &str, width: usize) -> Result<RmsNorm, ModelError> {
-        Ok(RmsNorm {
-            weight: self.weights.read(name, &[width])?,
+    fn norm(&self, weight: Vec<f32>) -> RmsNorm {
+        RmsNorm {
+            weight,
             eps: self.config.rms_norm_eps as f32,
-        })
+        }
     }
 
     fn linear(
@@ -323,7 +266,7 @@ impl Loader<'_> {
     }
 }
 
-fn built(what: &str) -> impl FnOnce(candle_core::Error) -> ModelError {
+pub(crate) fn built(what: &str) -> impl FnOnce(candle_core::Error) -> ModelError {
     let what = what.to_string();
     move |error| ModelError::Tensor {
         what,

@@ -39,7 +39,13 @@ pub enum ModelError {
         problem: String,
     },
 
-    #[error("cannot compute on {device}: this build has arithmetic for the CPU only; choose the CPU")]
+    #[error("the GPU's kernels do not do {what}; supported: {supported}; choose the CPU or another model")]
+    UnsupportedOnGpu { what: String, supported: String },
+
+    #[error(
+        "cannot compute on {device}: this build has arithmetic for {} only; choose the CPU",
+        DEVICES
+    )]
     UnsupportedDevice { device: String },
 
     #[error("cannot store weights or KV cache as {found}; choose f32, bf16 or f16")]
@@ -48,6 +54,13 @@ pub enum ModelError {
     #[error("cannot build {what}: {source}; free memory or choose smaller settings")]
     Tensor { what: String, source: candle_core::Error },
 }
+
+/// What a model can be loaded on.
+const DEVICES: &str = if cfg!(feature = "cuda") {
+    "the CPU and NVIDIA GPUs"
+} else {
+    "the CPU"
+};
 
 /// candle's error without the backtrace that it carries where backtraces are switched on: messages are one line.
 pub fn without_backtrace(error: candle_core::Error) -> candle_core::Error {

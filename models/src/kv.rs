@@ -10,12 +10,15 @@ use crate::Config;
 ///
 /// A block holds `block_size` positions of every KV head. Within a block keys lie as
 /// `[kv_heads, head_dim, block_size]`, so that a query meets several keys in one vector, and values as
-/// `[kv_heads, block_size, head_dim]`.
+/// `[kv_heads, block_size, head_dim]`. On a GPU both lie as `[block_size, kv_heads, head_dim]`.
 #[derive(Debug)]
 pub struct KvCache {
     pub(crate) layers: Vec<Pools>,
     blocks: usize,
     block_size: usize,
+    /// What steps need on a GPU besides; made by the first of them.
+    #[cfg(feature = "cuda")]
+    pub(crate) workspace: Option<crate::cuda::Workspace>,
 }
 
 /// One layer's pools.
@@ -47,8 +50,12 @@ impl KvCache {
         }
         let (heads, dim) = (config.kv_heads, config.head_dim);
         let pools = |_| {
-            let keys = zeros(&[blocks, heads, dim, block_size], dtype, device)?;
-            let values = zeros(&[blocks, heads, block_size, dim], dtype, device)?;
+            let on_gpu = [blocks, block_size, heads, dim];
+            let [keys, values] = match device.is_cpu() {
+                true => [[blocks, heads, dim, block_size], [blocks, heads, block_size, dim]],
+                false => [on_gpu, on_gpu],
+            };
+            let (keys, values) = (zeros(&keys, dtype, device)?, zeros(&values, dtype, device)?);
             Ok(Pools { keys, values })
         };
         let layers = (0..config.layers).map(pools).collect::<Result<_>>()?;
@@ -56,6 +63,8 @@ impl KvCache {
             layers,
             blocks,
             block_size,
+            #[cfg(feature = "cuda")]
+            workspace: None,
         })
     }
 

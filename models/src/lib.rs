@@ -8,15 +8,21 @@
 pub mod ceilings;
 pub mod config;
 mod cpu;
+#[cfg(any(test, feature = "cuda"))]
+mod cuda;
 mod decoder;
+mod draw;
 mod error;
 mod kv;
+mod model;
 mod rope;
 mod step;
 mod weights;
 
 pub use config::{Config, Rope, RopeScaling};
-pub use decoder::Decoder;
+
+pub use draw::{Draw, Edit};
 pub use error::{ModelError, without_backtrace};
 pub use kv::KvCache;
+pub use model::Decoder;
 pub use step::{Span, Step};

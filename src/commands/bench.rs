@@ -1,12 +1,15 @@
 //! `sconce bench`: what the model does without HTTP, beside what the device could.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
-use sconce_models::{Config, Decoder, KvCache, ModelError, Span, Step, ceilings};
+use sconce_models::{Config, Decoder, Draw, KvCache, ModelError, Span, Step, ceilings};
+use serde::Serialize;
 
 use super::{device, model_files, model_files::PullError};
-use crate::{config::Bench, engine};
+use crate::config::{Bench, LoadFormat};
+use crate::engine;
 
 /// Tokens that each sequence already has when it decodes.
 const CONTEXT: usize = 128;
@@ -22,6 +25,8 @@ pub enum BenchError {
     Model(#[from] ModelError),
     #[error(transparent)]
     Device(#[from] device::DeviceError),
+    #[error("cannot write {}: {source}; choose another `--save-json`", path.display())]
+    Write { path: PathBuf, source: std::io::Error },
     #[error("a step failed: {0}; fewer tokens or a smaller batch may fit")]
     Step(#[from] candle_core::Error),
 }
@@ -37,15 +42,23 @@ struct Ceilings {
 /// Measures and prints a table.
 pub fn run(settings: Bench) -> Result<(), BenchError> {
     device::set_threads(settings.model.threads);
-    let path = model_files::resolve(&settings.choice.model)?;
     let device = device::open(settings.model.device)?;
     let dtype = device::dtype(settings.model.dtype).unwrap_or(engine::default_dtype(&device));
-    let decoder = Decoder::load(&path, &device, dtype)?;
+    let decoder = match settings.model.load_format {
+        LoadFormat::Files => Decoder::load(&model_files::resolve(&settings.choice.model)?, &device, dtype)?,
+        LoadFormat::Dummy => Decoder::dummy(&model_files::shape(&settings.choice.model)?, &device, dtype)?,
+    };
     let config = decoder.config();
     let most = config
         .max_position_embeddings
         .min(settings.model.max_model_len.unwrap_or(usize::MAX));
-    let prefills: Vec<_> = [128, 512, 2048].into_iter().filter(|&length| length <= most).collect();
+    // A GPU is busy only with longer prompts.
+    let lengths = if device.is_cpu() {
+        [128, 512, 2048]
+    } else {
+        [128, 1024, 8192]
+    };
+    let prefills: Vec<_> = lengths.into_iter().filter(|&length| length <= most).collect();
     let mut decodes: Vec<_> = [1, 2, 4, 8, 16, 32, 64]
         .into_iter()
         .filter(|&batch| batch < settings.batching.max_batch)
@@ -70,15 +83,39 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
         device: &device,
         dtype,
         block_size: settings.model.block_size,
+        graphs: settings.model.cuda_graphs,
         ceilings,
     };
+    let mut lines = Vec::new();
     for length in prefills {
-        measure.line("prefill", 1, 0, length)?;
+        lines.push(measure.line("prefill", 1, 0, length)?);
     }
     for batch in decodes {
-        measure.line("decode", batch, CONTEXT, 1)?;
+        lines.push(measure.line("decode", batch, CONTEXT, 1)?);
     }
-    Ok(())
+    let Some(path) = settings.save_json else { return Ok(()) };
+    let report = serde_json::json!({
+        "model": settings.choice.model,
+        "device": format!("{device:?}"),
+        "dtype": dtype.as_str(),
+        "cuda_graphs": settings.model.cuda_graphs,
+        "ceilings": {"copy_gb_per_second": measure.ceilings.copy, "matmul_gflop_per_second": measure.ceilings.matmul},
+        "steps": lines,
+    });
+    let text = format!("{report:#}\n");
+    std::fs::write(&path, text).map_err(|source| BenchError::Write { path, source })
+}
+
+/// One row of the table.
+#[derive(Serialize)]
+struct Line {
+    phase: &'static str,
+    batch: usize,
+    tokens: usize,
+    seconds: f64,
+    /// Of what the device's measured limits allow.
+    share_of_flops: f64,
+    share_of_bytes: f64,
 }
 
 struct Measure<'a> {
@@ -86,12 +123,13 @@ struct Measure<'a> {
     device: &'a Device,
     dtype: candle_core::DType,
     block_size: usize,
+    graphs: bool,
     ceilings: Ceilings,
 }
 
 impl Measure<'_> {
     /// The median time of a step that runs `tokens` tokens for each of `batch` sequences behind `context` others.
-    fn line(&self, phase: &str, batch: usize, context: usize, tokens: usize) -> Result<(), BenchError> {
+    fn line(&self, phase: &'static str, batch: usize, context: usize, tokens: usize) -> Result<Line, BenchError> {
         let config = self.decoder.config();
         let per_sequence = (context + tokens).div_ceil(self.block_size);
         let mut cache = KvCache::new(config, per_sequence * batch, self.block_size, self.dtype, self.device)?;
@@ -110,26 +148,54 @@ impl Measure<'_> {
             tokens: ids,
             sequences: spans.collect(),
         };
+        let graphs = self.graphs && tokens == 1;
+        self.decoder.prepare(&mut cache, batch * tokens, batch, graphs)?;
         let mut times = Vec::new();
         let started = Instant::now();
         // The first pass warms caches and pages.
         while times.len() < 4 || started.elapsed() < BUDGET {
             let begun = Instant::now();
-            self.decoder.forward(&step, &mut cache)?.to_device(&Device::Cpu)?;
+            self.run(&step, &mut cache)?;
             times.push(begun.elapsed().as_secs_f64());
         }
         times.remove(0);
         times.sort_by(f64::total_cmp);
         let seconds = times[times.len() / 2];
         let work = work(config, batch, context, tokens, self.dtype.size_in_bytes());
+        let line = Line {
+            phase,
+            batch,
+            tokens: batch * tokens,
+            seconds,
+            share_of_flops: work.flops / 1e9 / seconds / self.ceilings.matmul,
+            share_of_bytes: work.bytes / 1e9 / seconds / self.ceilings.copy,
+        };
         println!(
             "{phase:<8} {:>6} {:>10.2} {:>10.0} {:>7.0}% {:>7.0}%",
-            batch * tokens,
+            line.tokens,
             seconds * 1e3,
-            (batch * tokens) as f64 / seconds,
-            100.0 * work.flops / 1e9 / seconds / self.ceilings.matmul,
-            100.0 * work.bytes / 1e9 / seconds / self.ceilings.copy,
+            line.tokens as f64 / seconds,
+            100.0 * line.share_of_flops,
+            100.0 * line.share_of_bytes,
         );
+        Ok(line)
+    }
+
+    /// A step to its end: tokens where the device chooses them, else logits.
+    fn run(&self, step: &Step, cache: &mut KvCache) -> Result<(), BenchError> {
+        if !self.decoder.samples() {
+            self.decoder.forward(step, cache)?;
+            return Ok(());
+        }
+        let greedy = Draw {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            point: 0.0,
+            edits: Vec::new(),
+        };
+        self.decoder.sample(step, cache, &vec![greedy; step.sequences.len()])?;
         Ok(())
     }
 }

@@ -17,8 +17,14 @@ pub fn open(device: config::Device) -> Result<Device, DeviceError> {
     let failed = |source| DeviceError { device, source };
     match device {
         config::Device::Cpu => Ok(Device::Cpu),
-        config::Device::Cuda(ordinal) => Device::new_cuda(ordinal).map_err(failed),
-        config::Device::Auto => Device::cuda_if_available(0).map_err(failed),
+        // A stream of its own: the engine's thread is not the one that loads the model.
+        config::Device::Cuda(ordinal) => Device::new_cuda_with_stream(ordinal).map_err(failed),
+        config::Device::Auto if !candle_core::utils::cuda_is_available() => Ok(Device::Cpu),
+        config::Device::Auto => Ok(Device::new_cuda_with_stream(0).unwrap_or_else(|error| {
+            let error = sconce_models::without_backtrace(error);
+            tracing::warn!(%error, "no GPU can be opened; the CPU computes");
+            Device::Cpu
+        })),
     }
 }
 

@@ -90,6 +90,22 @@ pub fn resolve(model: &str) -> Result<PathBuf, PullError> {
     }
 }
 
+/// The `config.json` that `--model` names where weights are random: the file itself, or one in a folder.
+///
+/// # Errors
+/// [`PullError::NotFound`].
+pub fn shape(model: &str) -> Result<PathBuf, PullError> {
+    let path = Path::new(model);
+    let file = if path.is_dir() {
+        path.join("config.json")
+    } else {
+        path.into()
+    };
+    file.is_file()
+        .then_some(file)
+        .ok_or_else(|| PullError::NotFound(path.into()))
+}
+
 /// The folder of downloaded models: `models` in `$SCONCE_HOME`, else in `sconce` in the user's cache folder.
 pub fn models_folder() -> Option<PathBuf> {
     let home = std::env::var_os("SCONCE_HOME")

@@ -84,6 +84,11 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
     let keys = keys(&settings.http, local)?;
     let patience = patience(&settings.http);
     let (registry, metrics, observer) = metrics()?;
+    match settings.model.device {
+        config::Device::Cuda(ordinal) => telemetry::register_gpu(&registry, ordinal)?,
+        config::Device::Auto => telemetry::register_gpu(&registry, 0)?,
+        config::Device::Cpu => {}
+    }
     let server = api::Server::new(api_settings(&settings, local), observer, move || {
         telemetry::exposition(&registry)
     });
@@ -185,7 +190,10 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
             max_model_len: usize::MAX,
         },
         max_model_len: model.max_model_len,
+        dummy: model.load_format == config::LoadFormat::Dummy,
         kv_memory: model.kv_memory,
+        gpu_memory: model.gpu_memory,
+        cuda_graphs: model.cuda_graphs,
         block_size: model.block_size,
         prefix_cache: !model.no_prefix_cache,
         cache_file: settings.life.cache_file.clone(),

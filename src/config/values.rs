@@ -23,6 +23,8 @@ pub enum ValueError {
     BlockSize,
     #[error("a share is a number from 0 to 1, such as `0.25`")]
     Share,
+    #[error("a share of the GPU's memory is a number from 0.1 to 0.98")]
+    GpuMemory,
     #[error("{0}")]
     LogFilter(String),
     #[error("this build sends no spans: build it with `--features otlp`")]
@@ -118,6 +120,15 @@ pub(super) fn bytes(text: &str, least: u64, most: u64) -> Result<u64, ValueError
     } else {
         Err(ValueError::BytesRange { least, most })
     }
+}
+
+/// A share of a GPU's memory.
+pub(super) fn gpu_memory(text: &str) -> Result<f64, ValueError> {
+    let share = text.parse().map_err(|_| ValueError::GpuMemory)?;
+    (0.1..=0.98)
+        .contains(&share)
+        .then_some(share)
+        .ok_or(ValueError::GpuMemory)
 }
 
 /// Tokens in a KV-cache block.

@@ -3,7 +3,7 @@
 use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread, time::Duration};
 
 use candle_core::{DType, Device};
-use sconce_models::{Decoder, KvCache, ModelError, Span, Step, without_backtrace};
+use sconce_models::{Decoder, Draw, KvCache, ModelError, Span, Step, without_backtrace};
 
 use super::{
     Memory,
@@ -26,8 +26,15 @@ pub struct Settings {
     pub batching: Config,
     /// The longest sequence, if it was asked for; else the model's own limit, or what the KV cache holds if that is less.
     pub max_model_len: Option<usize>,
-    /// Bytes for the KV cache; `None` takes a share of what is free: [`Memory::for_kv_cache`].
+    /// Whether `path` is a `config.json` and the weights are random.
+    pub dummy: bool,
+    /// Bytes for the KV cache; `None` takes what is left of `gpu_memory` on a GPU, and a share of what is free on the
+    /// CPU: [`Memory::for_kv_cache`].
     pub kv_memory: Option<u64>,
+    /// The share of a GPU's memory that weights, steps and KV cache may take together.
+    pub gpu_memory: f64,
+    /// Whether a GPU's decode steps run as CUDA graphs.
+    pub cuda_graphs: bool,
     /// Slots in a block.
     pub block_size: usize,
     pub prefix_cache: bool,
@@ -53,6 +60,10 @@ pub enum LoadError {
     Model(#[from] ModelError),
     #[error("cannot allocate a KV cache of {blocks} blocks: {source}; lower kv-memory")]
     KvCache { blocks: usize, source: candle_core::Error },
+    #[error("the largest step does not fit the GPU's memory: {0}; lower step-tokens or max-batch")]
+    LargestStep(candle_core::Error),
+    #[error("decode steps cannot be captured as CUDA graphs: {0}; try `--cuda-graphs=false`, or a lower gpu-memory")]
+    Prepare(candle_core::Error),
     #[error("kv-memory of {bytes} bytes holds no block ({block_bytes} bytes each); raise kv-memory")]
     NoBlocks { bytes: u64, block_bytes: usize },
     #[error("max-model-len is {asked}, but the model was made for {limit} tokens")]
@@ -78,15 +89,26 @@ impl Settings {
     }
 
     /// How many blocks of `block_bytes` bytes the KV cache has.
-    fn blocks(&self, block_bytes: usize) -> Result<usize, LoadError> {
-        let bytes = self.kv_memory.unwrap_or_else(|| {
-            let asked = self.max_model_len.unwrap_or(0).div_ceil(self.block_size);
-            Memory::look().for_kv_cache(asked as u64 * block_bytes as u64)
-        });
+    fn blocks(&self, decoder: &Decoder, block_bytes: usize) -> Result<usize, LoadError> {
+        let bytes = match self.kv_memory {
+            Some(bytes) => bytes,
+            None => self.default_kv_memory(decoder, block_bytes)?,
+        };
         match bytes / block_bytes as u64 {
             0 => Err(LoadError::NoBlocks { bytes, block_bytes }),
             blocks => Ok(blocks as usize),
         }
+    }
+
+    /// What the KV cache gets where nothing else is asked for: on a GPU, what weights and the largest step leave.
+    fn default_kv_memory(&self, decoder: &Decoder, block_bytes: usize) -> Result<u64, LoadError> {
+        let (tokens, rows) = largest_step(&self.batching);
+        let room = decoder.room_for_kv(self.gpu_memory, tokens, rows);
+        let room = room.map_err(|error| LoadError::LargestStep(without_backtrace(error)))?;
+        Ok(room.unwrap_or_else(|| {
+            let asked = self.max_model_len.unwrap_or(0).div_ceil(self.block_size);
+            Memory::look().for_kv_cache(asked as u64 * block_bytes as u64)
+        }))
     }
 
     /// The longest sequence, of a model made for `limit` tokens and a KV cache of `kv_tokens`.
@@ -110,7 +132,10 @@ impl Settings {
 
 /// The decoder and, where there is to be one, the cache file, whose hash of the weights is taken beside their loading.
 fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<Arc<CacheFile>>), LoadError> {
-    let load = || Decoder::load(&settings.path, &settings.device, dtype);
+    let load = || match settings.dummy {
+        true => Decoder::dummy(&settings.path, &settings.device, dtype),
+        false => Decoder::load(&settings.path, &settings.device, dtype),
+    };
     let Some(path) = settings.cache_file.clone() else {
         return Ok((load()?, None));
     };
@@ -181,7 +206,7 @@ impl Model {
             settings,
         } = weights;
         let (config, dtype) = (decoder.config(), settings.dtype());
-        let blocks = settings.blocks(KvCache::bytes_per_block(config, settings.block_size, dtype))?;
+        let blocks = settings.blocks(decoder, KvCache::bytes_per_block(config, settings.block_size, dtype))?;
         let kv_tokens = blocks * settings.block_size;
         let max_model_len = settings.context(config.max_position_embeddings, kv_tokens)?;
         let batching = Config {
@@ -201,6 +226,10 @@ impl Model {
         if let Some(file) = &cache_file {
             file.load(scheduler.blocks_mut(), &mut cache);
         }
+        let (tokens, rows) = largest_step(&settings.batching);
+        decoder
+            .prepare(&mut cache, tokens, rows, settings.cuda_graphs)
+            .map_err(|error| LoadError::Prepare(without_backtrace(error)))?;
         Ok(Self {
             scheduler,
             kv_tokens,
@@ -226,8 +255,25 @@ impl Model {
         self.cache.is_whole()
     }
 
+    /// Whether the device chooses tokens itself.
+    pub fn samples(&self) -> bool {
+        self.decoder.samples()
+    }
+
     /// Runs a plan: the logits of its sampling rows, one after the other, `[rows × vocabulary]`.
     pub fn forward(&mut self, plan: &Plan) -> candle_core::Result<Vec<f32>> {
+        let step = self.step(plan)?;
+        self.decoder.forward(&step, &mut self.cache)?.flatten_all()?.to_vec1()
+    }
+
+    /// Runs a plan and lets the device choose a token for each sampling row by its draw; `None` where a logit is no number.
+    pub fn sample(&mut self, plan: &Plan, draws: &[Draw]) -> candle_core::Result<Vec<Option<u32>>> {
+        let step = self.step(plan)?;
+        self.decoder.sample(&step, &mut self.cache, draws)
+    }
+
+    /// A plan as the model takes it.
+    fn step(&self, plan: &Plan) -> candle_core::Result<Step> {
         let mut step = Step {
             tokens: Vec::new(),
             sequences: Vec::with_capacity(plan.rows.len()),
@@ -246,6 +292,11 @@ impl Model {
                 logits: row.samples,
             });
         }
-        self.decoder.forward(&step, &mut self.cache)?.flatten_all()?.to_vec1()
+        Ok(step)
     }
+}
+
+/// Tokens of the largest step, and its rows that want logits.
+fn largest_step(batching: &Config) -> (usize, usize) {
+    (batching.step_tokens.max(batching.max_batch), batching.max_batch)
 }

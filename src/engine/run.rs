@@ -8,6 +8,7 @@ use std::{
 };
 
 use rayon::prelude::*;
+use sconce_models::Draw;
 use tokio::{runtime::Runtime, sync::mpsc};
 use tracing::Span;
 
@@ -23,7 +24,7 @@ use super::{
 };
 use crate::{
     batching::{Arrival, Namespace, Plan, Sequence, SequenceId},
-    request::{Event, Failure, FinishReason, Token},
+    request::{Event, Failure, FinishReason, Token, TokenId},
     telemetry::{
         EngineMetrics,
         trace::{self, Life, Note, Timeline},
@@ -69,6 +70,14 @@ impl Client {
         self.life.last_token = Some(at);
         self.life.generated += 1;
     }
+}
+
+/// What a step gave.
+pub(super) enum Answer {
+    /// Of the rows that sample, `[rows × vocabulary]`.
+    Logits(Vec<f32>),
+    /// One for each row that samples; `None` where a logit was no number.
+    Tokens(Vec<Option<TokenId>>),
 }
 
 pub struct Runner {
@@ -380,6 +389,44 @@ impl Runner {
         });
         tracing::trace!(seconds, "step ended");
         Ok(())
+    }
+
+    /// How the device is to choose each row's token; `None` where the host chooses, from logits.
+    pub(super) fn draws(&mut self, plan: &Plan) -> Option<Vec<Draw>> {
+        if !self.model.samples() {
+            return None;
+        }
+        let vocabulary = self.model.vocab_size();
+        let sampling = || plan.rows.iter().filter(|row| row.samples).map(|row| row.id);
+        // Asked of all before any gives away a random number.
+        let wants_logits =
+            |id| (self.clients.get(&id)).is_none_or(|client: &Client| client.sampler.sampling().logprobs.is_some());
+        if sampling().any(wants_logits) {
+            return None;
+        }
+        let draw = |id| self.clients.get_mut(&id)?.sampler.next_draw(vocabulary);
+        sampling().map(draw).collect()
+    }
+
+    /// The tokens that the device chose, by sequence.
+    pub(super) fn chosen(
+        &mut self,
+        plan: &Plan,
+        tokens: Vec<Option<TokenId>>,
+    ) -> Vec<(SequenceId, Result<Sample, Failure>)> {
+        let sampling = plan.rows.iter().filter(|row| row.samples);
+        let mut samples = Vec::with_capacity(tokens.len());
+        for (row, token) in sampling.zip(tokens) {
+            let Some(client) = self.clients.get_mut(&row.id) else {
+                continue;
+            };
+            let sample = token.ok_or(Failure::NotANumber).map(|token| {
+                client.sampler.chose(token);
+                Sample { token, logprobs: None }
+            });
+            samples.push((row.id, sample));
+        }
+        samples
     }
 
     /// Chooses a token for each row that reached its sequence's end.

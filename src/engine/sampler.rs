@@ -1,8 +1,10 @@
 //! From a row of logits to the next token.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+use sconce_models::{Draw, Edit};
 
 use crate::request::{Logprobs, Sampling, TokenId};
 
@@ -65,7 +67,7 @@ impl Sampler {
         } else {
             self.draw(logits)
         };
-        *self.generated.entry(token).or_default() += 1;
+        self.chose(token);
         let logprobs = match (normalizer, top, unchanged) {
             (Some(normalizer), Some(top), Some(unchanged)) => Some(Logprobs {
                 chosen: unchanged[token as usize] - normalizer,
@@ -77,6 +79,70 @@ impl Sampler {
             _ => None,
         };
         Ok(Sample { token, logprobs })
+    }
+
+    /// The next token's rules and random number for a device that samples, whose choice [`Self::chose`] must then be told.
+    /// `None` where log-probabilities are wanted, for which the logits must come to the host.
+    pub fn next_draw(&mut self, vocabulary: usize) -> Option<Draw> {
+        let Sampling {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            logprobs: None,
+            ..
+        } = self.sampling
+        else {
+            return None;
+        };
+        // As many random numbers as on the host: a greedy choice takes none.
+        let point = if temperature == 0.0 { 0.0 } else { self.random.random() };
+        Some(Draw {
+            temperature,
+            top_k: u32::try_from(top_k).unwrap_or(u32::MAX),
+            top_p,
+            min_p,
+            point,
+            edits: self.edits(vocabulary),
+        })
+    }
+
+    /// Counts a token that the device chose.
+    pub fn chose(&mut self, token: TokenId) {
+        *self.generated.entry(token).or_default() += 1;
+    }
+
+    /// What [`Self::penalise`] does, as a list of changes.
+    fn edits(&self, vocabulary: usize) -> Vec<Edit> {
+        let Sampling {
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            ..
+        } = self.sampling;
+        let mut edits = BTreeMap::new();
+        let unchanged = |token| Edit {
+            token,
+            repetition: 1.0,
+            subtract: 0.0,
+            add: 0.0,
+        };
+        if repetition_penalty != 1.0 {
+            for &token in self.prompt.iter().chain(self.generated.keys()) {
+                edits.entry(token).or_insert_with(|| unchanged(token)).repetition = repetition_penalty;
+            }
+        }
+        if presence_penalty != 0.0 || frequency_penalty != 0.0 {
+            for (&token, &count) in &self.generated {
+                let edit = edits.entry(token).or_insert_with(|| unchanged(token));
+                edit.subtract = presence_penalty + frequency_penalty * count as f32;
+            }
+        }
+        for &(token, bias) in &self.sampling.logit_bias {
+            edits.entry(token).or_insert_with(|| unchanged(token)).add += bias;
+        }
+        edits.retain(|&token, _| (token as usize) < vocabulary);
+        edits.into_values().collect()
     }
 
     fn penalise(&self, logits: &mut [f32]) {
@@ -370,6 +436,48 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY] {
             assert_eq!(sampler(Sampling::default()).sample(&mut [1.0, bad]), Err(NotANumber));
         }
+    }
+
+    #[test]
+    fn a_devices_draw_does_what_the_host_would() {
+        let sampling = Sampling {
+            seed: 7,
+            repetition_penalty: 1.5,
+            presence_penalty: 0.25,
+            frequency_penalty: 0.5,
+            logit_bias: vec![(2, 1.0), (99, 1.0)],
+            ..Sampling::default()
+        };
+        let mut on_device = Sampler::new(sampling.clone(), &[0, 3]);
+        let mut on_host = Sampler::new(sampling, &[0, 3]);
+        for _ in 0..20 {
+            let mut logits = [1.0, 2.0, -0.5, 0.75];
+            let expected = on_host.sample(&mut logits).unwrap().token;
+            let draw = on_device.next_draw(4).unwrap();
+            let mut edited = [1.0f32, 2.0, -0.5, 0.75];
+            for edit in &draw.edits {
+                let logit = &mut edited[edit.token as usize];
+                let scaled = if *logit > 0.0 {
+                    *logit / edit.repetition
+                } else {
+                    *logit * edit.repetition
+                };
+                *logit = scaled - edit.subtract + edit.add;
+            }
+            assert_eq!(edited, logits);
+            let weights = edited.map(f32::exp);
+            let token = pick(
+                weights.into_iter().enumerate(),
+                draw.point * weights.iter().sum::<f32>(),
+            );
+            assert_eq!(token, expected);
+            on_device.chose(token);
+        }
+        let mut wants_logprobs = sampler(Sampling {
+            logprobs: Some(0),
+            ..Sampling::default()
+        });
+        assert_eq!(wants_logprobs.next_draw(4), None);
     }
 
     proptest! {

@@ -8,7 +8,7 @@ use std::{
 use super::{
     budget::tokens,
     fault::{StepError, panic_message},
-    run::Runner,
+    run::{Answer, Runner},
     watch::End,
 };
 use crate::{
@@ -35,14 +35,14 @@ impl Runner {
             };
             self.watch.pulse.beat();
             let began = Instant::now();
-            let logits = self.forward(&pass);
+            let answer = self.forward(&pass);
             if self.watch.pulse.abandoned() {
                 return Err(End::Hung);
             }
-            match logits {
-                Ok(logits) => {
+            match answer {
+                Ok(answer) => {
                     self.budget.ran(self.model.scheduler.config().step_tokens);
-                    self.sample(&pass, logits, began.elapsed());
+                    self.sample(&pass, answer, began.elapsed());
                 }
                 Err(error) => passes.extend(self.failed(pass.rows, error)?.into_iter().rev()),
             }
@@ -80,17 +80,23 @@ impl Runner {
     }
 
     /// One forward pass; a panic in it is an error like others, as long as it left the cache whole.
-    fn forward(&mut self, pass: &Plan) -> Result<Vec<f32>, StepError> {
+    fn forward(&mut self, pass: &Plan) -> Result<Answer, StepError> {
         #[cfg(any(test, feature = "fault-injection"))]
         self.faults.crash(pass, &self.model.scheduler);
+        let draws = self.draws(pass);
         let run = || {
             #[cfg(any(test, feature = "fault-injection"))]
             self.faults.before(pass, &self.model.scheduler, &self.watch.pulse)?;
             #[cfg_attr(not(any(test, feature = "fault-injection")), allow(unused_mut))]
-            let mut logits = self.model.forward(pass)?;
+            let mut answer = match &draws {
+                Some(draws) => Answer::Tokens(self.model.sample(pass, draws)?),
+                None => Answer::Logits(self.model.forward(pass)?),
+            };
             #[cfg(any(test, feature = "fault-injection"))]
-            self.faults.spoil(pass, &self.model.scheduler, &mut logits);
-            Ok(logits)
+            if let Answer::Logits(logits) = &mut answer {
+                self.faults.spoil(pass, &self.model.scheduler, logits);
+            }
+            Ok(answer)
         };
         catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
             let message = panic_message(&*panic);
@@ -104,8 +110,11 @@ impl Runner {
 
     /// Chooses a token for each row that reached its sequence's end. What a sequence without numbers computed is not
     /// kept for others, so it ends before the rows are committed.
-    fn sample(&mut self, pass: &Plan, logits: Vec<f32>, took: Duration) {
-        let samples = self.choose(pass, logits);
+    fn sample(&mut self, pass: &Plan, answer: Answer, took: Duration) {
+        let samples = match answer {
+            Answer::Logits(logits) => self.choose(pass, logits),
+            Answer::Tokens(tokens) => self.chosen(pass, tokens),
+        };
         let at = Instant::now();
         let mut chosen = Vec::new();
         for (id, sample) in samples {

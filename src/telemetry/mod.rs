@@ -3,6 +3,7 @@
 
 mod cache;
 mod chrome;
+mod gpu;
 pub mod log_level;
 mod metrics;
 #[cfg(feature = "otlp")]
@@ -11,6 +12,7 @@ mod page;
 pub mod trace;
 
 pub use chrome::chrome_trace;
+pub use gpu::register as register_gpu;
 pub use metrics::EngineMetrics;
 pub use page::page;
 

@@ -7,6 +7,7 @@ mod bounded;
 mod detokenizer;
 mod gguf;
 mod marks;
+mod stand_in;
 mod stop;
 mod template;
 mod tokenizer;
@@ -14,6 +15,7 @@ mod tokenizer;
 use std::path::{Path, PathBuf};
 
 pub use detokenizer::{Detokenizer, Start};
+pub use stand_in::stand_in;
 pub use stop::StopMatcher;
 pub use template::{ChatTemplate, Message};
 pub use tokenizer::Tokenizer;

@@ -60,7 +60,7 @@ impl ChatTemplate {
         Self::new(source, token("bos_token"), token("eos_token")).map(Some)
     }
 
-    fn new(source: String, bos: String, eos: String) -> Result<Self, TextError> {
+    pub(super) fn new(source: String, bos: String, eos: String) -> Result<Self, TextError> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         let syntax = syntax.map_err(|e| TextError::Template(describe(&e)))?;

@@ -92,7 +92,11 @@ impl Tokenizer {
         Self::new(&file, tokenizer, end_tokens)
     }
 
-    fn new(path: &Path, mut tokenizer: tokenizers::Tokenizer, mut end_tokens: Vec<TokenId>) -> Result<Self, TextError> {
+    pub(super) fn new(
+        path: &Path,
+        mut tokenizer: tokenizers::Tokenizer,
+        mut end_tokens: Vec<TokenId>,
+    ) -> Result<Self, TextError> {
         tokenizer
             .with_truncation(None)
             .map_err(|e| TextError::format(path, e))?;
@@ -290,19 +294,21 @@ fn sentencepiece_bytes(text: &str) -> Box<[u8]> {
     }
 }
 
-/// GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up in order.
 fn bytes_by_character() -> HashMap<char, u8> {
+    byte_characters().collect()
+}
+
+/// GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up in order.
+pub(super) fn byte_characters() -> impl Iterator<Item = (char, u8)> {
     let mut next = 0x100;
-    (0..=255u8)
-        .map(|byte| match byte {
-            b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => (char::from(byte), byte),
-            _ => {
-                let character = char::from_u32(next).unwrap_or(char::REPLACEMENT_CHARACTER);
-                next += 1;
-                (character, byte)
-            }
-        })
-        .collect()
+    (0..=255u8).map(move |byte| match byte {
+        b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => (char::from(byte), byte),
+        _ => {
+            let character = char::from_u32(next).unwrap_or(char::REPLACEMENT_CHARACTER);
+            next += 1;
+            (character, byte)
+        }
+    })
 }
 
 #[cfg(test)]

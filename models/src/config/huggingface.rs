@@ -221,6 +221,20 @@ mod tests {
     }
 
     #[test]
+    fn shapes_can_be_read() {
+        let shapes = Path::new(env!("CARGO_MANIFEST_DIR")).join("shapes");
+        let read: Vec<Config> = std::fs::read_dir(shapes)
+            .unwrap()
+            .map(|shape| Config::from_json(&shape.unwrap().path().join("config.json")).unwrap())
+            .collect();
+        assert_eq!(read.len(), 4);
+        assert!(
+            read.iter()
+                .any(|config| config.layers == 16 && config.tie_word_embeddings)
+        );
+    }
+
+    #[test]
     fn families_differ_in_window_bias_and_norm() {
         let mistral = parse(r#""model_type": "mistral", "sliding_window": 7"#).unwrap();
         assert_eq!(mistral.sliding_window, Some(7));

@@ -70,7 +70,7 @@ impl Stripes {
 
 /// Numbers between -1 and 1 that look random.
 #[cfg(test)]
-fn numbers(len: usize, seed: u32) -> Vec<f32> {
+pub(crate) fn numbers(len: usize, seed: u32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
     let mut next = || {
         state ^= state << 13;

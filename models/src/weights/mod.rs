@@ -1,16 +1,22 @@
 //! A model's files: its settings, and its tensors by their Hugging Face names as rows of float32.
 
 mod gguf;
+mod layer;
+mod random;
 mod safetensors;
 
 use std::path::Path;
 
 use crate::{Config, ModelError};
 
+pub(crate) use layer::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT};
+
 /// Where a model's tensors come from.
 pub(crate) enum Weights {
     Gguf(gguf::GgufFile),
     Safetensors(safetensors::Folder),
+    /// Random numbers of any shape.
+    Random,
 }
 
 impl Weights {
@@ -29,6 +35,7 @@ impl Weights {
         match self {
             Self::Gguf(file) => file.read(name, shape),
             Self::Safetensors(folder) => folder.read(name, shape),
+            Self::Random => Ok(random::tensor(name, shape)),
         }
     }
 }

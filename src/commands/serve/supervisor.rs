@@ -4,6 +4,7 @@
 use std::{
     collections::VecDeque,
     panic::resume_unwind,
+    path::Path,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -18,10 +19,10 @@ use super::{ServeError, engine_settings, limits};
 use crate::{
     api::{self, ModelCommand, ModelState, NotChanged},
     commands::model_files,
-    config::Serve,
-    engine::{self, End, Engine, Weights},
+    config::{LoadFormat, Serve},
+    engine::{self, End, Engine, LoadError, Weights},
     telemetry::EngineMetrics,
-    text::{ChatTemplate, TextError, Tokenizer},
+    text::{ChatTemplate, Tokenizer, stand_in},
 };
 
 /// An engine that fails more often than this...
@@ -248,11 +249,17 @@ impl Supervisor {
 fn load(settings: &Serve, name: String, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
     #[cfg(any(test, feature = "fault-injection"))]
     crate::fault_injection::Fault::Loader.panic_if_asked(&name, 0);
-    let path = model_files::resolve(&name)?;
+    let dummy = settings.model.load_format == LoadFormat::Dummy;
+    let find = if dummy {
+        model_files::shape
+    } else {
+        model_files::resolve
+    };
+    let path = find(&name)?;
     let started = Instant::now();
     // The vocabulary takes a moment of its own, on one core.
     let (weights, tokenizer, template) = thread::scope(|scope| {
-        let text = scope.spawn(|| Ok::<_, TextError>((Tokenizer::open(&path)?, ChatTemplate::open(&path)?)));
+        let text = scope.spawn(|| text(&path, dummy));
         let weights = Weights::load(&engine_settings(settings, &path)?)?;
         let (tokenizer, template) = text.join().unwrap_or_else(|panic| resume_unwind(panic))?;
         Ok::<_, ServeError>((weights, tokenizer, template.map(Arc::new)))
@@ -269,4 +276,14 @@ fn load(settings: &Serve, name: String, metrics: Arc<EngineMetrics>) -> Result<L
         weights,
         engine,
     })
+}
+
+/// The model's vocabulary and chat template.
+fn text(path: &Path, dummy: bool) -> Result<(Tokenizer, Option<ChatTemplate>), ServeError> {
+    if dummy {
+        let config = sconce_models::Config::from_json(path).map_err(LoadError::Model)?;
+        let (tokenizer, template) = stand_in(config.vocab_size)?;
+        return Ok((tokenizer, Some(template)));
+    }
+    Ok((Tokenizer::open(path)?, ChatTemplate::open(path)?))
 }

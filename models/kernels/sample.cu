@@ -1,0 +1,240 @@
+// From rows of logits to tokens: penalties and biases, then the largest logit or a draw from what top-k, top-p and min-p
+// leave of the softmax. Probabilities are summed as whole numbers (of 2^-40), so that a sum does not depend on its order
+// and a seed gives the same token every time.
+#include "common.cuh"
+
+typedef unsigned long long u64;
+constexpr int THREADS = 1024;
+constexpr unsigned INVALID = 0xffffffffu;
+
+/// How one row's token is chosen; 32 bytes.
+struct Draw {
+    /// 0 takes the largest logit.
+    float temperature;
+    /// 0 is off.
+    unsigned top_k;
+    /// 1 is off.
+    float top_p;
+    /// 0 is off.
+    float min_p;
+    /// Where in the kept probability the draw falls, 0 to 1: the row's random number.
+    float point;
+    /// The row's edits, from `edits_begin` to before `edits_end`.
+    unsigned edits_begin, edits_end;
+    unsigned unused;
+};
+
+/// A change to one token's logit: divided (where positive, else multiplied) by `repetition`, less `subtract`, plus `add`.
+struct Edit {
+    unsigned token;
+    float repetition, subtract, add;
+};
+
+/// Applies each row's edits; no row names a token twice. Grid: rows.
+KERNEL(128) edit_logits(float *logits, const Draw *draws, const Edit *edits, int vocabulary) {
+    Draw draw = draws[blockIdx.x];
+    for (unsigned e = draw.edits_begin + threadIdx.x; e < draw.edits_end; e += blockDim.x) {
+        Edit edit = edits[e];
+        float *logit = logits + (size_t)blockIdx.x * vocabulary + edit.token;
+        float v = *logit;
+        if (edit.repetition != 1.f) v = v > 0.f ? v / edit.repetition : v * edit.repetition;
+        *logit = v - edit.subtract + edit.add;
+    }
+}
+REGISTER(edit_logits)
+
+__device__ inline u64 warp_add(u64 v) {
+    for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(ALL, v, offset);
+    return v;
+}
+
+/// What the threads of a block share while they choose.
+struct Shared {
+    u64 warps[32];
+    u64 bins[2048];
+    u64 target;
+    unsigned prefix, token;
+};
+
+/// The sum of every thread's value, known to all.
+__device__ inline u64 block_add(u64 v, Shared &shared) {
+    __syncthreads();
+    v = warp_add(v);
+    if (threadIdx.x % 32 == 0) shared.warps[threadIdx.x / 32] = v;
+    __syncthreads();
+    return warp_add(shared.warps[threadIdx.x % 32]);
+}
+
+/// The first token, in token order, with which the running sum of `weight(token)` passes `target`.
+template <class Weight> __device__ unsigned in_token_order(int vocabulary, u64 target, Shared &shared, Weight weight) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int segment = (vocabulary + THREADS - 1) / THREADS * 32;
+    int begin = min(warp * segment, vocabulary), end = min(begin + segment, vocabulary);
+    u64 sum = 0;
+    for (int t = begin + lane; t < end; t += 32) sum += weight(t);
+    sum = warp_add(sum);
+    __syncthreads();
+    if (lane == 0) shared.warps[warp] = sum;
+    if (threadIdx.x == 0) shared.token = INVALID;
+    __syncthreads();
+    u64 before = 0;
+    for (int w = 0; w < warp; w++) before += shared.warps[w];
+    if (before <= target && target < before + sum) {
+        // This warp's segment has it.
+        for (int base = begin; base < end; base += 32) {
+            u64 up_to = base + lane < end ? weight(base + lane) : 0;
+            for (int by = 1; by < 32; by *= 2) {
+                u64 other = __shfl_up_sync(ALL, up_to, by);
+                if (lane >= by) up_to += other;
+            }
+            u64 own = before + up_to, previous = __shfl_up_sync(ALL, own, 1);
+            if (lane == 0) previous = before;
+            if (previous <= target && target < own) shared.token = base + lane;
+            before = __shfl_sync(ALL, own, 31);
+            if (before > target) break;
+        }
+    }
+    __syncthreads();
+    return shared.token;
+}
+
+/// A place in the order of tokens, likeliest first, the lower token first on a tie.
+struct Place {
+    /// How much less likely than the likeliest: the difference of the scaled logits in units of 2^-27.
+    unsigned key, token;
+};
+
+/// One row's tokens in that order.
+struct Row {
+    const float *logits;
+    int vocabulary;
+    float highest, temperature;
+
+    /// Beyond 32 a token's share rounds to nothing, and it is in no order.
+    __device__ unsigned key(int token) const {
+        float less = (highest - logits[token]) / temperature;
+        return less < 31.9f ? (unsigned)(less * 134217728.f) : INVALID;
+    }
+};
+
+__device__ inline u64 mass(unsigned key) {
+    return key == INVALID ? 0 : (u64)(expf(-(float)key / 134217728.f) * 1099511627776.f);
+}
+
+__device__ inline bool within(unsigned key, unsigned token, Place last) {
+    return key < last.key || (key == last.key && key != INVALID && token <= last.token);
+}
+
+/// The first token, likeliest first and none behind `last`, with which the running sum of `weight(key)` passes `target`;
+/// `last` if none does. A radix search by three digits of the key.
+template <class Weight>
+__device__ Place in_order(const Row &row, Place last, u64 target, Shared &shared, Weight weight) {
+    unsigned prefix = 0;
+    const int shifts[] = {21, 10, 0}, sizes[] = {2048, 2048, 1024};
+#pragma unroll
+    for (int round = 0; round < 3; round++) {
+        int shift = shifts[round], size = sizes[round];
+        __syncthreads();
+        for (int i = threadIdx.x; i < 2048; i += THREADS) shared.bins[i] = 0;
+        __syncthreads();
+        for (int t = threadIdx.x; t < row.vocabulary; t += THREADS) {
+            unsigned key = row.key(t);
+            bool here = round == 0 || key >> shifts[round - 1] == prefix;
+            if (here && within(key, t, last)) atomicAdd(&shared.bins[key >> shift & (size - 1)], weight(key));
+        }
+        __syncthreads();
+        if (threadIdx.x < 32) {
+            int lane = threadIdx.x, each = size / 32;
+            u64 up_to = 0;
+            for (int i = 0; i < each; i++) up_to += shared.bins[lane * each + i];
+            u64 own = up_to;
+            for (int by = 1; by < 32; by *= 2) {
+                u64 other = __shfl_up_sync(ALL, up_to, by);
+                if (lane >= by) up_to += other;
+            }
+            u64 before = up_to - own;
+            if (lane == 0) shared.prefix = INVALID;
+            __syncwarp();
+            if (before <= target && target < up_to) {
+                int bin = lane * each;
+                while (target - before >= shared.bins[bin]) before += shared.bins[bin++];
+                shared.prefix = prefix << (round == 2 ? 10 : 11) | bin;
+                shared.target = target - before;
+            }
+        }
+        __syncthreads();
+        if (shared.prefix == INVALID) return last;
+        prefix = shared.prefix, target = shared.target;
+    }
+    // Tokens with this key weigh the same; the order among them is the tokens'.
+    unsigned token = in_token_order(row.vocabulary, target / weight(prefix), shared, [&](int t) -> u64 {
+        unsigned key = row.key(t);
+        return key == prefix && within(key, t, last);
+    });
+    return Place{prefix, token};
+}
+
+/// Chooses a token for each row of logits `[rows, vocabulary]`, or `INVALID` where a logit is not a finite number.
+/// Grid: rows.
+KERNEL(1024) sample(const float *logits, const Draw *draws, unsigned *tokens, int vocabulary) {
+    __shared__ Shared shared;
+    Draw draw = draws[blockIdx.x];
+    Row row = {logits + (size_t)blockIdx.x * vocabulary, vocabulary, 0.f, draw.temperature};
+
+    // The largest logit as a number that orders as floats do, the lower token above the higher one.
+    u64 best = 0, bad = 0;
+    for (int t = threadIdx.x; t < vocabulary; t += THREADS) {
+        float v = row.logits[t] + 0.f;
+        bad |= !(fabsf(v) < INFINITY);
+        unsigned bits;
+        memcpy(&bits, &v, 4);
+        bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+        u64 ordered = (u64)bits << 32 | (unsigned)~t;
+        best = ordered > best ? ordered : best;
+    }
+    bad = block_add(bad, shared);
+    for (int offset = 16; offset > 0; offset /= 2) {
+        u64 other = __shfl_xor_sync(ALL, best, offset);
+        best = other > best ? other : best;
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared.warps[threadIdx.x / 32] = best;
+    __syncthreads();
+    for (int w = 0; w < 32; w++) best = shared.warps[w] > best ? shared.warps[w] : best;
+    unsigned chosen = ~(unsigned)best;
+
+    if (bad || draw.temperature == 0.f) {
+        if (threadIdx.x == 0) tokens[blockIdx.x] = bad ? INVALID : chosen;
+        return;
+    }
+    row.highest = row.logits[chosen];
+    auto share = [](unsigned key) { return mass(key); };
+    auto total_until = [&](Place last, float least) {
+        u64 sum = 0;
+        for (int t = threadIdx.x; t < vocabulary; t += THREADS) {
+            unsigned key = row.key(t);
+            u64 m = mass(key);
+            if (within(key, t, last) && (float)m >= least * 1099511627776.f) sum += m;
+        }
+        return block_add(sum, shared);
+    };
+
+    bool cut = (draw.top_k > 0 && draw.top_k < (unsigned)vocabulary) || draw.top_p < 1.f || draw.min_p > 0.f;
+    if (!cut) {
+        u64 total = total_until(Place{INVALID - 1, INVALID}, 0.f);
+        chosen = in_token_order(vocabulary, (u64)((double)draw.point * (double)total), shared,
+                                [&](int t) { return mass(row.key(t)); });
+    } else {
+        Place last = {INVALID - 1, INVALID};
+        if (draw.top_k > 0) last = in_order(row, last, draw.top_k - 1, shared, [](unsigned) -> u64 { return 1; });
+        if (draw.top_p < 1.f) {
+            double kept = ceil((double)draw.top_p * (double)total_until(last, 0.f));
+            last = in_order(row, last, kept >= 1. ? (u64)kept - 1 : 0, shared, share);
+        }
+        u64 total = total_until(last, draw.min_p);
+        // Those that min-p drops are the least likely, behind whatever is drawn.
+        chosen = in_order(row, last, (u64)((double)draw.point * (double)total), shared, share).token;
+    }
+    if (threadIdx.x == 0) tokens[blockIdx.x] = chosen;
+}
+REGISTER(sample)

@@ -1,0 +1,31 @@
+//! Arithmetic on an NVIDIA GPU: matrix products by cuBLAS through candle's device, all else by the kernels in `kernels/`.
+//!
+//! What needs no GPU (how a step is told to the device) is compiled for tests without the `cuda` feature too, and so are
+//! the kernels' own tests, which run the kernels on the host.
+
+#[cfg(feature = "cuda")]
+mod blas;
+#[cfg(feature = "cuda")]
+mod decoder;
+mod draw;
+#[cfg(feature = "cuda")]
+mod kernels;
+mod metadata;
+#[cfg(feature = "cuda")]
+mod weights;
+#[cfg(feature = "cuda")]
+mod workspace;
+
+#[cfg(test)]
+mod tests;
+
+#[cfg(feature = "cuda")]
+pub(crate) use decoder::CudaDecoder;
+#[cfg(feature = "cuda")]
+pub(crate) use workspace::Workspace;
+
+/// An error of the driver or of cuBLAS as candle's.
+#[cfg(feature = "cuda")]
+fn device_error(error: impl std::error::Error + Send + Sync + 'static) -> candle_core::Error {
+    candle_core::Error::Cuda(Box::new(error))
+}

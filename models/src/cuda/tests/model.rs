@@ -1,0 +1,113 @@
+//! The whole decoder on the first GPU against the CPU's; run where `SCONCE_TEST_DEVICE=cuda` says that there is one.
+
+use candle_core::{DType, Device};
+
+use crate::{Decoder, Draw, KvCache, Span, Step};
+
+const BLOCK: usize = 16;
+const BLOCKS: usize = 12;
+
+/// A shape with every part that the families have; head sizes are the kernels'.
+fn config(architecture: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let window = if architecture == "mistral" { "50" } else { "null" };
+    let text = format!(
+        r#"{{"model_type": "{architecture}", "hidden_size": 256, "intermediate_size": 384, "vocab_size": 1000,
+            "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64,
+            "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": {window}}}"#
+    );
+    std::fs::write(folder.path().join("config.json"), text).unwrap();
+    folder
+}
+
+fn span(index: usize, start: usize, len: usize) -> Span {
+    let blocks = index * BLOCKS..(index + 1) * BLOCKS;
+    Span {
+        start,
+        len,
+        block_table: blocks.rev().map(|block| block as u32).collect(),
+        logits: true,
+    }
+}
+
+fn step(spans: Vec<Span>) -> Step {
+    let tokens: usize = spans.iter().map(|span| span.len).sum();
+    Step {
+        tokens: (0..tokens).map(|token| (token * 37 % 1000) as u32).collect(),
+        sequences: spans,
+    }
+}
+
+/// Two prompts of which one is cut, then three decodes.
+fn steps() -> [Step; 3] {
+    [
+        step(vec![span(0, 0, 70), span(1, 0, 33)]),
+        step(vec![span(0, 70, 1), span(1, 33, 60), span(2, 0, 1)]),
+        step(vec![span(1, 93, 1), span(0, 71, 1), span(2, 1, 1)]),
+    ]
+}
+
+fn greedy() -> Draw {
+    Draw {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        point: 0.0,
+        edits: Vec::new(),
+    }
+}
+
+fn run(architecture: &str, dtype: DType, tolerance: f32) {
+    let folder = config(architecture);
+    let path = folder.path().join("config.json");
+    let device = Device::new_cuda_with_stream(0).unwrap();
+    let on_cpu = Decoder::dummy(&path, &Device::Cpu, DType::F32).unwrap();
+    let on_gpu = Decoder::dummy(&path, &device, dtype).unwrap();
+    let cache = |device: &Device, dtype| KvCache::new(on_cpu.config(), 3 * BLOCKS, BLOCK, dtype, device).unwrap();
+    let mut host = cache(&Device::Cpu, DType::F32);
+    // Step by step, and then the same with graphs and choices on the device.
+    let (mut plain, mut graphs) = (cache(&device, dtype), cache(&device, dtype));
+    on_gpu.prepare(&mut graphs, 128, 16, true).unwrap();
+    for step in steps() {
+        let expected: Vec<Vec<f32>> = on_cpu.forward(&step, &mut host).unwrap().to_vec2().unwrap();
+        let found: Vec<Vec<f32>> = on_gpu.forward(&step, &mut plain).unwrap().to_vec2().unwrap();
+        let draws = vec![greedy(); found.len()];
+        let tokens = on_gpu.sample(&step, &mut graphs, &draws).unwrap();
+        for ((found, expected), token) in found.iter().zip(&expected).zip(tokens) {
+            super::assert_close(found, expected, tolerance);
+            let token = token.expect("a finite row") as usize;
+            let highest = found.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert!(highest - found[token] <= tolerance, "{token} is not the largest");
+        }
+    }
+}
+
+fn there_is_a_gpu() -> bool {
+    std::env::var("SCONCE_TEST_DEVICE").as_deref() == Ok("cuda")
+}
+
+#[test]
+fn logits_are_the_cpus() {
+    if !there_is_a_gpu() {
+        return;
+    }
+    for architecture in ["llama", "mistral", "qwen3"] {
+        run(architecture, DType::F32, 2e-3);
+        run(architecture, DType::BF16, 0.15);
+        run(architecture, DType::F16, 0.03);
+    }
+}
+
+#[test]
+fn a_share_of_the_memory_is_left_for_the_cache() {
+    if !there_is_a_gpu() {
+        return;
+    }
+    let folder = config("llama");
+    let device = Device::new_cuda_with_stream(0).unwrap();
+    let decoder = Decoder::dummy(&folder.path().join("config.json"), &device, DType::BF16).unwrap();
+    let room = |share| decoder.room_for_kv(share, 512, 100).unwrap().unwrap();
+    assert!(room(0.5) > 1 << 30);
+    assert!(room(0.5) < room(0.6));
+}

@@ -1,0 +1,252 @@
+//! What a cache's steps need on the device besides weights and pools: activations, the step's lists, the sampled tokens,
+//! and the graphs that were captured over them.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc;
+use candle_core::{DType, Result, bail};
+use cudarc::driver::result::memcpy_htod_async;
+use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr, DeviceRepr, PinnedHostSlice};
+
+use super::device_error;
+use super::kernels::{Address, Sizes};
+
+/// How much a workspace holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Capacity {
+    pub tokens: usize,
+    pub rows: usize,
+    /// Words of a step's lists.
+    pub words: usize,
+    /// Splits of decodes, over all heads.
+    pub parts: usize,
+}
+
+impl Capacity {
+    fn holds(&self, other: &Self) -> bool {
+        self.tokens >= other.tokens && self.rows >= other.rows && self.words >= other.words && self.parts >= other.parts
+    }
+
+    fn with(&self, other: &Self) -> Self {
+        Self {
+            tokens: self.tokens.max(other.tokens),
+            rows: self.rows.max(other.rows),
+            words: self.words.max(other.words),
+            parts: self.parts.max(other.parts),
+        }
+    }
+}
+
+/// Memory on the device, by its address.
+struct Memory<T>(CudaSlice<T>);
+
+impl<T: DeviceRepr> Memory<T> {
+    fn new(stream: &Arc<CudaStream>, len: usize) -> Result<Self> {
+        // SAFETY: every kernel writes what a later one reads; what padding leaves unwritten is never used.
+        Ok(Self(unsafe { stream.alloc(len.max(1)) }.map_err(device_error)?))
+    }
+
+    fn address(&self) -> Address {
+        self.0.device_ptr(self.0.stream()).0
+    }
+}
+
+/// A decode step for one batch size, ready to be run again.
+struct Captured(CudaGraph);
+
+// SAFETY: a graph may be launched from any thread as long as no two calls on it overlap, which the exclusive borrow of the
+// workspace that owns it ensures; its stream and context are bound to the calling thread by each call.
+unsafe impl Send for Captured {}
+// SAFETY: nothing of a graph can be reached through a shared reference.
+unsafe impl Sync for Captured {}
+
+/// The memory of one cache's steps. Everything runs on one stream, so that a step may be enqueued before the one before
+/// has ended.
+pub struct Workspace {
+    stream: Arc<CudaStream>,
+    /// The decoder whose weights the graphs read.
+    decoder: u64,
+    capacity: Capacity,
+    /// Residual stream in float32, `[tokens, hidden]`.
+    x: Memory<f32>,
+    /// Normalised rows, `[tokens, hidden]`, in the weights' type as all that follow up to `projected`.
+    normed: Memory<u8>,
+    qkv: Memory<u8>,
+    attended: Memory<u8>,
+    gate_up: Memory<u8>,
+    activated: Memory<u8>,
+    projected: Memory<u8>,
+    angles: [Memory<f32>; 2],
+    sums: Memory<f32>,
+    totals: Memory<f32>,
+    logits: Memory<f32>,
+    sampled: Memory<u32>,
+    words: Memory<u32>,
+    staging: PinnedHostSlice<u32>,
+    /// When the last copy out of `staging` was done.
+    copied: CudaEvent,
+    graphs: HashMap<usize, Captured>,
+}
+
+/// The addresses of a workspace's memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Addresses {
+    pub x: Address,
+    pub normed: Address,
+    pub qkv: Address,
+    pub attended: Address,
+    pub gate_up: Address,
+    pub activated: Address,
+    pub projected: Address,
+    pub angles: [Address; 2],
+    pub sums: Address,
+    pub totals: Address,
+    pub logits: Address,
+    pub sampled: Address,
+    pub words: Address,
+}
+
+impl Workspace {
+    /// Memory for steps up to `capacity`.
+    fn new(decoder: u64, stream: &Arc<CudaStream>, dtype: DType, sizes: &Sizes, capacity: Capacity) -> Result<Self> {
+        let Capacity {
+            tokens,
+            rows,
+            words,
+            parts,
+        } = capacity;
+        let typed = |columns: usize| Memory::new(stream, tokens * columns * dtype.size_in_bytes());
+        let (queries, all) = (
+            sizes.heads * sizes.head_dim,
+            (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim,
+        );
+        let angles = || Memory::new(stream, tokens * sizes.head_dim / 2);
+        // SAFETY: the host writes what a copy reads.
+        let staging = unsafe { stream.context().alloc_pinned(words) }.map_err(device_error)?;
+        let copied = stream.context().new_event(None).map_err(device_error)?;
+        Ok(Self {
+            stream: stream.clone(),
+            decoder,
+            capacity,
+            x: Memory::new(stream, tokens * sizes.hidden)?,
+            normed: typed(sizes.hidden)?,
+            qkv: typed(all)?,
+            attended: typed(queries)?,
+            gate_up: typed(2 * sizes.inner)?,
+            activated: typed(sizes.inner)?,
+            projected: typed(sizes.hidden)?,
+            angles: [angles()?, angles()?],
+            sums: Memory::new(stream, parts * sizes.head_dim)?,
+            totals: Memory::new(stream, parts * 2)?,
+            logits: Memory::new(stream, rows * sizes.vocabulary)?,
+            sampled: Memory::new(stream, rows)?,
+            words: Memory::new(stream, words)?,
+            staging,
+            copied,
+            graphs: HashMap::new(),
+        })
+    }
+
+    /// `decoder`'s workspace, made or made larger to hold `needed`. Graphs over memory that is given back go with it.
+    pub fn holding<'a>(
+        workspace: &'a mut Option<Self>,
+        decoder: u64,
+        stream: &Arc<CudaStream>,
+        dtype: DType,
+        sizes: &Sizes,
+        needed: Capacity,
+    ) -> Result<&'a mut Self> {
+        workspace.take_if(|workspace| workspace.decoder != decoder);
+        let held = workspace.as_ref().map(|w| w.capacity).unwrap_or_default();
+        if workspace.is_none() || !held.holds(&needed) {
+            // The old memory first: both might not fit.
+            *workspace = None;
+            *workspace = Some(Self::new(decoder, stream, dtype, sizes, held.with(&needed))?);
+        }
+        match workspace {
+            Some(workspace) => Ok(workspace),
+            None => bail!("a step of nothing"),
+        }
+    }
+
+    pub fn addresses(&self) -> Addresses {
+        Addresses {
+            x: self.x.address(),
+            normed: self.normed.address(),
+            qkv: self.qkv.address(),
+            attended: self.attended.address(),
+            gate_up: self.gate_up.address(),
+            activated: self.activated.address(),
+            projected: self.projected.address(),
+            angles: [self.angles[0].address(), self.angles[1].address()],
+            sums: self.sums.address(),
+            totals: self.totals.address(),
+            logits: self.logits.address(),
+            sampled: self.sampled.address(),
+            words: self.words.address(),
+        }
+    }
+
+    /// Begins to copy a step's lists to the device.
+    pub fn upload(&mut self, words: &[u32]) -> Result<()> {
+        self.copied.synchronize().map_err(device_error)?;
+        let staging = &mut self.staging.as_mut_slice().map_err(device_error)?[..words.len()];
+        staging.copy_from_slice(words);
+        // SAFETY: the device's memory is as long as the staging's; that stays as it is until `copied` has come.
+        unsafe { memcpy_htod_async(self.words.address(), staging, self.stream.cu_stream()) }.map_err(device_error)?;
+        self.copied.record(&self.stream).map_err(device_error)
+    }
+
+    /// The tokens of the last step's rows, once it has ended: the one wait of a step.
+    pub fn sampled(&self, rows: usize) -> Result<Vec<u32>> {
+        self.stream
+            .clone_dtoh(&self.sampled.0.slice(..rows))
+            .map_err(device_error)
+    }
+
+    /// The logits of the last step's rows, once it has ended: `[rows, vocabulary]`.
+    pub fn logits(&self, rows: usize, vocabulary: usize) -> Result<Vec<f32>> {
+        let logits = self.logits.0.slice(..rows * vocabulary);
+        self.stream.clone_dtoh(&logits).map_err(device_error)
+    }
+
+    /// Runs the graph for steps of `batch` decodes; `false` if there is none.
+    pub fn replay(&mut self, batch: usize) -> Result<bool> {
+        let Some(graph) = self.graphs.get_mut(&batch) else {
+            return Ok(false);
+        };
+        graph.0.launch().map_err(device_error)?;
+        Ok(true)
+    }
+
+    /// Keeps what `enqueue` puts on the stream as the graph for `batch` decodes, without running it.
+    pub fn capture(&mut self, batch: usize, enqueue: impl FnOnce() -> Result<()>) -> Result<()> {
+        use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+        // Another thread's calls must not end in the capture, nor break it.
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).map_err(device_error)?;
+        let enqueued = enqueue();
+        // The capture is ended whatever came of it, or the stream could not be used any more.
+        let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
+        enqueued?;
+        match graph.map_err(device_error)? {
+            Some(graph) => {
+                graph.upload().map_err(device_error)?;
+                self.graphs.insert(batch, Captured(graph));
+                Ok(())
+            }
+            None => bail!("a decode of {batch} left nothing to capture"),
+        }
+    }
+}
+
+impl fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Workspace")
+            .field("capacity", &self.capacity)
+            .field("graphs", &self.graphs.len())
+            .finish_non_exhaustive()
+    }
+}

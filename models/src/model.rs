@@ -1,0 +1,155 @@
+//! A loaded model, on whichever device.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+#[cfg(feature = "cuda")]
+use crate::cuda::CudaDecoder;
+use crate::decoder::CpuDecoder;
+use crate::weights::Weights;
+use crate::{Config, Draw, KvCache, ModelError, Step};
+
+/// A loaded model.
+pub struct Decoder(On);
+
+enum On {
+    Cpu(Box<CpuDecoder>),
+    #[cfg(feature = "cuda")]
+    Cuda(Box<CudaDecoder>),
+}
+
+impl Decoder {
+    /// Loads a model from a `.gguf` file, or from a folder with `config.json` and safetensors. Weights are stored as
+    /// `dtype`: f32, bf16 or f16.
+    pub fn load(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
+        let (weights, config) = Weights::open(path)?;
+        Self::from_weights(&weights, config, device, dtype)
+    }
+
+    /// A model of the shape in a `config.json`, with random weights: to measure speed where weights cannot be had. What it
+    /// generates means nothing.
+    pub fn dummy(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
+        let config = Config::from_json(path)?;
+        Self::from_weights(&Weights::Random, config, device, dtype)
+    }
+
+    fn from_weights(
+        weights: &Weights,
+        config: Config,
+        device: &Device,
+        dtype: DType,
+    ) -> std::result::Result<Self, ModelError> {
+        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
+            return Err(ModelError::UnsupportedDType {
+                found: dtype.as_str().into(),
+            });
+        }
+        match device {
+            Device::Cpu => Ok(Self(On::Cpu(Box::new(CpuDecoder::load(weights, config, dtype)?)))),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Ok(Self(On::Cuda(Box::new(CudaDecoder::load(
+                weights, config, device, dtype,
+            )?)))),
+            other => Err(ModelError::UnsupportedDevice {
+                device: format!("{:?}", other.location()),
+            }),
+        }
+    }
+
+    /// The model's settings.
+    pub fn config(&self) -> &Config {
+        match &self.0 {
+            On::Cpu(decoder) => decoder.config(),
+            #[cfg(feature = "cuda")]
+            On::Cuda(decoder) => decoder.config(),
+        }
+    }
+
+    /// Runs a step: writes its tokens' keys and values into `cache`, and answers the logits (float32,
+    /// `[logit rows, vocab_size]`, on the CPU) of the last token of each span that asks for them, in order. A step that
+    /// does not fit the model or the cache is refused before anything is written.
+    pub fn forward(&self, step: &Step, cache: &mut KvCache) -> Result<Tensor> {
+        step.check(self.config(), cache)?;
+        match &self.0 {
+            On::Cpu(decoder) => decoder.forward(step, cache),
+            #[cfg(feature = "cuda")]
+            On::Cuda(decoder) => decoder.forward(step, cache),
+        }
+    }
+
+    /// Whether the device chooses tokens itself: [`Self::sample`] works.
+    pub fn samples(&self) -> bool {
+        !matches!(self.0, On::Cpu(_))
+    }
+
+    /// Runs a step as [`Self::forward`] does and chooses a token for each row of logits by its draw, on the device; `None`
+    /// where a logit is not a finite number.
+    pub fn sample(&self, step: &Step, cache: &mut KvCache, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
+        step.check(self.config(), cache)?;
+        match &self.0 {
+            On::Cpu(_) => bail!("the CPU answers logits; {} draws cannot be made there", draws.len()),
+            #[cfg(feature = "cuda")]
+            On::Cuda(decoder) => decoder.sample(step, cache, draws),
+        }
+    }
+
+    /// Takes the memory for steps on `cache` of up to `tokens` tokens, of which `rows` want logits, and if `graphs`, captures
+    /// the decodes that [`Self::sample`] will run as CUDA graphs. Without it, and on the CPU, memory is taken as steps come.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "they concern GPUs alone"))]
+    pub fn prepare(&self, cache: &mut KvCache, tokens: usize, rows: usize, graphs: bool) -> Result<()> {
+        match &self.0 {
+            On::Cpu(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            On::Cuda(decoder) => decoder.prepare(cache, tokens, rows, graphs),
+        }
+    }
+
+    /// Bytes that a KV cache may take so that, beside weights and the largest step, `share` of the device's memory is used.
+    /// Runs such a step: `tokens` tokens, of which `rows` want logits. `None` for the CPU, whose memory is not ours alone.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "they concern GPUs alone"))]
+    pub fn room_for_kv(&self, share: f64, tokens: usize, rows: usize) -> Result<Option<u64>> {
+        match &self.0 {
+            On::Cpu(_) => Ok(None),
+            #[cfg(feature = "cuda")]
+            On::Cuda(decoder) => decoder.room_for_kv(share, tokens, rows).map(Some),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Span;
+
+    #[test]
+    fn random_weights_give_finite_logits_and_the_same_each_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        let config = r#"{"model_type": "qwen3", "hidden_size": 48, "intermediate_size": 80, "vocab_size": 300,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "rms_norm_eps": 1e-6, "max_position_embeddings": 64}"#;
+        std::fs::write(&path, config).unwrap();
+        let logits = || {
+            let decoder = Decoder::dummy(&path, &Device::Cpu, DType::F32).unwrap();
+            let mut cache = KvCache::new(decoder.config(), 1, 16, DType::F32, &Device::Cpu).unwrap();
+            let span = Span {
+                start: 0,
+                len: 3,
+                block_table: vec![0],
+                logits: true,
+            };
+            let step = Step {
+                tokens: vec![5, 299, 0],
+                sequences: vec![span],
+            };
+            assert!(!decoder.samples() && decoder.sample(&step, &mut cache, &[]).is_err());
+            assert_eq!(decoder.room_for_kv(0.9, 3, 1).unwrap(), None);
+            decoder.forward(&step, &mut cache).unwrap().to_vec2::<f32>().unwrap()
+        };
+        let first = logits();
+        let spread = first[0].iter().map(|v| v * v).sum::<f32>() / 300.0;
+        assert!(spread.is_finite() && spread > 0.1, "{spread}");
+        assert_eq!(first, logits());
+    }
+}

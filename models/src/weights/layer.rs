@@ -1,0 +1,73 @@
+//! The tensors of a decoder by what they are for.
+
+use rayon::prelude::*;
+
+use super::Weights;
+use crate::{Config, ModelError};
+
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(crate) const OUTPUT: &str = "lm_head.weight";
+pub(crate) const FINAL_NORM: &str = "model.norm.weight";
+
+/// One layer's tensors in float32, matrices as `[outputs, inputs]`.
+pub(crate) struct LayerWeights {
+    pub attention_norm: Vec<f32>,
+    /// Queries, keys and values in one projection.
+    pub qkv: Vec<f32>,
+    pub qkv_bias: Option<Vec<f32>>,
+    pub query_norm: Option<Vec<f32>>,
+    pub key_norm: Option<Vec<f32>>,
+    pub attention_output: Vec<f32>,
+    pub mlp_norm: Vec<f32>,
+    pub gate: Vec<f32>,
+    pub up: Vec<f32>,
+    pub down: Vec<f32>,
+}
+
+impl LayerWeights {
+    pub fn read(weights: &Weights, config: &Config, index: usize) -> Result<Self, ModelError> {
+        let Config {
+            hidden_size: hidden,
+            intermediate_size: inner,
+            head_dim,
+            ..
+        } = *config;
+        let (queries, keys) = (config.heads * head_dim, config.kv_heads * head_dim);
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let matrices = [
+            ("self_attn.q_proj.weight", [queries, hidden]),
+            ("self_attn.k_proj.weight", [keys, hidden]),
+            ("self_attn.v_proj.weight", [keys, hidden]),
+            ("self_attn.o_proj.weight", [hidden, queries]),
+            ("mlp.gate_proj.weight", [inner, hidden]),
+            ("mlp.up_proj.weight", [inner, hidden]),
+            ("mlp.down_proj.weight", [hidden, inner]),
+        ];
+        let read = matrices
+            .par_iter()
+            .map(|(part, shape)| weights.read(&name(part), shape));
+        let mut read = read.collect::<Result<Vec<_>, _>>()?.into_iter();
+        let mut next = || read.next().unwrap_or_default();
+        let qkv = [next(), next(), next()].concat();
+        let (attention_output, gate, up, down) = (next(), next(), next(), next());
+        let vector = |part: &str, len: usize| weights.read(&name(part), &[len]);
+        let head_norm = |part: &str| config.qk_norm.then(|| vector(part, head_dim)).transpose();
+        let bias = || {
+            let parts = [("q", queries), ("k", keys), ("v", keys)];
+            let read = parts.map(|(part, len)| vector(&format!("self_attn.{part}_proj.bias"), len));
+            Ok(read.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
+        };
+        Ok(Self {
+            attention_norm: vector("input_layernorm.weight", hidden)?,
+            qkv,
+            qkv_bias: config.qkv_bias.then(bias).transpose()?,
+            query_norm: head_norm("self_attn.q_norm.weight")?,
+            key_norm: head_norm("self_attn.k_norm.weight")?,
+            attention_output,
+            mlp_norm: vector("post_attention_layernorm.weight", hidden)?,
+            gate,
+            up,
+            down,
+        })
+    }
+}
