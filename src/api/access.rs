@@ -78,6 +78,8 @@ impl Exchange {
     /// The response's head is known; the exchange goes on in its body.
     pub fn answered(mut self, response: Response) -> Response {
         self.status = Some(response.status());
+        // Only a look at the server that got its answer, or heard "not yet", is a probe.
+        self.probe &= response.status().is_success() || response.status() == StatusCode::SERVICE_UNAVAILABLE;
         self.cause = response.extensions().get::<Cause>().map(|cause| cause.0);
         response.map(|body| Body::new(Watched { body, _exchange: self }))
     }

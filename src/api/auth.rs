@@ -30,6 +30,10 @@ pub(super) async fn authenticate(State(server): State<Arc<Server>>, mut request:
         Ok(key) => key,
         Err(refusal) => return refusal.into_response(),
     };
+    if let Some(caller) = request.extensions().get::<Caller>() {
+        // Nobody has said so before.
+        let _ = caller.report.tenant.set(key.tenant.clone());
+    }
     if let Err(refusal) = allowed(&key, request.uri().path()) {
         return refusal.into_response();
     }
@@ -77,8 +81,6 @@ fn enter(key: &Arc<Key>, request: &mut Request) -> Result<(), ApiError> {
     };
     if let Some(caller) = request.extensions_mut().get_mut::<Caller>() {
         caller.tenant = key.tenant.clone();
-        // Only the first to say so is heard, and nothing ran before this.
-        let _ = caller.report.tenant.set(key.tenant.clone());
         caller.key = Some(key.clone());
         caller.place = place;
     }

@@ -130,10 +130,18 @@ pub(super) async fn pin(
         shared: asked.shared,
         ttl: asked.ttl,
     };
+    let prompt_tokens = asked.tokens.len();
+    let mut reservation = caller.reserve(prompt_tokens, 0)?;
     let mut request = request(asked.tokens, asked.cache_salt, caller.tenant.clone(), arrival);
     request.id = caller.id;
-    request.deadline = server.settings.request_timeout.map(|timeout| arrival + timeout);
-    Ok(Json(pinned(engine.pin(request, pin).await?)))
+    request.deadline = server.request_timeout().map(|timeout| arrival + timeout);
+    let answer = engine.pin(request, pin).await;
+    // What was refused cost nothing.
+    let free = matches!(answer, Err(PinFailed::Refused(_) | PinFailed::Pin(_)));
+    if let Some(reservation) = reservation.as_mut().filter(|_| !free) {
+        reservation.used(prompt_tokens);
+    }
+    Ok(Json(pinned(answer?)))
 }
 
 /// `DELETE /v1/cache/prompts/{id}`

@@ -17,7 +17,7 @@ pub(super) async fn save(State(server): State<Arc<Server>>) -> Result<Json<Value
     match engine.save_cache().await {
         Ok(Saved { blocks, bytes, seconds }) => Ok(Json(json!({"blocks": blocks, "bytes": bytes, "seconds": seconds}))),
         Err(SaveError::NoCacheFile) => Err(ApiError::unknown_path("POST", PATH)),
-        Err(SaveError::ShuttingDown) => Err(ApiError::shutting_down()),
+        Err(error @ SaveError::EngineLost) => Err(ApiError::engine_lost(&error.to_string())),
         Err(error @ (SaveError::Write { .. } | SaveError::Copy(_))) => {
             tracing::error!(%error, "the cache file was not written");
             Err(ApiError::internal(error.to_string()))

@@ -167,7 +167,10 @@ impl Generation {
             let (slot, event) = tokio::select! {
                 biased;
                 event = poll_fn(|context| poll_event(live, turn, context)) => event,
-                () = self.running.cut() => return Some(Err(Failure::ShuttingDown)),
+                () = self.running.cut() => {
+                    self.end = Some(End::Cut("shutting_down"));
+                    return Some(Err(Failure::ShuttingDown));
+                }
             };
             // A panic here would end the connection without a word.
             let taken = catch_unwind(AssertUnwindSafe(|| self.take(slot, event)));
@@ -218,9 +221,12 @@ impl Generation {
             None => return Err(Failure::EngineLost("it ended without a word".to_string())),
         };
         if let Some(reason) = delta.finish {
-            if self.end.is_none() || reason == FinishReason::Length {
-                self.end = Some(End::Finished(finish_reason(reason)));
-            }
+            self.end = match (self.end, reason) {
+                (Some(End::Cut(cause)), _) => Some(End::Cut(cause)),
+                (_, FinishReason::Deadline) => Some(End::Cut("deadline_passed")),
+                (None, _) | (_, FinishReason::Length) => Some(End::Finished(finish_reason(reason))),
+                (end, _) => end,
+            };
             // Dropping the receiver tells the engine that a stop string was found.
             self.live.swap_remove(slot);
             self.server

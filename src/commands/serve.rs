@@ -103,19 +103,25 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
         server.allow_admin(commands);
     }
     let supervisor = Supervisor::new(settings, metrics, server.clone());
-    let engine = supervisor.run(models, |name| print_example(local, name));
+    let mut engine = std::pin::pin!(supervisor.run(models, |name| print_example(local, name)));
     tokio::select! {
         () = listen::serve(listener, server.clone(), patience, drained) => {}
         () = drain::closed_late(closed) => {}
-        ended = engine => {
+        ended = &mut engine => {
             server.stop_accepting();
+            // Those of replaced models' engines, too.
+            server.cut_off();
             // Whoever waits is told by the end of their events; the answers need a moment to go out.
             tokio::time::sleep(Duration::from_millis(300)).await;
             return ended;
         }
     }
-    if let Some(engine) = server.engine() {
-        drain::save(&engine).await;
+    if let Some(handle) = server.engine() {
+        // An engine that hangs now never answers; its supervisor sees it.
+        tokio::select! {
+            () = drain::save(&handle) => {}
+            ended = &mut engine => return ended,
+        }
     }
     Ok(())
 }

@@ -111,7 +111,7 @@ impl Handle {
         });
         let message = Message::Pin(queued, PinOrder { pin, reply });
         self.queue.send(message).map_err(|_| Refused::EngineLost)?;
-        if let Ok(pinned) = replied.await {
+        if let Some(pinned) = self.reply(replied).await {
             return Ok(pinned?);
         }
         while let Some(event) = ended.recv().await {
@@ -136,7 +136,7 @@ impl Handle {
         let (reply, replied) = oneshot::channel();
         let message = Message::Cache(question(reply));
         self.queue.send(message).map_err(|_| Refused::EngineLost)?;
-        replied.await.map_err(|_| Refused::EngineLost)
+        self.reply(replied).await.ok_or(Refused::EngineLost)
     }
 }
 

@@ -41,6 +41,9 @@ use crate::{
     },
 };
 
+/// How often whoever waits for a reply looks whether there is still an engine.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// The way into the engine, for the HTTP side. Cheap to clone; the engine ends when the last one is dropped and all
 /// requests have ended.
 #[derive(Debug, Clone)]
@@ -124,12 +127,24 @@ impl Handle {
         self.watch.pulse.retire();
     }
 
+    /// The engine's reply, or `None` if it is lost: a thread that hangs keeps the question and never answers.
+    async fn reply<T>(&self, mut replied: oneshot::Receiver<T>) -> Option<T> {
+        let mut look = tokio::time::interval(LOOK);
+        loop {
+            tokio::select! {
+                biased;
+                reply = &mut replied => return reply.ok(),
+                _ = look.tick() => if self.is_lost() { return None },
+            }
+        }
+    }
+
     /// Changes batching settings while the engine runs, and gives those now in force.
     pub async fn configure(&self, change: Change) -> Result<Config, ConfigureError> {
         let (reply, replied) = oneshot::channel();
         let message = Message::Configure(change, reply);
         self.queue.send(message).map_err(|_| ConfigureError::EngineLost)?;
-        Ok(replied.await.map_err(|_| ConfigureError::EngineLost)??)
+        Ok(self.reply(replied).await.ok_or(ConfigureError::EngineLost)??)
     }
 
     /// Records what the engine does from now on for this long.
@@ -148,8 +163,8 @@ impl Handle {
         let (reply, replied) = oneshot::channel();
         self.queue
             .send(Message::Save(reply))
-            .map_err(|_| SaveError::ShuttingDown)?;
-        replied.await.map_err(|_| SaveError::ShuttingDown)?
+            .map_err(|_| SaveError::EngineLost)?;
+        self.reply(replied).await.ok_or(SaveError::EngineLost)?
     }
 }
 

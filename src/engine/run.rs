@@ -89,7 +89,9 @@ pub struct Runner {
     open: bool,
     pub(super) clients: HashMap<SequenceId, Client>,
     pub(super) metrics: Arc<EngineMetrics>,
+    /// What this engine has counted so far; the metrics count all engines of the process.
     preemptions: u64,
+    evictions: u64,
     saves: Saves,
     pub(super) savings: Savings,
     timeline: Arc<Timeline>,
@@ -119,6 +121,7 @@ impl Runner {
             clients: HashMap::new(),
             metrics,
             preemptions: 0,
+            evictions: 0,
             saves: Saves::default(),
             savings: Savings::default(),
             timeline,
@@ -134,6 +137,9 @@ impl Runner {
     /// cannot go on.
     pub fn run(&mut self) -> End {
         while self.open || !self.clients.is_empty() || self.saves.wake(Instant::now()).is_some() {
+            if self.watch.pulse.abandoned() {
+                return End::Hung;
+            }
             self.watch.pulse.beat();
             self.receive();
             let Model {
@@ -518,6 +524,9 @@ impl Runner {
             .preemptions
             .inc_by(scheduler.preemptions() - self.preemptions);
         self.preemptions = scheduler.preemptions();
+        let evictions = scheduler.pin_counts().evictions;
+        self.metrics.cache.evictions.inc_by(evictions - self.evictions);
+        self.evictions = evictions;
         if !self.watch.pulse.shown() {
             return;
         }
@@ -533,10 +542,6 @@ impl Runner {
             self.metrics.kv_blocks.with_label_values(&[state]).set(blocks as f64);
         }
         self.metrics.cache.observe(scheduler.pin_counts());
-        self.metrics
-            .preemptions
-            .inc_by(scheduler.preemptions() - self.preemptions);
-        self.preemptions = scheduler.preemptions();
         self.timeline.note(|| {
             Note::State(trace::State {
                 at: Instant::now(),

@@ -14,6 +14,8 @@ use crate::request::{Logprobs, Sampling, TokenId};
 pub struct Sampler {
     sampling: Sampling,
     random: StdRng,
+    /// The next choice's random number, once drawn: a choice that is tried again takes the same.
+    point: Option<f32>,
     /// How often each token was generated.
     generated: HashMap<TokenId, u32>,
     /// The prompt's tokens, where a penalty asks for them.
@@ -43,6 +45,7 @@ impl Sampler {
         Self {
             sampling,
             random,
+            point: None,
             generated: HashMap::new(),
             prompt: penalised,
         }
@@ -96,7 +99,7 @@ impl Sampler {
             return None;
         };
         // As many random numbers as on the host: a greedy choice takes none.
-        let point = if temperature == 0.0 { 0.0 } else { self.random.random() };
+        let point = if temperature == 0.0 { 0.0 } else { self.point() };
         Some(Draw {
             temperature,
             top_k: u32::try_from(top_k).unwrap_or(u32::MAX),
@@ -109,7 +112,13 @@ impl Sampler {
 
     /// Counts a token that the device chose.
     pub fn chose(&mut self, token: TokenId) {
+        self.point = None;
         *self.generated.entry(token).or_default() += 1;
+    }
+
+    fn point(&mut self) -> f32 {
+        let random = &mut self.random;
+        *self.point.get_or_insert_with(|| random.random())
     }
 
     /// What [`Self::penalise`] does, as a list of changes.
@@ -190,7 +199,7 @@ impl Sampler {
         } = self.sampling;
         let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weight = |logit: f32| ((logit - highest) / temperature).exp();
-        let point = self.random.random::<f32>();
+        let point = self.point();
         if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
             let total: f32 = logits.iter().map(|&logit| weight(logit)).sum();
             return pick(logits.iter().map(|&logit| weight(logit)).enumerate(), point * total);

@@ -169,7 +169,7 @@ fn the_prefix_cache_changes_no_token_however_little_memory_there_is() {
         let by_outcome = ["hit", "miss"].map(|outcome| metrics.cache.requests.with_label_values(&[outcome]).get());
         assert_eq!(by_outcome.iter().sum::<u64>(), requests.len() as u64);
         found += metrics.cache.tokens.get();
-        evictions += metrics.cache.evictions();
+        evictions += metrics.cache.evictions.get();
         preemptions += metrics.preemptions.get();
     }
     assert!(

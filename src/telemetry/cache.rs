@@ -12,7 +12,7 @@ pub struct CacheMetrics {
     /// By outcome: `hit`, `miss`.
     pub requests: IntCounterVec,
     pub saved_seconds: Counter,
-    evictions: IntCounter,
+    pub evictions: IntCounter,
     /// By kind: `asked`, `automatic`.
     pinned_blocks: GaugeVec,
     pin_budget: Gauge,
@@ -58,13 +58,7 @@ impl CacheMetrics {
         self.requests.with_label_values(&[outcome]).inc();
     }
 
-    /// Cached blocks given up since the start.
-    pub fn evictions(&self) -> u64 {
-        self.evictions.get()
-    }
-
     pub fn observe(&self, pins: PinCounts) {
-        self.evictions.inc_by(pins.evictions - self.evictions());
         for (kind, blocks) in [("asked", pins.asked), ("automatic", pins.automatic)] {
             self.pinned_blocks.with_label_values(&[kind]).set(blocks as f64);
         }

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Deserializer, de::Error as _};
 use sha2::{Digest as _, Sha256};
 
+use crate::request::Tenant;
+
 /// The SHA-256 of a key. A key is at least 128 random bits, so nobody can guess one from its hash however fast the hash
 /// is; the slow hashes made for passwords would only let strangers cost the server time.
 pub(super) type Digest = [u8; 32];
@@ -108,6 +110,9 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Vec<Entry>, KeysError> {
         }
         if !(1..=MAX_WEIGHT).contains(&entry.weight) {
             return Err(refuse(format!("has a weight that is not between 1 and {MAX_WEIGHT}")));
+        }
+        if entry.name == Tenant::anyone().name {
+            return Err(refuse("is a name that the server uses itself; choose another".into()));
         }
         if !names.insert(&entry.name) {
             return Err(refuse("stands there twice; give each key its own name".into()));

@@ -98,7 +98,7 @@ async fn a_key_may_be_known_and_not_allowed() {
     assert_eq!(response.status(), 200);
     let metrics = testing::text(response).await;
     assert!(
-        metrics.contains("sconce_refusals_total{cause=\"not_admin\"} 2"),
+        metrics.contains("sconce_refusals_total{cause=\"not_admin\"} 3"),
         "{metrics}"
     );
 }

@@ -197,7 +197,13 @@ impl Supervisor {
             submit: Box::new(move |requests| queue.submit(requests)),
             engine: Some(handle.clone()),
         });
-        api::pin_configured(&model, &handle, &self.settings.pins).await?;
+        if let Err(error) = api::pin_configured(&model, &handle, &self.settings.pins).await {
+            // The guard of a lost engine says how it ended, and then what is to be done is done. But a model that serves
+            // is not replaced by this one.
+            if self.current.is_some() || !handle.is_lost() {
+                return Err(error.into());
+            }
+        }
         self.server.serve_model(model.clone());
         Ok(Current {
             name,

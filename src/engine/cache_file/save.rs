@@ -47,8 +47,8 @@ pub enum SaveError {
     Write { path: String, source: io::Error },
     #[error("cannot copy a block of the KV cache: {0}")]
     Copy(candle_core::Error),
-    #[error("the server is shutting down")]
-    ShuttingDown,
+    #[error("the engine failed or ended before the cache was saved; the cache file is as it was")]
+    EngineLost,
 }
 
 /// Where the outcome of a save goes.
@@ -201,7 +201,7 @@ fn write(file: &Arc<CacheFile>, mut pieces: mpsc::Receiver<Piece>) -> Result<Sav
             }
             Some(Piece::End) => break,
             Some(Piece::Failed(error)) => return Err(SaveError::Copy(without_backtrace(error))),
-            None => return Err(SaveError::ShuttingDown),
+            None => return Err(SaveError::EngineLost),
         }
     }
     let (out, bytes) = writer.finish().map_err(failed)?;
