@@ -15,9 +15,14 @@ use minijinja::value::{Kwargs, Rest, Serde, Tuple, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Output, State, Value, context};
 use serde::{Serialize, Serializer};
 
-/// Bytes of text that one rendering may make, what it throws away again included: a prompt has to fit a context, and a
-/// request's body has a bound of its own.
-const MOST_TEXT: usize = 16 << 20;
+use super::Message;
+
+/// Bytes of text that one rendering may make, what it throws away again included: so much, and so much more for each
+/// byte of the messages, whose number has a bound of its own.
+const TEXT_ONCE: usize = 8 << 20;
+const TEXT_A_BYTE: usize = 16;
+/// What an item of a list takes besides its text.
+const ITEM: usize = 64;
 /// A template's source: the longest in use have some 20 KB.
 const MOST_SOURCE: usize = 256 << 10;
 /// Instructions for what a template does once, and for each message. Real ones take a tenth of it.
@@ -30,27 +35,34 @@ const RECURSION: usize = 64;
 const NAME: &str = "chat";
 
 /// Filters that make about as much as they take, and the functions that call them and count it.
-const FILTERS: [(&str, &str); 16] = [
+const FILTERS: [(&str, &str); 23] = [
     ("capitalize", "|capitalize"),
     ("chain", "|chain"),
     ("default", "|default"),
+    ("dictsort", "|dictsort"),
     ("escape", "|escape"),
+    ("groupby", "|groupby"),
     ("list", "|list"),
     ("lines", "|lines"),
     ("lower", "|lower"),
     ("map", "|map"),
+    ("max", "|max"),
+    ("min", "|min"),
     ("reverse", "|reverse"),
     ("sort", "|sort"),
     ("split", "|split"),
     ("string", "|string"),
+    ("sum", "|sum"),
     ("title", "|title"),
     ("tojson", "|tojson"),
     ("trim", "|trim"),
+    ("unique", "|unique"),
     ("upper", "|upper"),
+    ("zip", "|zip"),
 ];
 
 thread_local! {
-    /// What is left of [`MOST_TEXT`] in the rendering that this thread runs: filters have nowhere else to keep it.
+    /// The bytes of text that are left to the rendering that this thread runs: filters have nowhere else to keep it.
     static LEFT: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -79,11 +91,17 @@ impl Program {
         Ok(Self { instructions, blocks })
     }
 
-    /// Renders with these variables, for so many messages.
-    pub fn render(&self, environment: &Environment<'static>, root: Value, messages: usize) -> Result<String, Error> {
+    /// Renders with these variables, `messages` among them.
+    pub fn render(
+        &self,
+        environment: &Environment<'static>,
+        root: Value,
+        messages: &[Message],
+    ) -> Result<String, Error> {
         let mut environment = environment.clone();
-        environment.set_fuel(Some(FUEL_ONCE + FUEL_A_MESSAGE * messages as u64));
-        LEFT.set(MOST_TEXT);
+        environment.set_fuel(Some(FUEL_ONCE + FUEL_A_MESSAGE * messages.len() as u64));
+        let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
+        LEFT.set(TEXT_ONCE + TEXT_A_BYTE * bytes);
         let mut text = String::new();
         let mut output = make_string_output(&mut text);
         eval(
@@ -127,6 +145,9 @@ pub(super) fn prepare(environment: &mut Environment<'static>) {
         environment.add_function(function, |state: &mut State, args: Rest<Value>, named: Kwargs| {
             let mut args = args.0;
             weigh_all(&args)?;
+            if let [value, rest @ ..] = args.as_slice() {
+                charge_pieces(filter, value, rest)?;
+            }
             if named.args().next().is_some() {
                 args.push(named.into());
             }
@@ -147,6 +168,7 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value
         )),
         _ => {
             weigh_all(args)?;
+            charge_pieces(name, value, args)?;
             let made = minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)?;
             weigh(&made, DEPTH).map(|()| made)
         }
@@ -197,7 +219,7 @@ fn counted(instruction: &Instruction<'static>) -> Option<Instruction<'static>> {
 }
 
 fn too_much() -> Error {
-    let message = format!("it makes more than {MOST_TEXT} bytes of text");
+    let message = "it makes too many bytes of text out of these messages";
     Error::new(ErrorKind::InvalidOperation, message)
 }
 
@@ -213,7 +235,7 @@ fn weigh(value: &Value, depth: usize) -> Result<(), Error> {
     if let Some(text) = value.as_str() {
         return charge(text.len());
     }
-    charge(size_of::<Value>())?;
+    charge(ITEM)?;
     let holds = matches!(
         value.kind(),
         ValueKind::Seq | ValueKind::Iterable | ValueKind::Map | ValueKind::Plain
@@ -277,6 +299,26 @@ impl Write for Counted<'_> {
         charge(part.len()).map_err(|_| fmt::Error)?;
         self.0.write_str(part)
     }
+}
+
+/// Charges for the list that a text is to be cut into, before it is: a short piece takes more than its bytes.
+fn charge_pieces(name: &str, value: &Value, args: &[Value]) -> Result<(), Error> {
+    let Some(text) = value.as_str() else {
+        return Ok(());
+    };
+    let pieces = match (name, args.first().and_then(Value::as_str)) {
+        ("split", Some(by)) => text.matches(by).count() + 1,
+        ("split" | "splitlines" | "lines", _) => text.split_whitespace().count() + text.lines().count(),
+        ("list" | "map" | "sort" | "unique" | "zip" | "groupby" | "min" | "max", _) => text.len(),
+        _ => 0,
+    };
+    charge(pieces.saturating_mul(ITEM))
+}
+
+/// The value as text, if that is not too much.
+pub(super) fn text_of(value: &Value) -> Result<String, Error> {
+    weigh_unless_text(value)?;
+    Ok(value.to_string())
 }
 
 fn weigh_unless_text(value: &Value) -> Result<(), Error> {
@@ -355,7 +397,8 @@ fn mul(state: &mut State, a: Value, b: Value) -> Result<Value, Error> {
         (&b, &a)
     };
     if let (Some(length), Some(times)) = (value.as_str().map(str::len).or(value.len()), times.as_usize()) {
-        charge(length.saturating_mul(times).saturating_mul(size_of::<Value>()))?;
+        let each = if value.as_str().is_some() { 1 } else { ITEM };
+        charge(length.saturating_mul(times).saturating_mul(each))?;
     }
     weigh_all(&[a.clone(), b.clone()])?;
     plain(state, "a * b", a, b)
