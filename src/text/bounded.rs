@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use minijinja::machinery::{CodeGenerator, Instruction, Instructions, eval, make_string_output, parse};
 use minijinja::syntax::SyntaxConfig;
@@ -35,20 +36,31 @@ const RECURSION: usize = 64;
 const NAME: &str = "chat";
 
 /// Filters that make about as much as they take, and the functions that call them and count it.
-const FILTERS: [(&str, &str); 23] = [
+const FILTERS: [(&str, &str); 34] = [
+    ("abs", "|abs"),
+    ("attr", "|attr"),
     ("capitalize", "|capitalize"),
     ("chain", "|chain"),
+    ("d", "|d"),
     ("default", "|default"),
     ("dictsort", "|dictsort"),
+    ("e", "|e"),
     ("escape", "|escape"),
+    ("float", "|float"),
     ("groupby", "|groupby"),
+    ("int", "|int"),
     ("list", "|list"),
     ("lines", "|lines"),
     ("lower", "|lower"),
     ("map", "|map"),
     ("max", "|max"),
     ("min", "|min"),
+    ("reject", "|reject"),
+    ("rejectattr", "|rejectattr"),
     ("reverse", "|reverse"),
+    ("safe", "|safe"),
+    ("select", "|select"),
+    ("selectattr", "|selectattr"),
     ("sort", "|sort"),
     ("split", "|split"),
     ("string", "|string"),
@@ -102,10 +114,20 @@ impl Program {
         environment.set_fuel(Some(FUEL_ONCE + FUEL_A_MESSAGE * messages.len() as u64));
         let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
         LEFT.set(TEXT_ONCE + TEXT_A_BYTE * bytes);
+        // minijinja panics on some expressions that no template needs, such as an empty text backwards. Nothing of this
+        // rendering is used then, and nothing but this rendering was changed by it.
+        let rendered = catch_unwind(AssertUnwindSafe(|| self.run(&environment, root)));
+        rendered.unwrap_or_else(|_| {
+            let message = "it makes the renderer panic";
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        })
+    }
+
+    fn run(&self, environment: &Environment<'static>, root: Value) -> Result<String, Error> {
         let mut text = String::new();
         let mut output = make_string_output(&mut text);
         eval(
-            &environment,
+            environment,
             &self.instructions,
             root,
             &self.blocks,
@@ -127,8 +149,8 @@ pub(super) fn prepare(environment: &mut Environment<'static>) {
     });
     environment.add_filter("sconce_add", add);
     environment.add_filter("sconce_mul", mul);
-    environment.add_filter("replace", |text: String, from: String, to: String| {
-        replaced(&text, &from, &to)
+    environment.add_filter("replace", |text: Value, from: Value, to: Value| {
+        replaced(&text_of(&text)?, &from, &to)
     });
     environment.add_filter("join", join);
     environment.add_filter("indent", indent);
@@ -136,6 +158,10 @@ pub(super) fn prepare(environment: &mut Environment<'static>) {
     for name in ["format", "center", "pprint", "urlencode", "batch", "slice"] {
         environment.remove_filter(name);
     }
+    for name in ["lower", "upper"] {
+        environment.remove_test(name);
+    }
+    environment.remove_global("debug");
     environment.add_function("|list of", list_of);
     environment.add_function("|map of", map_of);
     environment.add_function("|tuple of", tuple_of);
@@ -149,6 +175,7 @@ pub(super) fn prepare(environment: &mut Environment<'static>) {
                 charge_pieces(filter, value, rest)?;
             }
             if named.args().next().is_some() {
+                weigh(&Value::from(named.clone()), DEPTH)?;
                 args.push(named.into());
             }
             let value = state.apply_filter(filter, &args)?;
@@ -160,8 +187,8 @@ pub(super) fn prepare(environment: &mut Environment<'static>) {
 /// What a template calls as a method of a value: Python's methods, with those that can make much of little counted.
 pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     match (name, value.as_str(), args) {
-        ("replace", Some(text), [from, to]) => replaced(text, &from.to_string(), &to.to_string()),
-        ("join", Some(with), [items]) => join(items.clone(), Some(with.to_owned())),
+        ("replace", Some(text), [from, to]) => replaced(text, from, to),
+        ("join", Some(_), [items]) => join(items.clone(), Some(value.clone())),
         ("format" | "ljust" | "rjust" | "center" | "zfill" | "expandtabs", Some(_), _) => Err(Error::new(
             ErrorKind::UnknownMethod,
             format!("string has no method named {name}"),
@@ -336,14 +363,15 @@ fn emit(output: &mut Output, _: &mut State, value: &Value) -> Result<(), Error> 
     write!(Counted(output), "{value}").map_err(|_| too_much())
 }
 
-fn replaced(text: &str, from: &str, to: &str) -> Result<Value, Error> {
+fn replaced(text: &str, from: &Value, to: &Value) -> Result<Value, Error> {
+    let (from, to) = (&text_of(from)?, &text_of(to)?);
     let found = text.matches(from).count();
     charge(found.saturating_mul(to.len()).saturating_add(text.len()))?;
     Ok(Value::from(text.replace(from, to)))
 }
 
-fn join(items: Value, with: Option<String>) -> Result<Value, Error> {
-    let with = with.unwrap_or_default();
+fn join(items: Value, with: Option<Value>) -> Result<Value, Error> {
+    let with = with.map_or(Ok(String::new()), |with| text_of(&with))?;
     let mut made = String::new();
     weigh_unless_text(&items)?;
     for (i, item) in items.try_iter()?.enumerate() {
@@ -355,7 +383,7 @@ fn join(items: Value, with: Option<String>) -> Result<Value, Error> {
 
 /// Jinja's `indent`: each line but the first `width` deeper, empty ones only if `blank`.
 fn indent(
-    text: String,
+    text: Value,
     width: Option<usize>,
     first: Option<bool>,
     blank: Option<bool>,
@@ -365,6 +393,7 @@ fn indent(
     let first = first.or(named.get("first")?).unwrap_or(false);
     let blank = blank.or(named.get("blank")?).unwrap_or(false);
     named.assert_all_used()?;
+    let text = text_of(&text)?;
     charge(
         text.split('\n')
             .count()
