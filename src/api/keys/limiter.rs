@@ -115,7 +115,7 @@ impl<C: Clock + Clone> Limiter<C> {
         // An error leaves the state as it is: this only reads.
         let whole_at = self
             .ledger
-            .measure_and_replace(&NotKeyed::NonKey, |at| Err::<((), Nanos), _>(at));
+            .measure_and_replace(&NotKeyed::NonKey, Err::<((), Nanos), _>);
         let whole_at = whole_at.err().flatten().unwrap_or_default();
         let reset = Duration::from(whole_at.saturating_sub(self.now()));
         let missing = reset.as_nanos().div_ceil(self.each.as_nanos().max(1));
