@@ -2,7 +2,7 @@
 //!
 //! HTTP/1.1 by hyper, which cuts who sends no head of a request in time; a socket that takes nothing for too long is cut
 //! here, and with it the response that was being written, whose request is thereby cancelled. Bodies have their own
-//! limit, in [`super::limits`].
+//! limit, in `limits`.
 
 use std::error::Error as _;
 use std::future::poll_fn;
