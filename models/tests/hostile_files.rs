@@ -184,7 +184,7 @@ fn unchanged_files_load() {
 
 #[test]
 fn sizes_that_no_model_has_are_refused() {
-    let config = |value: &str| {
+    let refuse = |value: &str| {
         let mut config: serde_json::Value = serde_json::from_slice(&CONFIG).unwrap();
         for key in [
             "hidden_size",
@@ -200,16 +200,15 @@ fn sizes_that_no_model_has_are_refused() {
             );
         }
     };
-    for value in [
+    let sizes = [
         "18446744073709551615",
         "4611686018427387904",
         "1099511627776",
         "-1",
         "1e300",
         "0",
-    ] {
-        config(value);
-    }
+    ];
+    sizes.into_iter().for_each(refuse);
 }
 
 /// A header of nothing but brackets, and one that claims to be as long as memory.

@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use minijinja::machinery::{CodeGenerator, Instruction, Instructions, eval, make_string_output, parse};
 use minijinja::syntax::SyntaxConfig;
@@ -15,9 +16,14 @@ use minijinja::value::{Kwargs, Rest, Serde, Tuple, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Output, State, Value, context};
 use serde::{Serialize, Serializer};
 
-/// Bytes of text that one rendering may make, what it throws away again included: a prompt has to fit a context, and a
-/// request's body has a bound of its own.
-const MOST_TEXT: usize = 16 << 20;
+use super::Message;
+
+/// Bytes of text that one rendering may make, what it throws away again included: so much, and so much more for each
+/// byte of the messages, whose number has a bound of its own.
+const TEXT_ONCE: usize = 8 << 20;
+const TEXT_A_BYTE: usize = 16;
+/// What an item of a list takes besides its text.
+const ITEM: usize = 64;
 /// A template's source: the longest in use have some 20 KB.
 const MOST_SOURCE: usize = 256 << 10;
 /// Instructions for what a template does once, and for each message. Real ones take a tenth of it.
@@ -30,27 +36,45 @@ const RECURSION: usize = 64;
 const NAME: &str = "chat";
 
 /// Filters that make about as much as they take, and the functions that call them and count it.
-const FILTERS: [(&str, &str); 16] = [
+const FILTERS: [(&str, &str); 34] = [
+    ("abs", "|abs"),
+    ("attr", "|attr"),
     ("capitalize", "|capitalize"),
     ("chain", "|chain"),
+    ("d", "|d"),
     ("default", "|default"),
+    ("dictsort", "|dictsort"),
+    ("e", "|e"),
     ("escape", "|escape"),
+    ("float", "|float"),
+    ("groupby", "|groupby"),
+    ("int", "|int"),
     ("list", "|list"),
     ("lines", "|lines"),
     ("lower", "|lower"),
     ("map", "|map"),
+    ("max", "|max"),
+    ("min", "|min"),
+    ("reject", "|reject"),
+    ("rejectattr", "|rejectattr"),
     ("reverse", "|reverse"),
+    ("safe", "|safe"),
+    ("select", "|select"),
+    ("selectattr", "|selectattr"),
     ("sort", "|sort"),
     ("split", "|split"),
     ("string", "|string"),
+    ("sum", "|sum"),
     ("title", "|title"),
     ("tojson", "|tojson"),
     ("trim", "|trim"),
+    ("unique", "|unique"),
     ("upper", "|upper"),
+    ("zip", "|zip"),
 ];
 
 thread_local! {
-    /// What is left of [`MOST_TEXT`] in the rendering that this thread runs: filters have nowhere else to keep it.
+    /// The bytes of text that are left to the rendering that this thread runs: filters have nowhere else to keep it.
     static LEFT: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -79,15 +103,31 @@ impl Program {
         Ok(Self { instructions, blocks })
     }
 
-    /// Renders with these variables, for so many messages.
-    pub fn render(&self, environment: &Environment<'static>, root: Value, messages: usize) -> Result<String, Error> {
+    /// Renders with these variables, `messages` among them.
+    pub fn render(
+        &self,
+        environment: &Environment<'static>,
+        root: Value,
+        messages: &[Message],
+    ) -> Result<String, Error> {
         let mut environment = environment.clone();
-        environment.set_fuel(Some(FUEL_ONCE + FUEL_A_MESSAGE * messages as u64));
-        LEFT.set(MOST_TEXT);
+        environment.set_fuel(Some(FUEL_ONCE + FUEL_A_MESSAGE * messages.len() as u64));
+        let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
+        LEFT.set(TEXT_ONCE + TEXT_A_BYTE * bytes);
+        // minijinja panics on some expressions that no template needs, such as an empty text backwards. Nothing of this
+        // rendering is used then, and nothing but this rendering was changed by it.
+        let rendered = catch_unwind(AssertUnwindSafe(|| self.run(&environment, root)));
+        rendered.unwrap_or_else(|_| {
+            let message = "it makes the renderer panic";
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        })
+    }
+
+    fn run(&self, environment: &Environment<'static>, root: Value) -> Result<String, Error> {
         let mut text = String::new();
         let mut output = make_string_output(&mut text);
         eval(
-            &environment,
+            environment,
             &self.instructions,
             root,
             &self.blocks,
@@ -109,8 +149,8 @@ pub(super) fn prepare(environment: &mut Environment<'static>) {
     });
     environment.add_filter("sconce_add", add);
     environment.add_filter("sconce_mul", mul);
-    environment.add_filter("replace", |text: String, from: String, to: String| {
-        replaced(&text, &from, &to)
+    environment.add_filter("replace", |text: Value, from: Value, to: Value| {
+        replaced(&text_of(&text)?, &from, &to)
     });
     environment.add_filter("join", join);
     environment.add_filter("indent", indent);
@@ -118,6 +158,10 @@ pub(super) fn prepare(environment: &mut Environment<'static>) {
     for name in ["format", "center", "pprint", "urlencode", "batch", "slice"] {
         environment.remove_filter(name);
     }
+    for name in ["lower", "upper"] {
+        environment.remove_test(name);
+    }
+    environment.remove_global("debug");
     environment.add_function("|list of", list_of);
     environment.add_function("|map of", map_of);
     environment.add_function("|tuple of", tuple_of);
@@ -127,7 +171,11 @@ pub(super) fn prepare(environment: &mut Environment<'static>) {
         environment.add_function(function, |state: &mut State, args: Rest<Value>, named: Kwargs| {
             let mut args = args.0;
             weigh_all(&args)?;
+            if let [value, rest @ ..] = args.as_slice() {
+                charge_pieces(filter, value, rest)?;
+            }
             if named.args().next().is_some() {
+                weigh(&Value::from(named.clone()), DEPTH)?;
                 args.push(named.into());
             }
             let value = state.apply_filter(filter, &args)?;
@@ -139,14 +187,15 @@ pub(super) fn prepare(environment: &mut Environment<'static>) {
 /// What a template calls as a method of a value: Python's methods, with those that can make much of little counted.
 pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     match (name, value.as_str(), args) {
-        ("replace", Some(text), [from, to]) => replaced(text, &from.to_string(), &to.to_string()),
-        ("join", Some(with), [items]) => join(items.clone(), Some(with.to_owned())),
+        ("replace", Some(text), [from, to]) => replaced(text, from, to),
+        ("join", Some(_), [items]) => join(items.clone(), Some(value.clone())),
         ("format" | "ljust" | "rjust" | "center" | "zfill" | "expandtabs", Some(_), _) => Err(Error::new(
             ErrorKind::UnknownMethod,
             format!("string has no method named {name}"),
         )),
         _ => {
             weigh_all(args)?;
+            charge_pieces(name, value, args)?;
             let made = minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)?;
             weigh(&made, DEPTH).map(|()| made)
         }
@@ -197,7 +246,7 @@ fn counted(instruction: &Instruction<'static>) -> Option<Instruction<'static>> {
 }
 
 fn too_much() -> Error {
-    let message = format!("it makes more than {MOST_TEXT} bytes of text");
+    let message = "it makes too many bytes of text out of these messages";
     Error::new(ErrorKind::InvalidOperation, message)
 }
 
@@ -213,7 +262,7 @@ fn weigh(value: &Value, depth: usize) -> Result<(), Error> {
     if let Some(text) = value.as_str() {
         return charge(text.len());
     }
-    charge(size_of::<Value>())?;
+    charge(ITEM)?;
     let holds = matches!(
         value.kind(),
         ValueKind::Seq | ValueKind::Iterable | ValueKind::Map | ValueKind::Plain
@@ -279,6 +328,26 @@ impl Write for Counted<'_> {
     }
 }
 
+/// Charges for the list that a text is to be cut into, before it is: a short piece takes more than its bytes.
+fn charge_pieces(name: &str, value: &Value, args: &[Value]) -> Result<(), Error> {
+    let Some(text) = value.as_str() else {
+        return Ok(());
+    };
+    let pieces = match (name, args.first().and_then(Value::as_str)) {
+        ("split", Some(by)) => text.matches(by).count() + 1,
+        ("split" | "splitlines" | "lines", _) => text.split_whitespace().count() + text.lines().count(),
+        ("list" | "map" | "sort" | "unique" | "zip" | "groupby" | "min" | "max", _) => text.len(),
+        _ => 0,
+    };
+    charge(pieces.saturating_mul(ITEM))
+}
+
+/// The value as text, if that is not too much.
+pub(super) fn text_of(value: &Value) -> Result<String, Error> {
+    weigh_unless_text(value)?;
+    Ok(value.to_string())
+}
+
 fn weigh_unless_text(value: &Value) -> Result<(), Error> {
     value.as_str().map_or_else(|| weigh(value, DEPTH), |_| Ok(()))
 }
@@ -294,14 +363,15 @@ fn emit(output: &mut Output, _: &mut State, value: &Value) -> Result<(), Error> 
     write!(Counted(output), "{value}").map_err(|_| too_much())
 }
 
-fn replaced(text: &str, from: &str, to: &str) -> Result<Value, Error> {
+fn replaced(text: &str, from: &Value, to: &Value) -> Result<Value, Error> {
+    let (from, to) = (&text_of(from)?, &text_of(to)?);
     let found = text.matches(from).count();
     charge(found.saturating_mul(to.len()).saturating_add(text.len()))?;
     Ok(Value::from(text.replace(from, to)))
 }
 
-fn join(items: Value, with: Option<String>) -> Result<Value, Error> {
-    let with = with.unwrap_or_default();
+fn join(items: Value, with: Option<Value>) -> Result<Value, Error> {
+    let with = with.map_or(Ok(String::new()), |with| text_of(&with))?;
     let mut made = String::new();
     weigh_unless_text(&items)?;
     for (i, item) in items.try_iter()?.enumerate() {
@@ -313,7 +383,7 @@ fn join(items: Value, with: Option<String>) -> Result<Value, Error> {
 
 /// Jinja's `indent`: each line but the first `width` deeper, empty ones only if `blank`.
 fn indent(
-    text: String,
+    text: Value,
     width: Option<usize>,
     first: Option<bool>,
     blank: Option<bool>,
@@ -323,6 +393,7 @@ fn indent(
     let first = first.or(named.get("first")?).unwrap_or(false);
     let blank = blank.or(named.get("blank")?).unwrap_or(false);
     named.assert_all_used()?;
+    let text = text_of(&text)?;
     charge(
         text.split('\n')
             .count()
@@ -355,7 +426,8 @@ fn mul(state: &mut State, a: Value, b: Value) -> Result<Value, Error> {
         (&b, &a)
     };
     if let (Some(length), Some(times)) = (value.as_str().map(str::len).or(value.len()), times.as_usize()) {
-        charge(length.saturating_mul(times).saturating_mul(size_of::<Value>()))?;
+        let each = if value.as_str().is_some() { 1 } else { ITEM };
+        charge(length.saturating_mul(times).saturating_mul(each))?;
     }
     weigh_all(&[a.clone(), b.clone()])?;
     plain(state, "a * b", a, b)

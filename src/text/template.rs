@@ -89,7 +89,7 @@ impl ChatTemplate {
             documents => (),
         };
         self.program
-            .render(&self.environment, context, messages.len())
+            .render(&self.environment, context, messages)
             .map_err(|e| match raised(&e) {
                 Some(message) => TextError::TemplateRefused(unmarked(&message)),
                 None => TextError::Template(unmarked(&describe(&e))),
@@ -114,7 +114,8 @@ fn template_text(config: &serde_json::Value) -> Option<String> {
 #[error("{0}")]
 struct Raised(String);
 
-fn raise_exception(message: String) -> Result<Value, Error> {
+fn raise_exception(message: Value) -> Result<Value, Error> {
+    let message = bounded::text_of(&message)?;
     Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
 }
 
@@ -311,9 +312,19 @@ mod tests {
             "{% set x = 'a' * 1000000 %}{% set ns = namespace(l=[]) %}{% for i in range(900) %}{% set ns.l = ns.l + [x|upper] %}{% endfor %}",
             "{% macro f(x) %}{{ f(x ~ x) }}{% endmacro %}{{ f('a') }}",
             "{{ 'a' | indent(1000000000) }}",
+            "{{ ''[::-1] }}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns | replace('a', ns) }}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ 'a'.replace('a', ns) }}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ['a', 'b'] | join(ns) }}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns | safe }}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ none | default(ns, true) }}",
             "{{ ['a'] * 100000000 }}",
             "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
             "{% set ns = namespace() %}{% set ns.x = [ns] %}{{ ns | tojson }}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ raise_exception(ns) }}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ [ns, ns] | unique | list }}",
+            "{% set x = 'a' * 1000000 %}{{ x.split('') }}",
+            "{% set x = 'a' * 1000000 %}{{ x | list | length }}",
             "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns == [ns] or ns is eq namespace(x=ns) }}",
             "{% set ns = namespace(l=(1,)) %}{% for i in range(60) %}{% set ns.l = (ns.l, ns.l) %}{% endfor %}{{ ns.l == ns.l }}",
             "{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = ns.l + ns.l %}{% endfor %}{{ 2 in ns.l }}",

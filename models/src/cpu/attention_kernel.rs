@@ -235,10 +235,6 @@ impl<T: Element> Tile<'_, T> {
     }
 
     /// `scores[row][position - origin] = query . key`
-    #[allow(
-        clippy::undocumented_unsafe_blocks,
-        reason = "the lint does not see the comments in a macro's argument"
-    )]
     #[inline(always)]
     fn score<S: Simd, const NV: usize>(
         &self,
@@ -296,10 +292,6 @@ impl<T: Element> Tile<'_, T> {
     }
 
     /// `out[row] = scale[row] * sum over positions of probability * value`
-    #[allow(
-        clippy::undocumented_unsafe_blocks,
-        reason = "the lint does not see the comments in a macro's argument"
-    )]
     #[inline(always)]
     fn weigh<S: Simd, const NV: usize>(
         &self,

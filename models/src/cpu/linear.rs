@@ -201,10 +201,6 @@ impl WithSimd for Stripe<'_> {
 }
 
 /// `sums[row] (+)= x[row][k..] * weights`, from zero where `k` is 0: `sums` `[rows, width]`, `x` `[rows, depth]`.
-#[allow(
-    clippy::undocumented_unsafe_blocks,
-    reason = "the lint does not see the comments in a macro's argument"
-)]
 #[inline(always)]
 fn accumulate<S: Simd>(simd: S, x: &[f32], depth: usize, k: usize, weights: &[f32], sums: &mut [f32]) {
     let width = 2 * S::F32_LANES;
