@@ -19,6 +19,7 @@ const PARENT: &str = "b7ad6b7169203331";
 fn a_clients_trace_goes_on_to_the_step() {
     let (endpoint, exports) = collector();
     let server = Server::start(&["--otlp-endpoint", &endpoint]);
+    sconce_loadtest::tls::prepare();
     let client = reqwest::blocking::Client::new();
     let request = client.post(server.url("/v1/chat/completions"));
     let request = request.header("traceparent", format!("00-{TRACE}-{PARENT}-01"));

@@ -85,6 +85,7 @@ fn no_log_has_what_was_asked() {
     lines
         .find(|line| line.contains("is ready"))
         .expect("the model is loaded");
+    sconce_loadtest::tls::prepare();
     let client = Client::new();
     let mut statuses = Vec::new();
     for (path, body) in bodies() {

@@ -36,6 +36,8 @@ pub fn spans_to<S>(endpoint: &str) -> Result<(impl Layer<S> + use<S>, Exporter),
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
+    // The exporter's HTTP client is one of those that need it.
+    sconce_loadtest::tls::prepare();
     let exporter = SpanExporter::builder()
         .with_http()
         .with_endpoint(format!("{endpoint}/v1/traces"))
