@@ -118,7 +118,10 @@ fn a_hangup_reads_the_settings_again() {
     fs::write(&file, changed).expect("writes");
     hangup_until("settings read again");
     assert_eq!((setting("max_batch"), setting("step_tokens")), (json!(7), json!(64)));
-    assert_eq!(server.post("/v1/completions", &long(50)).status(), 504);
+    let late = server.post("/v1/completions", &long(50));
+    // Whether a first token came before the deadline was looked at is a matter of milliseconds.
+    let cut = late.status() == 504 || late.json::<Value>().expect("JSON")["choices"][0]["stop_reason"] == "deadline";
+    assert!(cut, "the timeout has changed");
     assert!(
         logged("change with the next start: queue\n"),
         "what cannot change is named, and nothing else"
