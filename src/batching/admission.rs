@@ -159,6 +159,12 @@ impl Gate {
         self.unseen.remove(&id);
     }
 
+    /// This one of the scheduler's has ended; whoever hears of it and asks again need not wait for the next outlook.
+    pub fn ended(&mut self, id: SequenceId) {
+        self.outlook.running.retain(|(_, work)| work.id != id);
+        forget(&mut self.outlook, id);
+    }
+
     /// Lets all of `asks` in (the choices and prompts of one client request), or none of them. Refuses nobody for a
     /// deadline before enough was measured, and nobody when the server is idle: there is no one to harm, and what it
     /// then takes corrects the estimates, should they be wrong.

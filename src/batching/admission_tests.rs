@@ -416,3 +416,34 @@ fn what_the_scheduler_has_not_seen_counts_until_it_has() {
     gate.update(empty(), &world.estimates);
     assert!(gate.ask(&[ask], now).is_ok());
 }
+
+#[test]
+fn who_has_ended_no_longer_stands_in_the_way() {
+    let mut world = World::new(Limits {
+        in_flight: Some(1),
+        ..limits()
+    });
+    let ask = Ask {
+        tenant: tenant("a"),
+        priority: 0,
+        prompt: 4,
+        max_tokens: 8,
+        deadline: None,
+    };
+    let client = Client {
+        at: 0.0,
+        tenant: tenant("a"),
+        prompt: 4,
+        max_tokens: 8,
+        output: 8,
+        timeout: 60.0,
+    };
+    let mut inbox = Vec::new();
+    world.arrive(0, &client, &mut inbox);
+    world.turn(&mut inbox);
+    assert!(world.gate.ask(std::slice::from_ref(&ask), world.now).is_err());
+    let id = *world.sequences.keys().next().unwrap();
+    world.scheduler.remove(id, world.now);
+    world.gate.ended(id);
+    assert!(world.gate.ask(&[ask], world.now).is_ok(), "before any new outlook");
+}

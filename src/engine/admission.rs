@@ -109,6 +109,11 @@ impl Teacher {
             .observe(tokens - decodes, decodes, took.as_secs_f64());
     }
 
+    /// A sequence left the scheduler.
+    pub fn left(&self, id: SequenceId) {
+        self.gate.lock().ended(id);
+    }
+
     /// A request came to its end by itself, or at its deadline.
     pub fn ended(&mut self, client: &Client, late: bool, metrics: &EngineMetrics, now: Instant) {
         let took = now.saturating_duration_since(client.life.arrival).as_secs_f64();

@@ -4,6 +4,7 @@ mod admission;
 mod budget;
 mod cache;
 mod cache_file;
+mod choose;
 mod fault;
 #[cfg(any(test, feature = "fault-injection"))]
 mod inject;

@@ -2,13 +2,10 @@
 
 use std::{
     collections::HashMap,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use rayon::prelude::*;
-use sconce_models::Draw;
 use tokio::{runtime::Runtime, sync::mpsc};
 use tracing::Span;
 
@@ -19,12 +16,12 @@ use super::{
     cache::{PinOrder, Savings},
     cache_file::Saves,
     model::Model,
-    sampler::{NotANumber, Sample, Sampler},
+    sampler::{Sample, Sampler},
     watch::{End, Watch},
 };
 use crate::{
     batching::{Arrival, Namespace, Plan, Sequence, SequenceId},
-    request::{Event, Failure, FinishReason, Token, TokenId},
+    request::{Event, Failure, FinishReason, Token},
     telemetry::{
         EngineMetrics,
         trace::{self, Life, Note, Timeline},
@@ -37,7 +34,7 @@ pub(super) struct Client {
     /// The span of the phase that it is in.
     phase: Span,
     events: mpsc::UnboundedSender<Event>,
-    sampler: Sampler,
+    pub(super) sampler: Sampler,
     pub(super) life: Life,
     pub(super) deadline: Option<Instant>,
     /// How long it was expected to take when it came.
@@ -70,14 +67,6 @@ impl Client {
         self.life.last_token = Some(at);
         self.life.generated += 1;
     }
-}
-
-/// What a step gave.
-pub(super) enum Answer {
-    /// Of the rows that sample, `[rows × vocabulary]`.
-    Logits(Vec<f32>),
-    /// One for each row that samples; `None` where a logit was no number.
-    Tokens(Vec<Option<TokenId>>),
 }
 
 pub struct Runner {
@@ -397,67 +386,6 @@ impl Runner {
         Ok(())
     }
 
-    /// How the device is to choose each row's token; `None` where the host chooses, from logits.
-    pub(super) fn draws(&mut self, plan: &Plan) -> Option<Vec<Draw>> {
-        if !self.model.samples() {
-            return None;
-        }
-        let vocabulary = self.model.vocab_size();
-        let sampling = || plan.rows.iter().filter(|row| row.samples).map(|row| row.id);
-        // Asked of all before any gives away a random number.
-        let wants_logits =
-            |id| (self.clients.get(&id)).is_none_or(|client: &Client| client.sampler.sampling().logprobs.is_some());
-        if sampling().any(wants_logits) {
-            return None;
-        }
-        let draw = |id| self.clients.get_mut(&id)?.sampler.next_draw(vocabulary);
-        sampling().map(draw).collect()
-    }
-
-    /// The tokens that the device chose, by sequence.
-    pub(super) fn chosen(
-        &mut self,
-        plan: &Plan,
-        tokens: Vec<Option<TokenId>>,
-    ) -> Vec<(SequenceId, Result<Sample, Failure>)> {
-        let sampling = plan.rows.iter().filter(|row| row.samples);
-        let mut samples = Vec::with_capacity(tokens.len());
-        for (row, token) in sampling.zip(tokens) {
-            let Some(client) = self.clients.get_mut(&row.id) else {
-                continue;
-            };
-            let sample = token.ok_or(Failure::NotANumber).map(|token| {
-                client.sampler.chose(token);
-                Sample { token, logprobs: None }
-            });
-            samples.push((row.id, sample));
-        }
-        samples
-    }
-
-    /// Chooses a token for each row that reached its sequence's end.
-    pub(super) fn choose(&mut self, plan: &Plan, mut logits: Vec<f32>) -> Vec<(SequenceId, Result<Sample, Failure>)> {
-        let sampling = plan.rows.iter().filter(|row| row.samples);
-        let mut clients: Vec<_> = sampling
-            .filter_map(|row| Some((row.id, self.clients.remove(&row.id)?)))
-            .collect();
-        let vocabulary = self.model.vocab_size();
-        let samples: Vec<_> = clients
-            .par_iter_mut()
-            .zip(logits.par_chunks_mut(vocabulary))
-            .map(|((id, client), logits)| {
-                let choose = || {
-                    #[cfg(any(test, feature = "fault-injection"))]
-                    self.faults.sampler(*id, &self.model.scheduler);
-                    client.sampler.sample(logits)
-                };
-                (*id, guarded(choose))
-            })
-            .collect();
-        self.clients.extend(clients);
-        samples
-    }
-
     /// Sends a sampled token and goes on with its sequence or ends it.
     pub(super) fn deliver(&mut self, id: SequenceId, sample: Sample, at: Instant) {
         if self.finish_pin(id, at) {
@@ -496,7 +424,8 @@ impl Runner {
     pub(super) fn end(&mut self, id: SequenceId, outcome: &'static str, event: Option<Event>) {
         let now = Instant::now();
         self.model.scheduler.remove(id, now);
-        // Counted before its client hears of it, who may look.
+        // Counted before its client hears of it, who may look, or ask again.
+        self.admission.left(id);
         self.metrics.sequences.with_label_values(&[outcome]).inc();
         if let Some(mut client) = self.clients.remove(&id) {
             client.life.ended = Some((now, outcome));
@@ -552,14 +481,5 @@ impl Runner {
                 cached_blocks: counts.cached,
             })
         });
-    }
-}
-
-/// Samples one sequence; whatever goes wrong is that sequence's alone.
-fn guarded(choose: impl FnOnce() -> Result<Sample, NotANumber>) -> Result<Sample, Failure> {
-    // A sampler that panicked is not used again: its sequence ends with this failure.
-    match catch_unwind(AssertUnwindSafe(choose)) {
-        Ok(sample) => sample.map_err(|NotANumber| Failure::NotANumber),
-        Err(_) => Err(Failure::Sampler),
     }
 }

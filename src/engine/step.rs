@@ -7,8 +7,9 @@ use std::{
 
 use super::{
     budget::tokens,
+    choose::Answer,
     fault::{StepError, panic_message},
-    run::{Answer, Runner},
+    run::Runner,
     watch::End,
 };
 use crate::{
