@@ -119,9 +119,16 @@ fn places(requests: usize) -> Limits {
     }
 }
 
-/// The answers to all of the requests, sent in bursts of eight, and what the engine counted.
-fn answers(settings: &Settings, requests: &[(Vec<TokenId>, Sampling)]) -> (Vec<Vec<TokenId>>, Arc<EngineMetrics>) {
-    let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
+fn metrics() -> Arc<EngineMetrics> {
+    Arc::new(EngineMetrics::new(&Registry::new()).unwrap())
+}
+
+/// The answers to all of the requests, sent in bursts of eight to an engine of their own that counts into `metrics`.
+fn answers(
+    metrics: &Arc<EngineMetrics>,
+    settings: &Settings,
+    requests: &[(Vec<TokenId>, Sampling)],
+) -> Vec<Vec<TokenId>> {
     let engine = Engine::new(&Weights::load(settings).unwrap(), metrics.clone()).unwrap();
     let (handle, guard) = engine.start(places(requests.len())).unwrap();
     let mut answers = Vec::new();
@@ -135,7 +142,7 @@ fn answers(settings: &Settings, requests: &[(Vec<TokenId>, Sampling)]) -> (Vec<V
     }
     drop(handle);
     assert_eq!(wait(guard), End::Finished);
-    (answers, metrics)
+    answers
 }
 
 #[test]
@@ -156,31 +163,39 @@ fn the_prefix_cache_changes_no_token_however_little_memory_there_is() {
             ..settings
         }
     };
-    let (expected, _) = answers(&engine(false, 4, 1024), &requests);
-    let (mut found, mut evictions, mut preemptions) = (0, 0, 0);
-    for (block_size, kv_tokens) in [(4, 80), (8, 96)] {
-        let (answers, metrics) = answers(&engine(true, block_size, kv_tokens), &requests);
+    let expected = answers(&metrics(), &engine(false, 4, 1024), &requests);
+    // One engine after another counts into the same metrics, as after a restart.
+    let metrics = metrics();
+    let counted = || {
+        (
+            metrics.cache.tokens.get(),
+            metrics.cache.evictions.get(),
+            metrics.preemptions.get(),
+        )
+    };
+    let mut before = (0, 0, 0);
+    for (engines, (block_size, kv_tokens)) in (1..).zip([(4, 80), (8, 96)]) {
+        let answers = answers(&metrics, &engine(true, block_size, kv_tokens), &requests);
         assert_eq!(answers, expected, "with blocks of {block_size}");
         let prompts: usize = requests.iter().map(|(prompt, _)| prompt.len()).sum();
         assert_eq!(
             metrics.prefill_tokens.get() + metrics.cache.tokens.get(),
-            prompts as u64
+            (engines * prompts) as u64
         );
         let by_outcome = ["hit", "miss"].map(|outcome| metrics.cache.requests.with_label_values(&[outcome]).get());
-        assert_eq!(by_outcome.iter().sum::<u64>(), requests.len() as u64);
-        found += metrics.cache.tokens.get();
-        evictions += metrics.cache.evictions.get();
-        preemptions += metrics.preemptions.get();
+        assert_eq!(by_outcome.iter().sum::<u64>(), (engines * requests.len()) as u64);
+        let (found, evictions, preemptions) = counted();
+        assert!(
+            found > before.0 && evictions > before.1 && preemptions > before.2,
+            "{found} found, {evictions} evicted, {preemptions} preempted; before: {before:?}"
+        );
+        before = (found, evictions, preemptions);
     }
-    assert!(
-        found > 0 && evictions > 0 && preemptions > 0,
-        "{found} found, {evictions} evicted, {preemptions} preempted"
-    );
 }
 
 #[test]
 fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
-    let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
+    let metrics = metrics();
     let engine = Engine::new(&Weights::load(&settings()).unwrap(), metrics.clone()).unwrap();
     assert_eq!(engine.max_model_len(), 256);
     let (handle, guard) = engine.start(places(4)).unwrap();
@@ -251,7 +266,7 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
 
 #[test]
 fn whoever_leaves_frees_its_place_within_a_step() {
-    let metrics = Arc::new(EngineMetrics::new(&Registry::new()).unwrap());
+    let metrics = metrics();
     let mut settings = settings();
     (settings.batching.max_batch, settings.batching.step_tokens) = (1, 8);
     let engine = Engine::new(&Weights::load(&settings).unwrap(), metrics.clone()).unwrap();
