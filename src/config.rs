@@ -226,7 +226,7 @@ pub struct Batching {
     #[arg(long, value_name = "REQUESTS", value_parser = count(1, 1_000_000))]
     pub max_in_flight: Option<usize>,
     /// The share of these three limits that one API key may take, above 0, at most 1
-    #[arg(long, value_name = "SHARE", default_value = "0.5", value_parser = values::share)]
+    #[arg(long, value_name = "SHARE", default_value = "0.5", value_parser = values::some_share)]
     pub key_share: f64,
 }
 

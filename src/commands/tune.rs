@@ -205,7 +205,7 @@ async fn measure(settings: &Tune, workload: Workload, url: &str) -> Result<Tried
     let server = load::Asked {
         url: url.to_owned(),
         served_model_name: None,
-        api_key: None,
+        api_key: settings.experiments.api_key.clone(),
         insecure: false,
         api: None,
         no_stream: false,

@@ -68,6 +68,9 @@ pub struct Experiments {
     /// A server to tune that was started with `--admin`; unset, one is started with `--model`
     #[arg(long)]
     pub url: Option<String>,
+    /// The key that requests carry as a bearer token
+    #[arg(long, value_name = "KEY")]
+    pub api_key: Option<String>,
     /// What is promised, such as `e2e.p99=2s,ttft.p99=500ms`; goodput counts the requests that keep it
     #[arg(long, value_name = "PROMISES", required = true)]
     pub slo: Slo,

@@ -23,6 +23,8 @@ pub enum ValueError {
     BlockSize,
     #[error("a share is a number from 0 to 1, such as `0.25`")]
     Share,
+    #[error("a share above 0 is needed, such as `0.25`")]
+    NoShare,
     #[error("a share of the GPU's memory is a number from 0.1 to 0.98")]
     GpuMemory,
     #[error("{0}")]
@@ -145,6 +147,17 @@ pub(super) fn share(text: &str) -> Result<f64, ValueError> {
         Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
         _ => Err(ValueError::Share),
     }
+}
+
+/// A part of a whole, and not nothing.
+pub(super) fn some_share(text: &str) -> Result<f64, ValueError> {
+    share(text).and_then(|share| {
+        if share > 0.0 {
+            Ok(share)
+        } else {
+            Err(ValueError::NoShare)
+        }
+    })
 }
 
 /// A filter that `tracing` understands.
