@@ -5,7 +5,7 @@ mod common;
 
 use std::{io::Read, process::Command, time::Duration};
 
-use common::{Server, all_at_once, chat, send_by_hand, text};
+use common::{Server, all_at_once, chat, completion, send_by_hand, text};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -20,8 +20,12 @@ fn question(index: usize) -> Value {
 
 /// The whole answer to a request with this id: its status, and its body.
 fn ask(server: &Server, id: &str, body: &Value) -> (u16, String) {
+    ask_at(server, CHAT, id, body)
+}
+
+fn ask_at(server: &Server, path: &str, id: &str, body: &Value) -> (u16, String) {
     let mut answer = String::new();
-    let mut socket = send_by_hand(server, CHAT, id, body);
+    let mut socket = send_by_hand(server, path, id, body);
     socket.read_to_string(&mut answer).expect("the answer ends");
     let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
     let status = head.split(' ').nth(1).expect("a status").parse().expect("a number");
@@ -98,6 +102,31 @@ fn a_fault_has_one_victim() {
 }
 
 #[test]
+fn what_gave_no_numbers_is_computed_again() {
+    let server = Server::start_quietly(&["--step-tokens", "32", "--max-batch", "8"]);
+    // Its first chunks are kept in earlier steps than the one that fails.
+    let prompt: Vec<u64> = (1000..1100).collect();
+    let body = completion(&prompt, 4);
+    let cached = || {
+        let answer = server.ask("/v1/completions", &body);
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+            .as_u64()
+            .expect("a count")
+    };
+    for index in 0..2 {
+        failed(
+            ask_at(&server, "/v1/completions", &format!("fault.nan.{index}"), &body),
+            false,
+            "server_error",
+        );
+        idle(&server);
+        assert_eq!(server.metric("sconce_kv_blocks{state=\"cached\"}"), 0.0);
+        assert_eq!(cached(), 0);
+        assert_eq!(cached(), 96, "what the answered request computed is kept");
+    }
+}
+
+#[test]
 fn short_memory_makes_smaller_steps_and_the_same_answers() {
     let server = Server::start_quietly(&[]);
     let expected = expected(&server);
@@ -120,18 +149,22 @@ fn short_memory_makes_smaller_steps_and_the_same_answers() {
 fn a_hung_step_is_given_up_and_the_engine_runs_again() {
     let server = Server::start_quietly(&["--step-timeout", "3s", "--max-batch", "3"]);
     let expected = expected(&server);
-    // Three that run, one of which hangs, and two that wait.
-    let work = ["fault.hang.2", "a", "b", "c", "d"].into_iter().enumerate();
-    let work = work.map(|(index, id)| {
-        let server = &server;
-        move || {
-            let mut body = question(index);
-            body["stream"] = json!(index < 2);
-            body["max_tokens"] = json!(200);
-            (index, ask(server, id, &body))
-        }
+    let ask = &|(index, id): (usize, &str)| {
+        let mut body = question(index);
+        body["stream"] = json!(index < 2);
+        body["max_tokens"] = json!(200);
+        (index, ask(&server, id, &body))
+    };
+    // Three that run, one of which hangs after a while, and two that wait.
+    let answers = std::thread::scope(|scope| {
+        let hanging = scope.spawn(|| ask((0, "fault.hang.40")));
+        server.wait_until("it runs", LIMIT, || server.metric("sconce_running") == 1.0);
+        let others = ["a", "b", "c", "d"].into_iter().zip(1..);
+        let mut answers = all_at_once(others.map(|(id, index)| move || ask((index, id))).collect());
+        answers.push(hanging.join().expect("no panic"));
+        answers
     });
-    for (index, answer) in all_at_once(work.collect()) {
+    for (index, answer) in answers {
         let begun = answer.0 == 200;
         assert!(!begun || index < 2, "only a stream's status goes out before its end");
         failed(answer, begun, "engine_lost");

@@ -160,8 +160,8 @@ impl BlockPool {
     }
 
     /// Keeps a full block for its tokens. `above` is the sequence's preceding block (`None` for its first), itself kept
-    /// and held. Gives the block the sequence now holds in its place: where another sequence has computed the same
-    /// tokens first, its block, the duplicate being freed.
+    /// and held, or forgotten since: then the block is not kept. Gives the block the sequence now holds in its place:
+    /// where another sequence has computed the same tokens first, its block, the duplicate being freed.
     pub fn keep(
         &mut self,
         namespace: &Namespace,
@@ -178,6 +178,13 @@ impl BlockPool {
             self.release(&[block]);
         }
         kept
+    }
+
+    /// From now on nobody finds the blocks of a sequence, nor what goes on from them.
+    pub fn forget(&mut self, blocks: &[BlockId]) {
+        if let (Some(tree), Some(&first)) = (&mut self.prefix, blocks.first()) {
+            self.free.extend(tree.forget(first));
+        }
     }
 
     /// Every block kept for its tokens, those in use first, then the most recently used; a block comes after those above

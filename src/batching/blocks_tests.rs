@@ -47,6 +47,23 @@ fn shares_what_another_sequence_computed() {
 }
 
 #[test]
+fn what_is_forgotten_is_found_by_nobody_and_goes_on_for_nobody() {
+    let (mut pool, space, now) = (BlockPool::new(6, SIZE, true), namespace(1), Instant::now());
+    visit(&mut pool, &space, now, &[1, 2, 3, 4]);
+    visit(&mut pool, &space, now, &[7, 8]);
+    let one = pool.take(&space, now, None, &[1, 2]);
+    pool.forget(&one);
+    assert_eq!(pool.counts(), counts(4, 1, 1));
+    assert!(pool.look_up(&space, &[1, 2, 3, 4]).is_empty());
+    // Who still holds it goes on without keeping anything.
+    let next = pool.allocate().unwrap();
+    assert_eq!(pool.keep(&space, now, Some(one[0]), &[5, 6], next), next);
+    pool.release(&[one[0], next]);
+    assert_eq!(pool.counts(), counts(5, 0, 1));
+    assert_eq!(visit(&mut pool, &space, now, &[7, 8]), 1);
+}
+
+#[test]
 fn without_the_cache_nothing_is_kept() {
     let (mut pool, space, now) = (BlockPool::new(1, 2, false), namespace(1), Instant::now());
     let block = pool.allocate().unwrap();
@@ -133,6 +150,8 @@ enum Action {
     /// Turn the n-th live sequence into a pinned prompt, as far as it is computed and the budget goes.
     Pin(usize),
     Unpin(usize),
+    /// Find the n-th live sequence's blocks for nobody any more, and end it.
+    Forget(usize),
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -142,6 +161,7 @@ fn action() -> impl Strategy<Value = Action> {
         3 => (0usize..6).prop_map(Action::End),
         1 => (0usize..6).prop_map(Action::Pin),
         1 => (0usize..3).prop_map(Action::Unpin),
+        1 => (0usize..6).prop_map(Action::Forget),
     ]
 }
 
@@ -249,6 +269,13 @@ impl World {
                 self.pool.release(&live.table);
             }
             Action::Pin(index) if index < self.live.len() => self.pin(index),
+            Action::Forget(index) if index < self.live.len() => {
+                let live = self.live.swap_remove(index);
+                self.pool.forget(&live.table);
+                let found = self.pool.look_up(&namespace(live.space), &live.tokens);
+                prop_assert!(found.iter().all(|block| !live.table.contains(block)));
+                self.pool.release(&live.table);
+            }
             Action::Unpin(index) if index < self.pins.len() => {
                 let blocks = self.pins.swap_remove(index);
                 self.pool.unpin(&blocks);
@@ -261,9 +288,10 @@ impl World {
     fn check(&self) -> Result<(), TestCaseError> {
         let counts = self.pool.counts();
         prop_assert_eq!(counts.free + counts.held + counts.cached + counts.pinned, BLOCKS);
-        let asked: HashSet<_> = self.pins.iter().flatten().collect();
-        prop_assert_eq!(self.pool.pins().asked, asked.len());
-        let held: HashSet<_> = self.live.iter().flat_map(|live| &live.table).chain(asked).collect();
+        let pinned: HashSet<_> = self.pins.iter().flatten().collect();
+        let kept = |block: &&&BlockId| self.pool.prefix.as_ref().is_some_and(|tree| tree.contains(***block));
+        prop_assert_eq!(self.pool.pins().asked, pinned.iter().filter(kept).count());
+        let held: HashSet<_> = self.live.iter().flat_map(|live| &live.table).chain(pinned).collect();
         prop_assert!(self.pool.free.iter().all(|block| !held.contains(block)));
         prop_assert_eq!(self.pool.available(), BLOCKS - held.len());
         prop_assert!(counts.pinned <= BUDGET.max(held.len()));

@@ -182,8 +182,8 @@ impl PrefixTree {
         self.node(block).is_some()
     }
 
-    /// Adds a block that somebody holds, with every block above it, unless there is one with the same tokens. Gives the
-    /// one that is there now.
+    /// Adds a block that somebody holds, with every block above it, unless there is one with the same tokens, or one
+    /// above was forgotten. Gives the block to hold now.
     pub fn keep(
         &mut self,
         namespace: &Namespace,
@@ -192,6 +192,10 @@ impl PrefixTree {
         block: BlockId,
         arrival: Instant,
     ) -> BlockId {
+        // Below a block that was forgotten nothing would be found, or, once it holds other tokens, something wrong.
+        if above.is_some_and(|above| !self.contains(above)) {
+            return block;
+        }
         if let Some(same) = self.shared_child(above, tokens) {
             return same;
         }
@@ -325,17 +329,59 @@ impl PrefixTree {
     /// Forgets the least recently used leaf that nobody holds; its block is free. O(1).
     pub fn evict(&mut self) -> Option<BlockId> {
         let block = self.idle.pop().or_else(|| self.idle_protected.pop())?;
-        let node = self.nodes.get_mut(block as usize)?.take()?;
+        self.remove(block);
+        self.evictions += 1;
+        Some(block)
+    }
+
+    /// Takes a node, which is in neither list of idle ones any more, out of the tree.
+    fn remove(&mut self, block: BlockId) {
+        let Some(node) = self.nodes.get_mut(block as usize).and_then(Option::take) else {
+            return;
+        };
         if let Ok(entry) = self.table.find_entry(node.hash, |&other| other == block) {
             entry.remove();
         }
-        self.protected -= usize::from(node.protected);
-        self.evictions += 1;
+        match node.pins {
+            0 => self.protected -= usize::from(node.protected),
+            _ => self.pinned -= 1,
+        }
         // The set and this node were the last to know the namespace.
         if Arc::strong_count(&node.namespace) == 2 {
             self.namespaces.remove(&node.namespace);
         }
-        Some(block)
+    }
+
+    /// Takes a block and all below it out of the tree, as what they hold is not to be trusted. Gives those that nobody
+    /// holds: they are free. The others are, once they are let go of. O(n log n).
+    pub fn forget(&mut self, block: BlockId) -> Vec<BlockId> {
+        let mut by_depth: Vec<(u32, BlockId)> = (0..)
+            .zip(&self.nodes)
+            .filter_map(|(block, node)| Some((node.as_ref()?.depth, block)))
+            .collect();
+        by_depth.sort_unstable();
+        let mut doomed = HashSet::new();
+        for (_, other) in by_depth {
+            let parent = self.node(other).and_then(|node| node.parent);
+            if other == block || parent.is_some_and(|above| doomed.contains(&above)) {
+                doomed.insert(other);
+            }
+        }
+        let mut free = Vec::new();
+        for block in doomed {
+            let Some(&Node { idle, protected, .. }) = self.node(block) else {
+                continue;
+            };
+            if idle {
+                match protected {
+                    true => self.idle_protected.remove(block),
+                    false => self.idle.remove(block),
+                }
+                free.push(block);
+            }
+            self.remove(block);
+        }
+        free
     }
 
     /// Blocks in the tree that nobody holds. All can be evicted.

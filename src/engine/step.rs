@@ -109,8 +109,8 @@ impl Runner {
         })
     }
 
-    /// Chooses a token for each row that reached its sequence's end. What a sequence without numbers computed is not
-    /// kept for others, so it ends before the rows are committed.
+    /// Chooses a token for each row that reached its sequence's end. What a sequence without numbers computed, in this
+    /// step or in earlier ones, is not kept for others.
     fn sample(&mut self, pass: &Plan, answer: Answer, took: Duration) {
         let samples = match answer {
             Answer::Logits(logits) => self.choose(pass, logits),
@@ -124,7 +124,10 @@ impl Runner {
                 Err(failure) => {
                     let cause = match failure {
                         Failure::Sampler => "sampler_panicked",
-                        _ => "not_a_number",
+                        _ => {
+                            self.model.scheduler.distrust(id);
+                            "not_a_number"
+                        }
                     };
                     self.metrics.faults.with_label_values(&[cause]).inc();
                     self.end(id, "failed", Some(Event::Failed(failure)));

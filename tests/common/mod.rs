@@ -56,12 +56,17 @@ impl Server {
             .timeout(Duration::from_secs(240))
             .build()
             .expect("a client");
-        let server = Self { child, base, client };
-        server.wait_until("the model is loaded", Duration::from_secs(300), || {
-            server
-                .try_get("/ready")
-                .is_some_and(|response| response.status() == 200)
-        });
+        let mut server = Self { child, base, client };
+        let start = Instant::now();
+        while server.try_get("/ready").is_none_or(|response| response.status() != 200) {
+            let ended = server.child.try_wait().expect("a child can be asked");
+            assert_eq!(ended, None, "the server ended while it loaded its model");
+            assert!(
+                start.elapsed() < Duration::from_secs(300),
+                "the model loads for too long"
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
         server
     }
 
