@@ -19,7 +19,8 @@ use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimi
 use super::TextError;
 use crate::request::TokenId;
 
-/// Token types of the GGUF specification that are not plain text.
+/// Token types of the GGUF specification.
+const NORMAL: i64 = 1;
 const UNKNOWN: i64 = 2;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
@@ -142,19 +143,24 @@ fn adds_bos(metadata: &Metadata) -> bool {
     })
 }
 
-/// The tokens that are recognised in a text before anything else is split.
-fn added_tokens(metadata: &Metadata, tokens: &[String]) -> Result<Vec<AddedToken>, TextError> {
+/// What kind each token is of; empty where the file does not say.
+fn token_types(metadata: &Metadata) -> Result<Vec<i64>, TextError> {
     const KEY: &str = "tokenizer.ggml.token_type";
     if !metadata.values.contains_key(KEY) {
         return Ok(Vec::new());
     }
-    let types = metadata.list(KEY, |value| {
+    metadata.list(KEY, |value| {
         value
             .to_i32()
             .map(i64::from)
             .or_else(|_| value.to_u32().map(i64::from))
             .ok()
-    })?;
+    })
+}
+
+/// The tokens that are recognised in a text before anything else is split.
+fn added_tokens(metadata: &Metadata, tokens: &[String]) -> Result<Vec<AddedToken>, TextError> {
+    let types = token_types(metadata)?;
     Ok(tokens
         .iter()
         .zip(types)
@@ -235,7 +241,10 @@ fn sentencepiece(metadata: &Metadata, tokens: &[String]) -> Result<tokenizers::T
         ));
     }
     let vocabulary = vocabulary(tokens);
-    let merges = merges_by_score(tokens, &scores, &vocabulary);
+    let types = token_types(metadata)?;
+    // Text that spells a control token or the name of a byte is not that token.
+    let is_text = |id: usize| types.get(id).is_none_or(|kind| *kind == NORMAL);
+    let merges = merges_by_score(tokens, &scores, &vocabulary, is_text);
     let unknown = metadata.token_text("unknown").unwrap_or_else(|| "<unk>".to_string());
     let mut builder = BPE::builder()
         .vocab_and_merges(vocabulary, merges)
@@ -274,9 +283,9 @@ fn sentencepiece_decoder(strips_space: bool) -> tokenizers::Result<tokenizers::d
     Ok(Sequence::new(decoders))
 }
 
-/// Every way to make a token of two others, the highest-scoring token first, the lower id on a tie.
-fn merges_by_score(tokens: &[String], scores: &[f32], vocabulary: &Vocab) -> Merges {
-    let mut order: Vec<usize> = (0..tokens.len()).collect();
+/// Every way to make a token that `is_text` of two others, the highest-scoring token first, the lower id on a tie.
+fn merges_by_score(tokens: &[String], scores: &[f32], vocabulary: &Vocab, is_text: impl Fn(usize) -> bool) -> Merges {
+    let mut order: Vec<usize> = (0..tokens.len()).filter(|&id| is_text(id)).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
     let mut merges = Merges::new();
     for id in order {
@@ -304,6 +313,15 @@ mod tests {
             .into_iter()
             .map(|(_, (start, end), _)| text[start..end].to_string())
             .collect()
+    }
+
+    #[test]
+    fn no_merge_makes_a_control_token() {
+        let tokens = ["</s>", "<", "/", "s", ">", "</", "s>"].map(String::from);
+        let scores = [0.0, -1.0, -1.0, -1.0, -1.0, -2.0, -3.0];
+        let merges = merges_by_score(&tokens, &scores, &vocabulary(&tokens), |id| id > 0);
+        let pair = |left: &str, right: &str| (left.to_string(), right.to_string());
+        assert_eq!(merges, [pair("<", "/"), pair("s", ">")]);
     }
 
     #[test]
