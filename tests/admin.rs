@@ -32,6 +32,11 @@ fn batching_settings_change_under_a_running_engine() {
     assert!(refused["message"].as_str().expect("a message").contains("max-batch"));
     let shown: Value = server.get("/admin/batching").json().expect("JSON");
     assert_eq!(shown, changed);
+    // They outlast the engine that they were changed under.
+    let folder = tiny::model();
+    server.ask("/admin/model", &json!({"model": tiny::path(&folder)}));
+    let shown: Value = server.get("/admin/batching").json().expect("JSON");
+    assert_eq!(shown, changed);
 }
 
 #[test]

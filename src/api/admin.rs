@@ -94,7 +94,7 @@ async fn configure(server: &Server, method: &str, change: Change) -> Result<Json
     let Some(engine) = &model.engine else {
         return Err(ApiError::loading());
     };
-    match engine.configure(change).await {
+    match server.configure(engine, change).await {
         Ok(Config {
             schedule,
             window_policy,

@@ -45,7 +45,8 @@ use axum::routing::{delete, get, post};
 use tokio::sync::{mpsc, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::engine::{Handle, Refused};
+use crate::batching::{Change, Config};
+use crate::engine::{ConfigureError, Handle, Refused};
 use crate::request::{Request, Tenant};
 use crate::text::{ChatTemplate, Tokenizer};
 pub use admin::{ModelCommand, ModelState, NotChanged};
@@ -110,6 +111,8 @@ pub struct Server {
     settings: ApiSettings,
     /// What of the settings changes while the server runs, seldom; each request reads it once.
     request_timeout: RwLock<Option<Duration>>,
+    /// What was changed of the batching settings since the start: engines that come later are told.
+    changed: RwLock<Change>,
     observer: Observer,
     quota: access::Quota,
     metrics_text: Box<dyn Fn() -> String + Send + Sync>,
@@ -132,6 +135,7 @@ impl Server {
             stage: watch::Sender::new(Stage::Loading),
             admin: OnceLock::new(),
             request_timeout: RwLock::new(settings.request_timeout),
+            changed: RwLock::default(),
             ending: Ending::new(),
             settings,
             observer,
@@ -186,6 +190,20 @@ impl Server {
     pub fn set_request_timeout(&self, timeout: Option<Duration>) {
         // Nothing that holds the lock can panic.
         *self.request_timeout.write().unwrap_or_else(PoisonError::into_inner) = timeout;
+    }
+
+    /// Changes batching settings of this engine, and of those that may come after it.
+    pub async fn configure(&self, engine: &Handle, change: Change) -> Result<Config, ConfigureError> {
+        let config = engine.configure(change.clone()).await?;
+        // Nothing that holds the lock can panic.
+        let mut changed = self.changed.write().unwrap_or_else(PoisonError::into_inner);
+        *changed = changed.then(&change);
+        Ok(config)
+    }
+
+    /// What was changed of the batching settings since the start.
+    pub fn changed(&self) -> Change {
+        self.changed.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn request_timeout(&self) -> Option<Duration> {

@@ -29,6 +29,20 @@ pub struct Change {
     pub step_tokens: Option<usize>,
 }
 
+impl Change {
+    /// This change and then `later`.
+    #[must_use]
+    pub fn then(&self, later: &Self) -> Self {
+        Self {
+            schedule: later.schedule.or(self.schedule),
+            window_policy: later.window_policy.or(self.window_policy),
+            window: later.window.or(self.window),
+            max_batch: later.max_batch.or(self.max_batch),
+            step_tokens: later.step_tokens.or(self.step_tokens),
+        }
+    }
+}
+
 impl Config {
     pub(super) fn with(&self, change: &Change) -> Self {
         Self {

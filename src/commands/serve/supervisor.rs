@@ -20,7 +20,7 @@ use crate::{
     api::{self, ModelCommand, ModelState, NotChanged},
     commands::model_files,
     config::{LoadFormat, Serve},
-    engine::{self, End, Engine, LoadError, Weights},
+    engine::{self, ConfigureError, End, Engine, LoadError, Weights},
     telemetry::EngineMetrics,
     text::{ChatTemplate, Tokenizer, stand_in},
 };
@@ -187,6 +187,10 @@ impl Supervisor {
         self.engines += 1;
         let number = self.engines;
         self.guards.spawn(async move { (number, guard.wait().await) });
+        // An engine that is lost by now is its guard's to tell of.
+        if let Err(ConfigureError::Config(error)) = handle.configure(self.server.changed()).await {
+            tracing::warn!(%error, "this model takes the batching settings that the server was started with");
+        }
         let queue = handle.clone();
         let model = Arc::new(api::Model {
             names,
