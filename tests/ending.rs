@@ -114,7 +114,8 @@ fn a_hangup_reads_the_settings_again() {
     assert_eq!((setting("max_batch"), setting("step_tokens")), (json!(5), json!(64)));
 
     // A flag outranks the file as it did at the start.
-    let changed = "max-batch = 7\nstep-tokens = 128\nrequest-timeout = \"1ms\"\nqueue = 9\nlog-level = \"debug\"\n";
+    let changed = "max-batch = 7\nstep-tokens = 128\nrequest-timeout = \"1ms\"\nqueue = 9\nlog-level = \"debug\"\n\
+                   [[pin]]\nprompt = \"x\"\n";
     fs::write(&file, changed).expect("writes");
     hangup_until("settings read again");
     assert_eq!((setting("max_batch"), setting("step_tokens")), (json!(7), json!(64)));
@@ -123,7 +124,7 @@ fn a_hangup_reads_the_settings_again() {
     let cut = late.status() == 504 || late.json::<Value>().expect("JSON")["choices"][0]["stop_reason"] == "deadline";
     assert!(cut, "the timeout has changed");
     assert!(
-        logged("change with the next start: queue\n"),
+        logged("change with the next start: queue, [[pin]]\n"),
         "what cannot change is named, and nothing else"
     );
     assert!(logged("DEBUG"), "the level has changed");

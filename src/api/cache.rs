@@ -27,7 +27,7 @@ const MAX_TTL: f64 = 3650.0 * 24.0 * 3600.0;
 const SHOWN: usize = 10;
 
 /// A prompt of the settings file that is to be pinned.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ConfiguredPrompt {
     prompt: Option<String>,

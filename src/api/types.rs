@@ -58,7 +58,7 @@ pub(super) struct Body {
     pub web_search_options: Value,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub(super) struct MessageBody {
     pub role: Option<String>,

@@ -97,7 +97,12 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
 
     let (closing, closed) = oneshot::channel();
     let drained = drain::drained(server.clone(), signals, settings.life.drain_timeout, closing);
-    tokio::spawn(reload::on_hangup(hangups, server.clone(), written));
+    tokio::spawn(reload::on_hangup(
+        hangups,
+        server.clone(),
+        written,
+        settings.pins.clone(),
+    ));
     let (commands, models) = mpsc::channel(1);
     if settings.http.admin {
         server.allow_admin(commands);

@@ -40,6 +40,11 @@ const GAUGES: [(&str, &str, Read); 7] = [
     }),
 ];
 
+/// Names and meanings of all that may be read.
+pub fn described() -> impl Iterator<Item = (&'static str, &'static str)> {
+    GAUGES.iter().map(|&(name, meaning, _)| (name, meaning))
+}
+
 /// Adds the load of the GPU with this ordinal to what the registry gathers, read whenever it is asked for. Without the
 /// library or the GPU nothing is added; what a GPU does not tell is left out.
 ///

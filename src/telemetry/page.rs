@@ -4,6 +4,8 @@ use std::fmt::Write;
 
 use prometheus::{Registry, proto::MetricFamily};
 
+use super::gpu;
+
 const INTRODUCTION: &str = "\
 <!-- Written from the code. After a change there: UPDATE_DOCS=1 cargo test metrics_page -->
 # Metrics
@@ -32,6 +34,9 @@ pub fn page(registry: &Registry) -> String {
             family.name(),
             labels(&family)
         );
+    }
+    for (name, meaning) in gpu::described() {
+        let _ = writeln!(page, "| `{name}` | gauge | | {meaning}; only with an NVIDIA GPU |");
     }
     page
 }

@@ -5,7 +5,7 @@ use std::{io, sync::Arc};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
-    api,
+    api::{self, ConfiguredPrompt},
     batching::Change,
     config::{self, Batching, Command, Setting},
     telemetry::log_level,
@@ -27,10 +27,16 @@ pub fn hangups() -> io::Result<Signal> {
     signal(SignalKind::hangup())
 }
 
-/// Reads the settings again at every hangup. `written` are those that the server was started with.
-pub async fn on_hangup(mut hangups: Signal, server: Arc<api::Server>, written: Vec<Setting>) {
+/// Reads the settings again at every hangup. `written` are those that the server was started with, `pins` its prompts to
+/// pin.
+pub async fn on_hangup(
+    mut hangups: Signal,
+    server: Arc<api::Server>,
+    written: Vec<Setting>,
+    pins: Vec<ConfiguredPrompt>,
+) {
     while hangups.recv().await.is_some() {
-        match reload(&server, &written).await {
+        match reload(&server, &written, &pins).await {
             Ok(()) => tracing::info!("settings read again"),
             Err(why) => tracing::error!("the settings stay as they are: {why}"),
         }
@@ -38,17 +44,20 @@ pub async fn on_hangup(mut hangups: Signal, server: Arc<api::Server>, written: V
 }
 
 /// Changes all that can change, or nothing; the error says why nothing.
-async fn reload(server: &api::Server, written: &[Setting]) -> Result<(), String> {
+async fn reload(server: &api::Server, written: &[Setting], pins: &[ConfiguredPrompt]) -> Result<(), String> {
     let invocation = config::parse(std::env::args_os()).map_err(|error| error.to_string())?;
     let Command::Serve(settings) = invocation.command else {
         return Err("this is not `serve`".into());
     };
     let engine = server.engine().ok_or("the model is still being loaded")?;
-    let changed = engine.configure(change(&settings.batching)).await;
+    let changed = server.configure(&engine, change(&settings.batching)).await;
     changed.map_err(|error| error.to_string())?;
     server.set_request_timeout(Some(settings.http.request_timeout));
     log_level::set(&settings.common.log_level);
-    let waiting = fixed_differences(written, &invocation.settings);
+    let mut waiting = fixed_differences(written, &invocation.settings);
+    if settings.pins != pins {
+        waiting.push("[[pin]]");
+    }
     if !waiting.is_empty() {
         tracing::warn!(
             "settings that differ and change with the next start: {}",
