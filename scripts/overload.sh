@@ -22,12 +22,14 @@ memory() { # megabytes of the process and its children
     awk '{ sum += $2 } END { printf "%.0f\n", sum / 1024 }'
 }
 
+seed=0
 run() { # times RATE
   local offered
+  seed=$((seed + 1)) # other prompts for each load, so that none finds another's in a prefix cache
   offered=$(awk "BEGIN { print $rate * $1 }")
   echo "== $1 x $rate = $offered requests/s for $duration, deadline $deadline"
   "$sconce" loadtest --url "$url" --workload "${WORKLOAD:-random}" --arrivals poisson --rate "$offered" \
-    --duration "$duration" --warmup 5s --deadline "$deadline" --timeout 2m --slo "e2e.p99=$deadline" \
+    --duration "$duration" --warmup 5s --seed "$seed" --deadline "$deadline" --timeout 2m --slo "e2e.p99=$deadline" \
     --save-json "$out/$1.json"
 }
 

@@ -162,12 +162,8 @@ impl Drop for Server {
 async fn start_server(settings: &Tune) -> Result<(Server, String), TuneError> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["serve", "--admin", "--host", "127.0.0.1", "--port", "0"]);
-    command.args([
-        "--model",
-        &settings.choice.model,
-        "--log-level",
-        &settings.common.log_level,
-    ]);
+    // A line for each request would run through the live view.
+    command.args(["--model", &settings.choice.model, "--log-level", "warn"]);
     if let Some(path) = &settings.common.config {
         command.arg("--config").arg(path);
     }
