@@ -7,7 +7,7 @@ use std::{
 };
 
 use futures_util::StreamExt;
-use reqwest::{Client, Response, StatusCode};
+use reqwest::{Client, Request, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 
 use crate::{sse::Events, tls, trace::Message};
@@ -211,6 +211,8 @@ impl Usage {
 #[derive(Debug, Clone)]
 pub struct Target {
     http: Client,
+    /// Makes a connection for each request.
+    unpooled: Client,
     url: String,
     key: Option<String>,
     timeout: Duration,
@@ -225,7 +227,8 @@ impl Target {
     pub fn new(url: &str, key: Option<String>, timeout: Duration) -> Result<Self, reqwest::Error> {
         let url = url.trim_end_matches('/');
         Ok(Self {
-            http: tls::client(url, false)?,
+            http: tls::client(url, false, true)?,
+            unpooled: tls::client(url, false, false)?,
             url: url.strip_suffix("/v1").unwrap_or(url).to_owned(),
             key,
             timeout,
@@ -238,7 +241,8 @@ impl Target {
     /// # Errors
     /// As [`Target::new`].
     pub fn with_any_certificate(mut self) -> Result<Self, reqwest::Error> {
-        self.http = tls::client(&self.url, true)?;
+        self.http = tls::client(&self.url, true, true)?;
+        self.unpooled = tls::client(&self.url, true, false)?;
         Ok(self)
     }
 
@@ -286,7 +290,8 @@ impl Target {
             .header("content-type", "application/json")
             .timeout(self.timeout)
             .body(body);
-        let response = request.send().await.map_err(|error| Failure::of(&error))?;
+        let request = request.build().map_err(|error| Failure::of(&error))?;
+        let response = self.send(request).await.map_err(|error| Failure::of(&error))?;
         let status = response.status();
         if status != StatusCode::OK {
             // Read to its end, the body lets the connection serve again.
@@ -297,6 +302,23 @@ impl Target {
             streamed(response).await
         } else {
             whole(response).await
+        }
+    }
+}
+
+impl Target {
+    /// Sends a request, and once more over a connection of its own where a kept one broke before any answer: a server
+    /// may close a connection after an answer just as the next request goes out over it (RFC 9112, 9.6), and clients
+    /// try again.
+    async fn send(&self, request: Request) -> Result<Response, reqwest::Error> {
+        let begun = Instant::now();
+        let again = request.try_clone();
+        match (self.http.execute(request).await, again) {
+            (Err(error), Some(mut again)) if !error.is_connect() && Failure::of(&error) == Failure::Connection => {
+                *again.timeout_mut() = Some(self.timeout.saturating_sub(begun.elapsed()));
+                self.unpooled.execute(again).await
+            }
+            (outcome, _) => outcome,
         }
     }
 }

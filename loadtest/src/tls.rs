@@ -10,10 +10,13 @@ pub fn prepare() {
 }
 
 /// A client for servers at this URL. It believes the certificates that the system believes (`SSL_CERT_FILE` names
-/// others), or any.
-pub(crate) fn client(url: &str, any_certificate: bool) -> Result<Client, Error> {
+/// others), or any; it keeps connections for later requests, or none.
+pub(crate) fn client(url: &str, any_certificate: bool, keeps_connections: bool) -> Result<Client, Error> {
     prepare();
-    let builder = Client::builder().no_proxy();
+    let mut builder = Client::builder().no_proxy();
+    if !keeps_connections {
+        builder = builder.pool_max_idle_per_host(0);
+    }
     if url.starts_with("https:") {
         builder.tls_danger_accept_invalid_certs(any_certificate).build()
     } else {

@@ -100,6 +100,37 @@ fn nobody_listening_is_a_refusal() {
 }
 
 #[test]
+fn a_connection_that_ends_before_an_answer_is_given_a_second_chance_and_no_third() {
+    let now = Duration::ZERO;
+    let server = Mock::start(move |index| {
+        if index % 2 == 0 {
+            Reply::none()
+        } else {
+            Reply::after(now)
+        }
+    });
+    let asked = server.asked(Duration::from_secs(5));
+    let run = Run::of(
+        "closed",
+        None,
+        drive(&asked, Arrivals::Constant { rate: 20.0 }, 3),
+        None,
+    );
+    assert_eq!((run.requests.answered, run.requests.failed), (3, 0));
+    assert_eq!(server.bodies.lock().unwrap().len(), 6);
+
+    let server = Mock::start(|_| Reply::none());
+    let run = Run::of(
+        "gone",
+        None,
+        drive(&server.asked(Duration::from_secs(5)), BURST, 2),
+        None,
+    );
+    assert_eq!(run.requests.errors, errors(&[("connection", 2)]));
+    assert_eq!(server.bodies.lock().unwrap().len(), 4);
+}
+
+#[test]
 fn a_session_carries_the_servers_answers() {
     let server = Mock::start(|_| Reply::after(Duration::ZERO));
     let mut asked = server.asked(Duration::from_secs(5));

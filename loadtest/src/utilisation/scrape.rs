@@ -127,7 +127,8 @@ pub fn between(first: &Page, last: &Page, seconds: f64) -> Utilisation {
         .zip(computed)
         .filter(|(cached, computed)| cached + computed > 0.0);
     Utilisation {
-        busy: grown(&["sconce_busy_seconds_total"]).map(|busy| busy / seconds),
+        // A step counts when it ends, so one that began before the first look may count too much.
+        busy: grown(&["sconce_busy_seconds_total"]).map(|busy| (busy / seconds).min(1.0)),
         occupancy: ratio("sconce_occupancy_steps_total", "sconce_step_seconds_count"),
         padding_waste: ratio(
             "sconce_prefill_positions_total{layout=\"packed\"}",

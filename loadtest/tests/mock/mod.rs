@@ -24,7 +24,7 @@ use sconce_loadtest::{
 pub struct Reply {
     pub wait: Duration,
     pub status: u16,
-    /// Pieces of the body with the pause before each.
+    /// Pieces of the body with the pause before each; without any the connection ends and nothing is answered.
     pub parts: Vec<(Duration, String)>,
     /// Does the body end as HTTP wants it, or does the connection break?
     pub whole: bool,
@@ -51,6 +51,11 @@ impl Reply {
             parts,
             whole: true,
         }
+    }
+
+    /// No answer: the connection ends.
+    pub fn none() -> Self {
+        Self::stream(Duration::ZERO, Vec::new())
     }
 
     pub fn status(status: u16) -> Self {
@@ -222,6 +227,9 @@ fn request(reader: &mut BufReader<impl Read>) -> Option<(String, String)> {
 
 fn answer(writer: &mut impl Write, reply: Reply) -> Option<()> {
     thread::sleep(reply.wait);
+    if reply.parts.is_empty() {
+        return None;
+    }
     let mut bytes = format!("HTTP/1.1 {} X\r\ntransfer-encoding: chunked\r\n\r\n", reply.status).into_bytes();
     for (pause, part) in &reply.parts {
         if !pause.is_zero() {
