@@ -165,6 +165,11 @@ pub struct Model {
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub cuda_graphs: bool,
+    /// Plan and enqueue a GPU's next step while it runs this one
+    #[arg(long, value_name = "BOOL", default_value = "true", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub overlap: bool,
     /// Tokens in a KV-cache block: a power of two, 1 to 256
     #[arg(long, value_name = "TOKENS", default_value = "16", value_parser = values::block_size)]
     pub block_size: usize,

@@ -13,6 +13,17 @@ use crate::{Config, Draw, KvCache, ModelError, Step};
 /// A loaded model.
 pub struct Decoder(On);
 
+/// The tokens of a step that was put on the device: [`Decoder::wait`] has them once it has run.
+pub struct Pending(#[cfg(feature = "cuda")] crate::cuda::Sampled);
+
+/// Tokens that a step goes on from before the host knows them.
+pub struct Carried<'a> {
+    /// The step that chooses them, the last that was enqueued to choose any.
+    pub from: &'a Pending,
+    /// Places in the new step's tokens, and which of the rows of `from` each one is.
+    pub tokens: Vec<(usize, usize)>,
+}
+
 enum On {
     Cpu(Box<CpuDecoder>),
     #[cfg(feature = "cuda")]
@@ -86,11 +97,48 @@ impl Decoder {
     /// Runs a step as [`Self::forward`] does and chooses a token for each row of logits by its draw, on the device; `None`
     /// where a logit is not a finite number.
     pub fn sample(&self, step: &Step, cache: &mut KvCache, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
+        let pending = self.enqueue(step, cache, draws, None)?;
+        self.wait(pending, cache)
+    }
+
+    /// Begins what [`Self::sample`] does, behind the steps that were enqueued before, and does not wait for any of them.
+    /// Whatever stands in `step` for tokens that are `carried` does not matter.
+    pub fn enqueue(
+        &self,
+        step: &Step,
+        cache: &mut KvCache,
+        draws: &[Draw],
+        carried: Option<Carried>,
+    ) -> Result<Pending> {
         step.check(self.config(), cache)?;
         match &self.0 {
-            On::Cpu(_) => bail!("the CPU answers logits; {} draws cannot be made there", draws.len()),
+            On::Cpu(_) => {
+                let carried = carried.map_or(0, |carried| carried.tokens.len());
+                bail!(
+                    "the CPU answers logits; {} draws cannot be made there, nor {carried} tokens carried on",
+                    draws.len()
+                )
+            }
             #[cfg(feature = "cuda")]
-            On::Cuda(decoder) => decoder.sample(step, cache, draws),
+            On::Cuda(decoder) => {
+                let carried = carried
+                    .as_ref()
+                    .map(|carried| (&carried.from.0, carried.tokens.as_slice()));
+                decoder.enqueue(step, cache, draws, carried).map(Pending)
+            }
+        }
+    }
+
+    /// Waits until a step that was enqueued on `cache` has run, and gives what [`Self::sample`] does.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(unused_variables, reason = "the CPU has nothing under way")
+    )]
+    pub fn wait(&self, pending: Pending, cache: &mut KvCache) -> Result<Vec<Option<u32>>> {
+        match &self.0 {
+            On::Cpu(_) => bail!("the CPU has no step under way"),
+            #[cfg(feature = "cuda")]
+            On::Cuda(decoder) => decoder.wait(pending.0, cache),
         }
     }
 

@@ -200,6 +200,7 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
         kv_memory: model.kv_memory,
         gpu_memory: model.gpu_memory,
         cuda_graphs: model.cuda_graphs,
+        overlap: model.overlap,
         block_size: model.block_size,
         prefix_cache: !model.no_prefix_cache,
         cache_file: settings.life.cache_file.clone(),

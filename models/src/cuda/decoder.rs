@@ -1,5 +1,6 @@
-//! The decoder on a GPU. A step is one copy of its lists, the same launches for every layer, and, if tokens were asked
-//! for, one wait for them; a step of nothing but decodes runs as a CUDA graph where one was captured.
+//! The decoder on a GPU. A step is one copy of its lists to the device, the same launches for every layer, and one copy of
+//! what was chosen back to the host, which waits for it when it likes; a step of nothing but decodes runs as a CUDA graph
+//! where one was captured.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +15,7 @@ use super::draw::DRAW_WORDS;
 use super::kernels::{Address, Decodes, HEAD_DIMS, Kernels, Pool, Sizes, Tiles};
 use super::metadata::{Metadata, Packing, Shape};
 use super::weights::{Held, Layer, ModelWeights, address};
-use super::workspace::{Addresses, Capacity, Workspace};
+use super::workspace::{Addresses, Capacity, Sampled, Workspace};
 use crate::decoder::built;
 use crate::weights::Weights;
 use crate::{Config, Draw, KvCache, ModelError, Span, Step};
@@ -98,7 +99,7 @@ impl CudaDecoder {
     pub fn forward(&self, step: &Step, cache: &mut KvCache) -> Result<Tensor> {
         let metadata = self.packing(cache, None).pack(step, &[]);
         let (workspace, pools) = self.begin(&metadata, cache)?;
-        self.enqueue(&self.place(&metadata.shape, workspace.addresses(), &pools))?;
+        self.launch(&self.place(&metadata.shape, workspace.addresses(), &pools))?;
         let rows = metadata.shape.rows;
         let shape = (rows, self.config.vocab_size);
         if rows == 0 {
@@ -107,8 +108,15 @@ impl CudaDecoder {
         Tensor::from_vec(workspace.logits(rows, shape.1)?, shape, &Device::Cpu)
     }
 
-    /// Runs a step that was checked; see [`crate::Decoder::sample`].
-    pub fn sample(&self, step: &Step, cache: &mut KvCache, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
+    /// Enqueues a step that was checked; see [`crate::Decoder::enqueue`]. Of the step that chose the tokens that are carried,
+    /// they are the given rows.
+    pub fn enqueue(
+        &self,
+        step: &Step,
+        cache: &mut KvCache,
+        draws: &[Draw],
+        carried: Option<(&Sampled, &[(usize, usize)])>,
+    ) -> Result<Sampled> {
         let rows = step.sequences.iter().filter(|span| span.logits).count();
         if draws.len() != rows {
             bail!("step: {rows} rows want tokens, {} draws are given", draws.len())
@@ -122,7 +130,13 @@ impl CudaDecoder {
             bail!("step: an edit is outside the vocabulary of {}", self.config.vocab_size)
         }
         let batch = graph_batch(rows).filter(|_| rows > 0 && Packing::is_decode(step));
-        let metadata = self.packing(cache, batch).pack(step, draws);
+        let mut metadata = self.packing(cache, batch).pack(step, draws);
+        if let Some((from, tokens)) = carried {
+            if !cache.workspace.as_ref().is_some_and(|workspace| workspace.holds(from)) {
+                bail!("step: the tokens it goes on from are not on the device any more")
+            }
+            metadata.carry(tokens, from.rows())?;
+        }
         let (workspace, pools) = self.begin(&metadata, cache)?;
         let replayed = match batch {
             Some(batch) => workspace.replay(batch)?,
@@ -130,17 +144,20 @@ impl CudaDecoder {
         };
         if !replayed {
             let run = self.place(&metadata.shape, workspace.addresses(), &pools);
-            self.enqueue(&run)?;
+            self.launch(&run)?;
             self.choose(&run)?;
         }
-        if rows == 0 {
-            return Ok(Vec::new());
+        workspace.fetch(rows)
+    }
+
+    /// Waits for a step's tokens; see [`crate::Decoder::wait`].
+    pub fn wait(&self, sampled: Sampled, cache: &mut KvCache) -> Result<Vec<Option<u32>>> {
+        let tokens = sampled.wait()?;
+        if let Some(workspace) = &mut cache.workspace {
+            workspace.take_back(sampled);
         }
-        let sampled = workspace.sampled(rows)?;
-        Ok(sampled
-            .into_iter()
-            .map(|token| (token != u32::MAX).then_some(token))
-            .collect())
+        let chosen = |token: u32| (token != u32::MAX).then_some(token);
+        Ok(tokens.into_iter().map(chosen).collect())
     }
 
     /// Takes the memory for steps of up to `tokens` tokens and `rows` rows, and if `graphs`, captures graphs for batches of
@@ -162,7 +179,7 @@ impl CudaDecoder {
             let metadata = self.packing(cache, Some(batch)).pack(&Step::default(), &[]);
             let (workspace, pools) = self.begin(&metadata, cache)?;
             let run = self.place(&metadata.shape, workspace.addresses(), &pools);
-            let step = || self.enqueue(&run).and_then(|()| self.choose(&run));
+            let step = || self.launch(&run).and_then(|()| self.choose(&run));
             // Once without capture: kernels are loaded when they first run, which a capture does not allow.
             step()?;
             self.stream.synchronize().map_err(device_error)?;
@@ -204,7 +221,8 @@ impl CudaDecoder {
             edits: Vec::new(),
         };
         self.prepare(&mut trial, tokens.max(packed), rows, false)?;
-        self.sample(&step, &mut trial, &vec![greedy; rows.max(1)])?;
+        let sampled = self.enqueue(&step, &mut trial, &vec![greedy; rows.max(1)], None)?;
+        self.wait(sampled, &mut trial)?;
         let (free, total) = self.stream.context().mem_get_info().map_err(device_error)?;
         let trial_bytes = blocks * KvCache::bytes_per_block(&self.config, BLOCK, self.dtype);
         Ok((total as f64 * share - (total - free - trial_bytes) as f64).max(0.0) as u64)
@@ -310,9 +328,9 @@ impl CudaDecoder {
     }
 
     /// Puts a step's launches on the stream, up to the logits of its rows.
-    fn enqueue(&self, run: &Run) -> Result<()> {
+    fn launch(&self, run: &Run) -> Result<()> {
         let (s, k, at, tokens) = (&self.sizes, &self.kernels, &run.at, run.shape.tokens);
-        k.embed(s, tokens, self.weights.embedding.address, run.ids, at.x)?;
+        k.embed(s, tokens, self.weights.embedding.address, run.ids, at.sampled, at.x)?;
         k.angles(
             s,
             tokens,

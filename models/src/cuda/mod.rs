@@ -22,7 +22,7 @@ mod tests;
 #[cfg(feature = "cuda")]
 pub(crate) use decoder::CudaDecoder;
 #[cfg(feature = "cuda")]
-pub(crate) use workspace::Workspace;
+pub(crate) use workspace::{Sampled, Workspace};
 
 /// An error of the driver or of cuBLAS as candle's.
 #[cfg(feature = "cuda")]
