@@ -35,14 +35,24 @@ impl Decoder {
     /// `dtype`: f32, bf16 or f16.
     pub fn load(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
         let (weights, config) = Weights::open(path)?;
-        Self::from_weights(&weights, config, device, dtype)
+        Self::from_weights(&weights, config, device, dtype, false)
+    }
+
+    /// As [`Self::load`], with the matrices of a GGUF file as it stores them, on a GPU; the embedding table, and what is
+    /// not quantized in the file, is stored as `dtype`, in which everything else is computed too.
+    pub fn load_quantized(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
+        let (weights, config) = Weights::open(path)?;
+        if device.is_cpu() || !matches!(weights, Weights::Gguf(_)) {
+            return Err(ModelError::NotQuantized { path: path.into() });
+        }
+        Self::from_weights(&weights, config, device, dtype, true)
     }
 
     /// A model of the shape in a `config.json`, with random weights: to measure speed where weights cannot be had. What it
     /// generates means nothing.
     pub fn dummy(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
         let config = Config::from_json(path)?;
-        Self::from_weights(&Weights::Random, config, device, dtype)
+        Self::from_weights(&Weights::Random, config, device, dtype, false)
     }
 
     fn from_weights(
@@ -50,6 +60,7 @@ impl Decoder {
         config: Config,
         device: &Device,
         dtype: DType,
+        #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "it concerns GPUs alone"))] quantized: bool,
     ) -> std::result::Result<Self, ModelError> {
         if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
             return Err(ModelError::UnsupportedDType {
@@ -60,7 +71,7 @@ impl Decoder {
             Device::Cpu => Ok(Self(On::Cpu(Box::new(CpuDecoder::load(weights, config, dtype)?)))),
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => Ok(Self(On::Cuda(Box::new(CudaDecoder::load(
-                weights, config, device, dtype,
+                weights, config, device, dtype, quantized,
             )?)))),
             other => Err(ModelError::UnsupportedDevice {
                 device: format!("{:?}", other.location()),

@@ -197,6 +197,7 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
         },
         max_model_len: model.max_model_len,
         dummy: model.load_format == config::LoadFormat::Dummy,
+        quantized: model.quantized,
         kv_memory: model.kv_memory,
         gpu_memory: model.gpu_memory,
         cuda_graphs: model.cuda_graphs,

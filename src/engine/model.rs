@@ -28,6 +28,8 @@ pub struct Settings {
     pub max_model_len: Option<usize>,
     /// Whether `path` is a `config.json` and the weights are random.
     pub dummy: bool,
+    /// Whether a GPU keeps the matrices of a GGUF file as they are stored.
+    pub quantized: bool,
     /// Bytes for the KV cache; `None` takes what is left of `gpu_memory` on a GPU, and a share of what is free on the
     /// CPU: [`Memory::for_kv_cache`].
     pub kv_memory: Option<u64>,
@@ -134,9 +136,10 @@ impl Settings {
 
 /// The decoder and, where there is to be one, the cache file, whose hash of the weights is taken beside their loading.
 fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<Arc<CacheFile>>), LoadError> {
-    let load = || match settings.dummy {
-        true => Decoder::dummy(&settings.path, &settings.device, dtype),
-        false => Decoder::load(&settings.path, &settings.device, dtype),
+    let load = || match (settings.dummy, settings.quantized) {
+        (true, _) => Decoder::dummy(&settings.path, &settings.device, dtype),
+        (false, true) => Decoder::load_quantized(&settings.path, &settings.device, dtype),
+        (false, false) => Decoder::load(&settings.path, &settings.device, dtype),
     };
     let Some(path) = settings.cache_file.clone() else {
         return Ok((load()?, None));
@@ -151,7 +154,8 @@ fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<Ar
             path: settings.path.clone(),
             source,
         })?,
-        dtype: dtype.as_str().into(),
+        // The same weights give other keys and values when they are multiplied as they are stored.
+        dtype: dtype.as_str().to_string() + if settings.quantized { ", quantized" } else { "" },
         block_size: settings.block_size,
         block_bytes: KvCache::bytes_per_block(decoder.config(), settings.block_size, dtype),
         layout: KvCache::LAYOUT,

@@ -31,6 +31,7 @@ pub(super) fn settings() -> Settings {
         batching,
         max_model_len: Some(256),
         dummy: false,
+        quantized: false,
         kv_memory: None,
         gpu_memory: 0.9,
         cuda_graphs: true,

@@ -14,7 +14,8 @@ use super::device_error;
 use super::draw::DRAW_WORDS;
 use super::kernels::{Address, Decodes, HEAD_DIMS, Kernels, Pool, Sizes, Tiles};
 use super::metadata::{Metadata, Packing, Shape};
-use super::weights::{Held, Layer, ModelWeights, address};
+use super::quantized::Activations;
+use super::weights::{Held, Layer, ModelWeights, Projection, address};
 use super::workspace::{Addresses, Capacity, Sampled, Workspace};
 use crate::decoder::built;
 use crate::weights::Weights;
@@ -40,6 +41,8 @@ pub(crate) struct CudaDecoder {
     config: Config,
     dtype: DType,
     sizes: Sizes,
+    /// Whether matrices may be quantized, whose products allocate.
+    quantized: bool,
     weights: ModelWeights,
     kernels: Kernels,
     blas: Blas,
@@ -63,12 +66,14 @@ struct Run<'a> {
 }
 
 impl CudaDecoder {
-    /// Puts a model's weights on the device as `dtype`: f32, bf16 or f16.
+    /// Puts a model's weights on the device as `dtype` (f32, bf16 or f16), or, if `quantized`, those as they are that the
+    /// file stores so.
     pub fn load(
         weights: &Weights,
         config: Config,
         device: &CudaDevice,
         dtype: DType,
+        quantized: bool,
     ) -> std::result::Result<Self, ModelError> {
         let sizes = sizes(&config, dtype)?;
         // SAFETY: everything of this device runs on its one stream, so an event would order nothing.
@@ -79,7 +84,8 @@ impl CudaDecoder {
         static DECODERS: AtomicU64 = AtomicU64::new(0);
         Ok(Self {
             id: DECODERS.fetch_add(1, Ordering::Relaxed),
-            weights: ModelWeights::load(weights, &config, device, dtype)?,
+            quantized,
+            weights: ModelWeights::load(weights, &config, device, dtype, quantized)?,
             kernels: Kernels::load(&stream, dtype, &sizes).map_err(built("the kernels"))?,
             blas: Blas::new(device, dtype).map_err(built("cuBLAS's workspace"))?,
             processors: processors.map_err(built("the device's properties"))? as usize,
@@ -161,7 +167,7 @@ impl CudaDecoder {
     }
 
     /// Takes the memory for steps of up to `tokens` tokens and `rows` rows, and if `graphs`, captures graphs for batches of
-    /// 1, 2, 4 and multiples of 8 up to the first that holds `rows`.
+    /// 1, 2, 4 and multiples of 8 up to the first that holds `rows`. There are none of quantized weights.
     pub fn prepare(&self, cache: &mut KvCache, tokens: usize, rows: usize, graphs: bool) -> Result<()> {
         let largest = graph_batch(rows.clamp(1, LARGEST_GRAPH)).unwrap_or(LARGEST_GRAPH);
         // All at once: graphs hold addresses, and growing would take them away.
@@ -174,7 +180,7 @@ impl CudaDecoder {
         self.hold(cache, &most, 0)?;
         let mut batches = vec![1, 2, 4];
         batches.extend((8..=largest).step_by(8));
-        batches.retain(|&batch| graphs && batch <= largest);
+        batches.retain(|&batch| graphs && !self.quantized && batch <= largest);
         for batch in batches {
             let metadata = self.packing(cache, Some(batch)).pack(&Step::default(), &[]);
             let (workspace, pools) = self.begin(&metadata, cache)?;
@@ -344,17 +350,24 @@ impl CudaDecoder {
             k.residual_norm(s, tokens, at.x, delta, 0, layer.attention_norm.address, at.normed)?;
             self.attend(run, layer, pool)?;
             k.residual_norm(s, tokens, at.x, at.projected, 0, layer.mlp_norm.address, at.normed)?;
-            self.multiply(layer.gate_up.matrix(), tokens, at.normed, at.gate_up)?;
+            self.multiply(&layer.gate_up, tokens, at.normed, at.gate_up)?;
             k.silu_mul(s, tokens, at.gate_up, at.activated, 16 / self.dtype.size_in_bytes())?;
-            self.multiply(layer.down.matrix(), tokens, at.activated, at.projected)?;
+            self.multiply(&layer.down, tokens, at.activated, at.projected)?;
             delta = at.projected;
         }
         let rows = run.shape.rows;
         k.residual_norm(s, rows, at.x, delta, run.rows, self.weights.norm.address, at.normed)?;
+        let table = Matrix {
+            weights: self.weights.embedding.address,
+            outputs: s.vocabulary,
+            inputs: s.hidden,
+        };
         // SAFETY: `normed` holds the rows, `logits` [rows, vocabulary] in float32: the workspace was made for the shape.
         unsafe {
-            self.blas
-                .multiply(self.weights.output(), rows, at.normed, at.logits, true)
+            match &self.weights.output {
+                Some(output) => self.multiply_to(output, rows, at.normed, at.logits, true),
+                None => self.blas.multiply(table, rows, at.normed, at.logits, true),
+            }
         }
     }
 
@@ -363,16 +376,48 @@ impl CudaDecoder {
         let (s, k, at, tokens) = (&self.sizes, &self.kernels, &run.at, run.shape.tokens);
         let given = |held: &Option<Held>| held.as_ref().map_or(0, |held| held.address);
         let extras = [&layer.qkv_bias, &layer.query_norm, &layer.key_norm].map(given);
-        self.multiply(layer.qkv.matrix(), tokens, at.normed, at.qkv)?;
+        self.multiply(&layer.qkv, tokens, at.normed, at.qkv)?;
         k.rope_store(s, tokens, at.qkv, extras, at.angles, run.slots, pool)?;
         k.decode(s, at.qkv, pool, run.decodes, at.attended)?;
         k.prefill(s, at.qkv, pool, run.tiles, at.attended)?;
-        self.multiply(layer.attention_output.matrix(), tokens, at.attended, at.projected)
+        self.multiply(&layer.attention_output, tokens, at.attended, at.projected)
     }
 
-    fn multiply(&self, matrix: Matrix, rows: usize, x: Address, out: Address) -> Result<()> {
+    fn multiply(&self, projection: &Projection, rows: usize, x: Address, out: Address) -> Result<()> {
         // SAFETY: activations of the workspace, which was made for the step's tokens and the model's sizes.
-        unsafe { self.blas.multiply(matrix, rows, x, out, false) }
+        unsafe { self.multiply_to(projection, rows, x, out, false) }
+    }
+
+    /// # Safety
+    /// As of [`Blas::multiply`].
+    unsafe fn multiply_to(
+        &self,
+        projection: &Projection,
+        rows: usize,
+        x: Address,
+        out: Address,
+        float_out: bool,
+    ) -> Result<()> {
+        match projection {
+            Projection::Dense { held, outputs, inputs } => {
+                let matrix = Matrix {
+                    weights: held.address,
+                    outputs: *outputs,
+                    inputs: *inputs,
+                };
+                // SAFETY: the caller's promise.
+                unsafe { self.blas.multiply(matrix, rows, x, out, float_out) }
+            }
+            Projection::Quantized(quantized) => {
+                let activations = Activations {
+                    dtype: self.dtype,
+                    device: &self.device,
+                    stream: &self.stream,
+                };
+                // SAFETY: the caller's promise.
+                unsafe { quantized.multiply(&activations, rows, x, out, float_out) }
+            }
+        }
     }
 
     /// Puts the choice of the rows' tokens on the stream. Edits are numbered from the lists' beginning.

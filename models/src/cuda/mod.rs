@@ -12,6 +12,8 @@ mod draw;
 mod kernels;
 mod metadata;
 #[cfg(feature = "cuda")]
+mod quantized;
+#[cfg(feature = "cuda")]
 mod weights;
 #[cfg(feature = "cuda")]
 mod workspace;
