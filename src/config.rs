@@ -153,6 +153,12 @@ pub struct Model {
     /// Where weights come from: the model's files, or random numbers for the shape in a `config.json`, to measure speed
     #[arg(long, default_value = "files")]
     pub load_format: LoadFormat,
+    /// Keep a GGUF file's matrices quantized on a GPU and multiply by them so, without CUDA graphs; else they are
+    /// dequantized to `--dtype`
+    #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub quantized: bool,
     /// Memory for the KV cache, such as `640MiB` or `2GiB`; unset, half of what is free once the weights are loaded, at
     /// most 640MiB, and at least what `--max-model-len` needs; on a GPU what `--gpu-memory` leaves
     #[arg(long, value_name = "BYTES", value_parser = |s: &str| values::bytes(s, 1 << 20, 1 << 44))]
@@ -165,6 +171,11 @@ pub struct Model {
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub cuda_graphs: bool,
+    /// Plan and enqueue a GPU's next step while it runs this one
+    #[arg(long, value_name = "BOOL", default_value = "true", default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
+    pub overlap: bool,
     /// Tokens in a KV-cache block: a power of two, 1 to 256
     #[arg(long, value_name = "TOKENS", default_value = "16", value_parser = values::block_size)]
     pub block_size: usize,

@@ -1,9 +1,17 @@
 // Rows in and out: embedding lookup, rotary angles, residual add with RMSNorm, SiLU times up.
 #include "common.cuh"
 
-/// x[t] = table[tokens[t]]: `[tokens, hidden]` in float32, from `[vocabulary, hidden]`. Grid: tokens.
-template <class T> __device__ void embed(const T *table, const unsigned *tokens, float *x, int hidden) {
+/// Set in a token that the step before chose; the rest is its row there.
+constexpr unsigned CARRIED = 0x80000000u;
+
+/// x[t] = table[tokens[t]]: `[tokens, hidden]` in float32, from `[vocabulary, hidden]`. A token that the step before failed
+/// to choose counts as 0: what comes of it is thrown away. Grid: tokens.
+template <class T>
+__device__ void embed(const T *table, const unsigned *tokens, const unsigned *sampled, float *x, int hidden,
+                      int vocabulary) {
     unsigned token = tokens[blockIdx.x];
+    if (token & CARRIED) token = sampled[token & ~CARRIED];
+    if (token >= (unsigned)vocabulary) token = 0;
     const T *from = table + (size_t)token * hidden;
     float *to = x + (size_t)blockIdx.x * hidden;
     for (int i = threadIdx.x; i < hidden; i += blockDim.x) to[i] = to_float(from[i]);
@@ -62,7 +70,10 @@ template <class T> __device__ void silu_mul(const T *gate_up, T *out, int inner)
 
 #define INSTANCES(T)                                                                                                   \
     KERNEL(256)                                                                                                        \
-    embed_##T(const T *table, const unsigned *tokens, float *x, int hidden) { embed(table, tokens, x, hidden); }       \
+    embed_##T(const T *table, const unsigned *tokens, const unsigned *sampled, float *x, int hidden,                   \
+              int vocabulary) {                                                                                        \
+        embed(table, tokens, sampled, x, hidden, vocabulary);                                                          \
+    }                                                                                                                  \
     KERNEL(256)                                                                                                        \
     residual_norm_##T(float *x, const T *delta, const unsigned *rows, const float *weight, T *out, int hidden,         \
                       float eps) {                                                                                     \

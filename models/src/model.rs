@@ -13,6 +13,17 @@ use crate::{Config, Draw, KvCache, ModelError, Step};
 /// A loaded model.
 pub struct Decoder(On);
 
+/// The tokens of a step that was put on the device: [`Decoder::wait`] has them once it has run.
+pub struct Pending(#[cfg(feature = "cuda")] crate::cuda::Sampled);
+
+/// Tokens that a step goes on from before the host knows them.
+pub struct Carried<'a> {
+    /// The step that chooses them, the last that was enqueued to choose any.
+    pub from: &'a Pending,
+    /// Places in the new step's tokens, and which of the rows of `from` each one is.
+    pub tokens: Vec<(usize, usize)>,
+}
+
 enum On {
     Cpu(Box<CpuDecoder>),
     #[cfg(feature = "cuda")]
@@ -24,14 +35,24 @@ impl Decoder {
     /// `dtype`: f32, bf16 or f16.
     pub fn load(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
         let (weights, config) = Weights::open(path)?;
-        Self::from_weights(&weights, config, device, dtype)
+        Self::from_weights(&weights, config, device, dtype, false)
+    }
+
+    /// As [`Self::load`], with the matrices of a GGUF file as it stores them, on a GPU; the embedding table, and what is
+    /// not quantized in the file, is stored as `dtype`, in which everything else is computed too.
+    pub fn load_quantized(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
+        let (weights, config) = Weights::open(path)?;
+        if device.is_cpu() || !matches!(weights, Weights::Gguf(_)) {
+            return Err(ModelError::NotQuantized { path: path.into() });
+        }
+        Self::from_weights(&weights, config, device, dtype, true)
     }
 
     /// A model of the shape in a `config.json`, with random weights: to measure speed where weights cannot be had. What it
     /// generates means nothing.
     pub fn dummy(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
         let config = Config::from_json(path)?;
-        Self::from_weights(&Weights::Random, config, device, dtype)
+        Self::from_weights(&Weights::Random, config, device, dtype, false)
     }
 
     fn from_weights(
@@ -39,6 +60,7 @@ impl Decoder {
         config: Config,
         device: &Device,
         dtype: DType,
+        #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "it concerns GPUs alone"))] quantized: bool,
     ) -> std::result::Result<Self, ModelError> {
         if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
             return Err(ModelError::UnsupportedDType {
@@ -49,7 +71,7 @@ impl Decoder {
             Device::Cpu => Ok(Self(On::Cpu(Box::new(CpuDecoder::load(weights, config, dtype)?)))),
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => Ok(Self(On::Cuda(Box::new(CudaDecoder::load(
-                weights, config, device, dtype,
+                weights, config, device, dtype, quantized,
             )?)))),
             other => Err(ModelError::UnsupportedDevice {
                 device: format!("{:?}", other.location()),
@@ -86,11 +108,48 @@ impl Decoder {
     /// Runs a step as [`Self::forward`] does and chooses a token for each row of logits by its draw, on the device; `None`
     /// where a logit is not a finite number.
     pub fn sample(&self, step: &Step, cache: &mut KvCache, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
+        let pending = self.enqueue(step, cache, draws, None)?;
+        self.wait(pending, cache)
+    }
+
+    /// Begins what [`Self::sample`] does, behind the steps that were enqueued before, and does not wait for any of them.
+    /// Whatever stands in `step` for tokens that are `carried` does not matter.
+    pub fn enqueue(
+        &self,
+        step: &Step,
+        cache: &mut KvCache,
+        draws: &[Draw],
+        carried: Option<Carried>,
+    ) -> Result<Pending> {
         step.check(self.config(), cache)?;
         match &self.0 {
-            On::Cpu(_) => bail!("the CPU answers logits; {} draws cannot be made there", draws.len()),
+            On::Cpu(_) => {
+                let carried = carried.map_or(0, |carried| carried.tokens.len());
+                bail!(
+                    "the CPU answers logits; {} draws cannot be made there, nor {carried} tokens carried on",
+                    draws.len()
+                )
+            }
             #[cfg(feature = "cuda")]
-            On::Cuda(decoder) => decoder.sample(step, cache, draws),
+            On::Cuda(decoder) => {
+                let carried = carried
+                    .as_ref()
+                    .map(|carried| (&carried.from.0, carried.tokens.as_slice()));
+                decoder.enqueue(step, cache, draws, carried).map(Pending)
+            }
+        }
+    }
+
+    /// Waits until a step that was enqueued on `cache` has run, and gives what [`Self::sample`] does.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(unused_variables, reason = "the CPU has nothing under way")
+    )]
+    pub fn wait(&self, pending: Pending, cache: &mut KvCache) -> Result<Vec<Option<u32>>> {
+        match &self.0 {
+            On::Cpu(_) => bail!("the CPU has no step under way"),
+            #[cfg(feature = "cuda")]
+            On::Cuda(decoder) => decoder.wait(pending.0, cache),
         }
     }
 

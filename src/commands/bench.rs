@@ -44,8 +44,18 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
     device::set_threads(settings.model.threads);
     let device = device::open(settings.model.device)?;
     let dtype = device::dtype(settings.model.dtype).unwrap_or(engine::default_dtype(&device));
+    // Of quantized weights, nearly what their file has.
+    let mut weight_bytes = None;
     let decoder = match settings.model.load_format {
-        LoadFormat::Files => Decoder::load(&model_files::resolve(&settings.choice.model)?, &device, dtype)?,
+        LoadFormat::Files => {
+            let path = model_files::resolve(&settings.choice.model)?;
+            if settings.model.quantized {
+                weight_bytes = path.metadata().ok().map(|file| file.len());
+                Decoder::load_quantized(&path, &device, dtype)?
+            } else {
+                Decoder::load(&path, &device, dtype)?
+            }
+        }
         LoadFormat::Dummy => Decoder::dummy(&model_files::shape(&settings.choice.model)?, &device, dtype)?,
     };
     let config = decoder.config();
@@ -84,6 +94,7 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
         dtype,
         block_size: settings.model.block_size,
         graphs: settings.model.cuda_graphs,
+        weight_bytes,
         ceilings,
     };
     let mut lines = Vec::new();
@@ -99,6 +110,7 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
         "device": format!("{device:?}"),
         "dtype": dtype.as_str(),
         "cuda_graphs": settings.model.cuda_graphs,
+        "quantized": settings.model.quantized,
         "ceilings": {"copy_gb_per_second": measure.ceilings.copy, "matmul_gflop_per_second": measure.ceilings.matmul},
         "steps": lines,
     });
@@ -124,6 +136,8 @@ struct Measure<'a> {
     dtype: candle_core::DType,
     block_size: usize,
     graphs: bool,
+    /// Where they are not stored as `dtype`.
+    weight_bytes: Option<u64>,
     ceilings: Ceilings,
 }
 
@@ -161,7 +175,8 @@ impl Measure<'_> {
         times.remove(0);
         times.sort_by(f64::total_cmp);
         let seconds = times[times.len() / 2];
-        let work = work(config, batch, context, tokens, self.dtype.size_in_bytes());
+        let size = self.dtype.size_in_bytes();
+        let work = work(config, batch, context, tokens, size, self.weight_bytes);
         let line = Line {
             phase,
             batch,
@@ -208,7 +223,7 @@ struct Work {
 
 /// Each weight is read once a step and multiplied once a token, the vocabulary projection once a sequence; a token's
 /// attention reads all keys and values before it.
-fn work(config: &Config, batch: usize, context: usize, tokens: usize, size: usize) -> Work {
+fn work(config: &Config, batch: usize, context: usize, tokens: usize, size: usize, weight_bytes: Option<u64>) -> Work {
     let (heads, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
     let attention = config.hidden_size * (2 * heads + 2 * kv);
     let mlp = 3 * config.hidden_size * config.intermediate_size;
@@ -217,7 +232,8 @@ fn work(config: &Config, batch: usize, context: usize, tokens: usize, size: usiz
     let rows = batch * tokens;
     let seen = batch * (tokens * context + tokens * (tokens + 1) / 2);
     let flops = 2 * rows * weights + 2 * batch * head + 4 * seen * heads * config.layers;
-    let bytes = size * (weights + head + 2 * kv * config.layers * batch * (context + 2 * tokens));
+    let read = weight_bytes.map_or(size * (weights + head), |bytes| bytes as usize);
+    let bytes = read + size * 2 * kv * config.layers * batch * (context + 2 * tokens);
     Work {
         flops: flops as f64,
         bytes: bytes as f64,
@@ -254,7 +270,7 @@ mod tests {
             qk_norm: false,
             tie_word_embeddings: true,
         };
-        let work = work(&config, 1, 0, 1, 4);
+        let work = work(&config, 1, 0, 1, 4, None);
         assert!((work.flops / (2.0 * 134.5e6) - 1.0).abs() < 0.01, "{}", work.flops);
         assert!((work.bytes / (4.0 * 134.5e6) - 1.0).abs() < 0.01, "{}", work.bytes);
     }

@@ -103,10 +103,9 @@ impl Teacher {
     /// A plan was made, run and sampled in `took`.
     pub fn stepped(&mut self, plan: &Plan, took: Duration) {
         let decodes = plan.rows.iter().filter(|row| row.len == 1 && row.start > 0).count();
-        let tokens: usize = plan.rows.iter().map(|row| row.len).sum();
         self.estimates
             .step
-            .observe(tokens - decodes, decodes, took.as_secs_f64());
+            .observe(plan.tokens() - decodes, decodes, took.as_secs_f64());
     }
 
     /// A sequence left the scheduler.

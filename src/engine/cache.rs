@@ -153,6 +153,8 @@ impl Runner {
         match scheduler.check_pin(&namespace, &queued.request.prompt) {
             Ok(tokens) => {
                 queued.request.prompt.truncate(tokens);
+                // It ends once its prompt is computed, and no later step may add to its blocks.
+                queued.request.sampling.max_tokens = 1;
                 self.enqueue(queued, namespace, Some(order));
             }
             // Whoever asked may have left; so may those below.

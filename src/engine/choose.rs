@@ -10,7 +10,7 @@ use super::{
     sampler::{NotANumber, Sample},
 };
 use crate::{
-    batching::{Plan, SequenceId},
+    batching::{Plan, Row, SequenceId},
     request::{Failure, TokenId},
 };
 
@@ -30,17 +30,29 @@ impl Runner {
         }
         let vocabulary = self.model.vocab_size();
         let sampling = || plan.rows.iter().filter(|row| row.samples).map(|row| row.id);
-        // Asked of all before any gives away a random number.
         let wants_logits =
             |id| (self.clients.get(&id)).is_none_or(|client: &Client| client.sampler.sampling().logprobs.is_some());
         if sampling().any(wants_logits) {
             return None;
         }
-        let draw = |id| self.clients.get_mut(&id)?.sampler.next_draw(vocabulary);
-        sampling().map(draw).collect()
+        let scheduler = &self.model.scheduler;
+        let draw = |row: &Row| {
+            let known = scheduler.sequence(row.id)?.tokens().len();
+            let ahead = (row.start + row.len).saturating_sub(known);
+            self.clients.get_mut(&row.id)?.sampler.draw_for(ahead, vocabulary)
+        };
+        plan.rows.iter().filter(|row| row.samples).map(draw).collect()
     }
 
-    /// The tokens that the device chose, by sequence.
+    /// Whether the step after this one can be enqueued before the host has this one's tokens.
+    pub(super) fn goes_ahead(&self, plan: &Plan) -> bool {
+        let mut sampling = plan.rows.iter().filter(|row| row.samples);
+        self.model.samples()
+            && sampling.all(|row| (self.clients.get(&row.id)).is_some_and(|client| client.sampler.goes_ahead()))
+    }
+
+    /// The tokens that the device chose, by sequence; what it chose for one that has ended since, or lost its blocks, is
+    /// void.
     pub(super) fn chosen(
         &mut self,
         plan: &Plan,
@@ -49,7 +61,8 @@ impl Runner {
         let sampling = plan.rows.iter().filter(|row| row.samples);
         let mut samples = Vec::with_capacity(tokens.len());
         for (row, token) in sampling.zip(tokens) {
-            let Some(client) = self.clients.get_mut(&row.id) else {
+            let runs = self.model.scheduler.sequence(row.id).is_some();
+            let Some(client) = self.clients.get_mut(&row.id).filter(|_| runs) else {
                 continue;
             };
             let sample = token.ok_or(Failure::NotANumber).map(|token| {

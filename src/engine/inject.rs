@@ -6,6 +6,7 @@ use super::{budget::tokens, fault::StepError, watch::Pulse};
 use crate::{
     batching::{Plan, Scheduler, Sequence, SequenceId},
     fault_injection::Fault,
+    request::TokenId,
 };
 
 /// Faults to come, by the sequence that asked for them.
@@ -23,7 +24,9 @@ impl Faults {
     fn due<'a>(&'a self, pass: &'a Plan, scheduler: &'a Scheduler) -> impl Iterator<Item = (SequenceId, Fault)> + 'a {
         pass.rows.iter().filter_map(|row| {
             let (fault, after) = *self.0.get(&row.id)?;
-            let generated = scheduler.sequence(row.id).map(Sequence::generated)?;
+            let sequence = scheduler.sequence(row.id)?;
+            // With those that the step under way chooses.
+            let generated = (row.start + row.len + sequence.generated()).checked_sub(sequence.tokens().len())?;
             (row.samples && generated >= after).then_some((row.id, fault))
         })
     }
@@ -67,6 +70,17 @@ impl Faults {
                 Some(Fault::NotANumber) => logits[width / 2] = f32::NAN,
                 Some(Fault::Infinity) => logits[width / 2] = f32::INFINITY,
                 _ => {}
+            }
+        }
+    }
+
+    /// `tokens` are one a sampling row.
+    pub fn spoil_tokens(&self, pass: &Plan, scheduler: &Scheduler, tokens: &mut [Option<TokenId>]) {
+        let due: HashMap<_, _> = self.due(pass, scheduler).collect();
+        let sampling = pass.rows.iter().filter(|row| row.samples);
+        for (row, token) in sampling.zip(tokens) {
+            if let Some(Fault::NotANumber | Fault::Infinity) = due.get(&row.id) {
+                *token = None;
             }
         }
     }

@@ -6,8 +6,11 @@ mod cache;
 mod cache_file;
 mod choose;
 mod fault;
+mod flight;
 #[cfg(any(test, feature = "fault-injection"))]
 mod inject;
+#[cfg(test)]
+mod late;
 mod memory;
 mod model;
 mod run;
@@ -244,5 +247,7 @@ fn run_to_the_end(mut runner: run::Runner, watch: &watch::Watch) -> End {
     end
 }
 
+#[cfg(test)]
+mod flight_tests;
 #[cfg(test)]
 mod tests;

@@ -1,17 +1,17 @@
 //! The device's side of a step: the model, its KV cache, and the scheduler that owns the cache's blocks.
 
-use std::{panic::resume_unwind, path::PathBuf, sync::Arc, thread, time::Duration};
+use std::{collections::HashMap, panic::resume_unwind, path::PathBuf, sync::Arc, thread, time::Duration};
 
-use candle_core::{DType, Device};
-use sconce_models::{Decoder, Draw, KvCache, ModelError, Span, Step, without_backtrace};
+use candle_core::{DType, Device, bail};
+use sconce_models::{Carried, Decoder, Draw, KvCache, ModelError, Pending, Span, Step, without_backtrace};
 
 use super::{
     Memory,
     cache_file::{self, CacheFile, Identity},
 };
 use crate::{
-    batching::{BlockPool, CacheScope, Config, ConfigError, Namespace, Plan, Scheduler},
-    request::Request,
+    batching::{BlockPool, CacheScope, Config, ConfigError, Namespace, Plan, Scheduler, SequenceId},
+    request::{Request, TokenId},
 };
 
 /// What the engine is made from.
@@ -28,6 +28,8 @@ pub struct Settings {
     pub max_model_len: Option<usize>,
     /// Whether `path` is a `config.json` and the weights are random.
     pub dummy: bool,
+    /// Whether a GPU keeps the matrices of a GGUF file as they are stored.
+    pub quantized: bool,
     /// Bytes for the KV cache; `None` takes what is left of `gpu_memory` on a GPU, and a share of what is free on the
     /// CPU: [`Memory::for_kv_cache`].
     pub kv_memory: Option<u64>,
@@ -35,6 +37,8 @@ pub struct Settings {
     pub gpu_memory: f64,
     /// Whether a GPU's decode steps run as CUDA graphs.
     pub cuda_graphs: bool,
+    /// Whether a step is enqueued while a GPU runs the one before.
+    pub overlap: bool,
     /// Slots in a block.
     pub block_size: usize,
     pub prefix_cache: bool,
@@ -132,9 +136,10 @@ impl Settings {
 
 /// The decoder and, where there is to be one, the cache file, whose hash of the weights is taken beside their loading.
 fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<Arc<CacheFile>>), LoadError> {
-    let load = || match settings.dummy {
-        true => Decoder::dummy(&settings.path, &settings.device, dtype),
-        false => Decoder::load(&settings.path, &settings.device, dtype),
+    let load = || match (settings.dummy, settings.quantized) {
+        (true, _) => Decoder::dummy(&settings.path, &settings.device, dtype),
+        (false, true) => Decoder::load_quantized(&settings.path, &settings.device, dtype),
+        (false, false) => Decoder::load(&settings.path, &settings.device, dtype),
     };
     let Some(path) = settings.cache_file.clone() else {
         return Ok((load()?, None));
@@ -149,7 +154,8 @@ fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<Ar
             path: settings.path.clone(),
             source,
         })?,
-        dtype: dtype.as_str().into(),
+        // The same weights give other keys and values when they are multiplied as they are stored.
+        dtype: dtype.as_str().to_string() + if settings.quantized { ", quantized" } else { "" },
         block_size: settings.block_size,
         block_bytes: KvCache::bytes_per_block(decoder.config(), settings.block_size, dtype),
         layout: KvCache::LAYOUT,
@@ -180,6 +186,11 @@ impl Weights {
     pub(super) fn step_timeout(&self) -> Duration {
         self.settings.step_timeout
     }
+
+    #[cfg(test)]
+    pub(super) fn set_step_timeout(&mut self, timeout: Duration) {
+        self.settings.step_timeout = timeout;
+    }
 }
 
 impl Settings {
@@ -195,6 +206,18 @@ pub struct Model {
     decoder: Arc<Decoder>,
     pub cache: KvCache,
     pub cache_file: Option<Arc<CacheFile>>,
+    /// Whether a step is enqueued while the device runs the one before.
+    pub overlap: bool,
+    /// Stands in for a device that chooses tokens itself.
+    #[cfg(test)]
+    pub late: Option<super::late::Late>,
+}
+
+/// A step's tokens, which the device may not have chosen yet.
+pub enum Awaited {
+    Device(Pending),
+    #[cfg(test)]
+    Late(super::late::Tokens),
 }
 
 impl Model {
@@ -237,6 +260,9 @@ impl Model {
             decoder: decoder.clone(),
             cache,
             cache_file: cache_file.clone(),
+            overlap: settings.overlap,
+            #[cfg(test)]
+            late: None,
         })
     }
 
@@ -257,33 +283,79 @@ impl Model {
 
     /// Whether the device chooses tokens itself.
     pub fn samples(&self) -> bool {
+        #[cfg(test)]
+        if self.late.is_some() {
+            return true;
+        }
         self.decoder.samples()
     }
 
     /// Runs a plan: the logits of its sampling rows, one after the other, `[rows × vocabulary]`.
     pub fn forward(&mut self, plan: &Plan) -> candle_core::Result<Vec<f32>> {
-        let step = self.step(plan)?;
+        let (step, unknown) = self.step(plan)?;
+        if !unknown.is_empty() {
+            bail!("the plan goes on from a step that has not ended")
+        }
         self.decoder.forward(&step, &mut self.cache)?.flatten_all()?.to_vec1()
     }
 
-    /// Runs a plan and lets the device choose a token for each sampling row by its draw; `None` where a logit is no number.
-    pub fn sample(&mut self, plan: &Plan, draws: &[Draw]) -> candle_core::Result<Vec<Option<u32>>> {
-        let step = self.step(plan)?;
-        self.decoder.sample(&step, &mut self.cache, draws)
+    /// Puts a plan on the device, behind what it runs, where a token for each sampling row is chosen by its draw. What the
+    /// host does not know of the plan's tokens, the step `before` chooses.
+    pub fn enqueue(
+        &mut self,
+        plan: &Plan,
+        draws: &[Draw],
+        before: Option<(&Plan, &Awaited)>,
+    ) -> candle_core::Result<Awaited> {
+        let (step, unknown) = self.step(plan)?;
+        let rows = before.iter().flat_map(|(before, _)| &before.rows);
+        let rows: HashMap<_, _> = rows.filter(|row| row.samples).map(|row| row.id).zip(0..).collect();
+        let mut tokens = Vec::with_capacity(unknown.len());
+        for (index, id) in unknown {
+            let Some(&row) = rows.get(&id) else {
+                bail!("no step is choosing the token that sequence {id} goes on from")
+            };
+            tokens.push((index, row));
+        }
+        #[cfg(test)]
+        if let Some(late) = &mut self.late {
+            let before = before.map(|(_, awaited)| awaited);
+            return late.enqueue(&self.decoder, &mut self.cache, step, draws, tokens, before);
+        }
+        let carried = match before {
+            Some((_, Awaited::Device(from))) if !tokens.is_empty() => Some(Carried { from, tokens }),
+            _ => None,
+        };
+        let pending = self.decoder.enqueue(&step, &mut self.cache, draws, carried)?;
+        Ok(Awaited::Device(pending))
     }
 
-    /// A plan as the model takes it.
-    fn step(&self, plan: &Plan) -> candle_core::Result<Step> {
+    /// Waits for a step's tokens, one a sampling row; `None` where a logit was no number.
+    pub fn wait(&mut self, awaited: Awaited) -> candle_core::Result<Vec<Option<TokenId>>> {
+        match awaited {
+            Awaited::Device(pending) => self.decoder.wait(pending, &mut self.cache),
+            #[cfg(test)]
+            Awaited::Late(tokens) => tokens.wait(),
+        }
+    }
+
+    /// A plan as the model takes it, and which of its tokens are not known yet: their places, and whose they are.
+    fn step(&self, plan: &Plan) -> candle_core::Result<(Step, Vec<(usize, SequenceId)>)> {
         let mut step = Step {
             tokens: Vec::new(),
             sequences: Vec::with_capacity(plan.rows.len()),
         };
+        let mut unknown = Vec::new();
         for row in &plan.rows {
             let Some(sequence) = self.scheduler.sequence(row.id) else {
-                candle_core::bail!("the plan names sequence {}, which does not run", row.id)
+                bail!("the plan names sequence {}, which does not run", row.id)
             };
-            step.tokens
-                .extend_from_slice(&sequence.tokens()[row.start..row.start + row.len]);
+            let (tokens, end) = (sequence.tokens(), row.start + row.len);
+            step.tokens.extend_from_slice(&tokens[row.start..end.min(tokens.len())]);
+            if end > tokens.len() {
+                unknown.push((step.tokens.len(), row.id));
+                step.tokens.push(0);
+            }
             let block_table = sequence.blocks().to_vec();
             step.sequences.push(Span {
                 start: row.start,
@@ -292,7 +364,7 @@ impl Model {
                 logits: row.samples,
             });
         }
-        Ok(step)
+        Ok((step, unknown))
     }
 }
 

@@ -15,12 +15,13 @@ use super::{
     budget::Budget,
     cache::{PinOrder, Savings},
     cache_file::Saves,
+    flight::Flight,
     model::Model,
     sampler::{Sample, Sampler},
     watch::{End, Watch},
 };
 use crate::{
-    batching::{Arrival, Namespace, Plan, Sequence, SequenceId},
+    batching::{Arrival, Namespace, Plan, SequenceId},
     request::{Event, Failure, FinishReason, Token},
     telemetry::{
         EngineMetrics,
@@ -30,7 +31,7 @@ use crate::{
 
 /// Who waits for a sequence, and how its tokens are chosen.
 pub(super) struct Client {
-    span: Span,
+    pub(super) span: Span,
     /// The span of the phase that it is in.
     phase: Span,
     events: mpsc::UnboundedSender<Event>,
@@ -83,9 +84,13 @@ pub struct Runner {
     evictions: u64,
     saves: Saves,
     pub(super) savings: Savings,
-    timeline: Arc<Timeline>,
-    admission: Teacher,
+    pub(super) timeline: Arc<Timeline>,
+    pub(super) admission: Teacher,
     pub(super) budget: Budget,
+    /// The step that the device runs.
+    pub(super) flight: Option<Flight>,
+    /// When the last step had ended.
+    pub(super) landed: Instant,
     pub(super) watch: Watch,
     #[cfg(any(test, feature = "fault-injection"))]
     pub(super) faults: super::inject::Faults,
@@ -116,6 +121,8 @@ impl Runner {
             timeline,
             admission: Teacher::new(gate),
             budget: Budget::default(),
+            flight: None,
+            landed: Instant::now(),
             watch,
             #[cfg(any(test, feature = "fault-injection"))]
             faults: super::inject::Faults::default(),
@@ -143,15 +150,14 @@ impl Runner {
             let plan = self.model.scheduler.plan(now);
             self.announce(&plan, now);
             self.publish(now);
-            if plan.rows.is_empty() {
+            if plan.rows.is_empty() && self.flight.is_none() {
                 self.observe();
                 self.watch.pulse.rest();
                 self.wait(plan.wake.into_iter().chain(self.saves.wake(now)).min());
             } else {
-                if let Err(end) = self.step(&plan) {
+                if let Err(end) = self.advance(plan, now) {
                     return end;
                 }
-                self.admission.stepped(&plan, now.elapsed());
                 self.observe();
             }
         }
@@ -343,47 +349,6 @@ impl Runner {
             let retry_after = refusal.retry_after;
             self.end(id, "refused", Some(Event::Failed(Failure::TooBusy { retry_after })));
         }
-    }
-
-    fn step(&mut self, plan: &Plan) -> Result<(), End> {
-        let started = Instant::now();
-        let generated = |id| self.model.scheduler.sequence(id).map_or(0, Sequence::generated);
-        let decodes = plan
-            .rows
-            .iter()
-            .filter(|row| row.len == 1 && generated(row.id) > 0)
-            .count();
-        let tokens: usize = plan.rows.iter().map(|row| row.len).sum();
-        let (rows, prefill_tokens) = (plan.rows.len(), tokens - decodes);
-        let span = tracing::debug_span!("step", rows, prefill_tokens, decode_tokens = decodes);
-        for client in plan
-            .admitted
-            .iter()
-            .filter_map(|admission| self.clients.get(&admission.id))
-        {
-            span.follows_from(&client.span);
-        }
-        let _in_span = span.entered();
-        self.run_plan(plan)?;
-        let ended = Instant::now();
-        let seconds = (ended - started).as_secs_f64();
-        let max_batch = self.model.scheduler.config().max_batch;
-        self.metrics.busy_seconds.inc_by(seconds);
-        self.metrics.step_seconds.observe(seconds);
-        self.metrics.step_tokens.observe(tokens as f64);
-        self.metrics.occupancy_steps.inc_by(rows as f64 / max_batch as f64);
-        self.timeline.note(|| {
-            Note::Step(trace::Step {
-                began: started,
-                ended,
-                rows,
-                prefill_tokens,
-                decode_tokens: decodes,
-                max_batch,
-            })
-        });
-        tracing::trace!(seconds, "step ended");
-        Ok(())
     }
 
     /// Sends a sampled token and goes on with its sequence or ends it.

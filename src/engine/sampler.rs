@@ -1,6 +1,6 @@
 //! From a row of logits to the next token.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
@@ -14,8 +14,8 @@ use crate::request::{Logprobs, Sampling, TokenId};
 pub struct Sampler {
     sampling: Sampling,
     random: StdRng,
-    /// The next choice's random number, once drawn: a choice that is tried again takes the same.
-    point: Option<f32>,
+    /// The random numbers of the next choices, as far as they were drawn: a choice that is tried again takes the same.
+    points: VecDeque<f32>,
     /// How often each token was generated.
     generated: HashMap<TokenId, u32>,
     /// The prompt's tokens, where a penalty asks for them.
@@ -45,7 +45,7 @@ impl Sampler {
         Self {
             sampling,
             random,
-            point: None,
+            points: VecDeque::new(),
             generated: HashMap::new(),
             prompt: penalised,
         }
@@ -84,9 +84,24 @@ impl Sampler {
         Ok(Sample { token, logprobs })
     }
 
-    /// The next token's rules and random number for a device that samples, whose choice [`Self::chose`] must then be told.
-    /// `None` where log-probabilities are wanted, for which the logits must come to the host.
-    pub fn next_draw(&mut self, vocabulary: usize) -> Option<Draw> {
+    /// Whether a device that samples can choose the token after the next one before the host knows the next one: not
+    /// where penalties count it, nor where the host is to have the logits.
+    pub fn goes_ahead(&self) -> bool {
+        let Sampling {
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            logprobs,
+            ..
+        } = self.sampling;
+        let penalties = repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0;
+        !penalties && logprobs.is_none()
+    }
+
+    /// A token's rules and random number for a device that samples, whose choice [`Self::chose`] must then be told: the
+    /// next token's, or with `ahead` the one's so many tokens later. `None` where log-probabilities are wanted, for which
+    /// the logits must come to the host.
+    pub fn draw_for(&mut self, ahead: usize, vocabulary: usize) -> Option<Draw> {
         let Sampling {
             temperature,
             top_k,
@@ -99,7 +114,7 @@ impl Sampler {
             return None;
         };
         // As many random numbers as on the host: a greedy choice takes none.
-        let point = if temperature == 0.0 { 0.0 } else { self.point() };
+        let point = if temperature == 0.0 { 0.0 } else { self.point(ahead) };
         Some(Draw {
             temperature,
             top_k: u32::try_from(top_k).unwrap_or(u32::MAX),
@@ -112,13 +127,15 @@ impl Sampler {
 
     /// Counts a token that the device chose.
     pub fn chose(&mut self, token: TokenId) {
-        self.point = None;
+        self.points.pop_front();
         *self.generated.entry(token).or_default() += 1;
     }
 
-    fn point(&mut self) -> f32 {
-        let random = &mut self.random;
-        *self.point.get_or_insert_with(|| random.random())
+    fn point(&mut self, ahead: usize) -> f32 {
+        while self.points.len() <= ahead {
+            self.points.push_back(self.random.random());
+        }
+        self.points[ahead]
     }
 
     /// What [`Self::penalise`] does, as a list of changes.
@@ -199,7 +216,7 @@ impl Sampler {
         } = self.sampling;
         let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weight = |logit: f32| ((logit - highest) / temperature).exp();
-        let point = self.point();
+        let point = self.point(0);
         if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
             let total: f32 = logits.iter().map(|&logit| weight(logit)).sum();
             return pick(logits.iter().map(|&logit| weight(logit)).enumerate(), point * total);
@@ -235,13 +252,13 @@ impl Sampler {
 }
 
 /// The largest logit's token, the lower one on a tie.
-fn greedy(logits: &[f32]) -> TokenId {
+pub(super) fn greedy(logits: &[f32]) -> TokenId {
     let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     logits.iter().position(|&logit| logit == highest).unwrap_or(0) as TokenId
 }
 
 /// The token in whose share of the running sum `point` lies; the last one if rounding puts it beyond.
-fn pick(shares: impl Iterator<Item = (usize, f32)>, point: f32) -> TokenId {
+pub(super) fn pick(shares: impl Iterator<Item = (usize, f32)>, point: f32) -> TokenId {
     let mut sum = 0.0;
     let mut last = 0;
     for (token, share) in shares {
@@ -462,7 +479,7 @@ mod tests {
         for _ in 0..20 {
             let mut logits = [1.0, 2.0, -0.5, 0.75];
             let expected = on_host.sample(&mut logits).unwrap().token;
-            let draw = on_device.next_draw(4).unwrap();
+            let draw = on_device.draw_for(0, 4).unwrap();
             let mut edited = [1.0f32, 2.0, -0.5, 0.75];
             for edit in &draw.edits {
                 let logit = &mut edited[edit.token as usize];
@@ -486,7 +503,7 @@ mod tests {
             logprobs: Some(0),
             ..Sampling::default()
         });
-        assert_eq!(wants_logprobs.next_draw(4), None);
+        assert_eq!(wants_logprobs.draw_for(0, 4), None);
     }
 
     proptest! {

@@ -5,28 +5,29 @@ use std::{
     time::{Duration, Instant},
 };
 
+use sconce_models::Draw;
+
 use super::{
     budget::tokens,
     choose::Answer,
     fault::{StepError, panic_message},
+    model::Awaited,
     run::Runner,
     watch::End,
 };
 use crate::{
     batching::{Plan, Row},
-    request::{Event, Failure},
+    request::{Event, Failure, TokenId},
 };
 
 impl Runner {
-    /// Runs a plan's rows in as few passes as memory and faults allow. A pass that failed has changed nothing that
+    /// Runs rows pass by pass, to the end of each. A pass that failed has changed nothing that
     /// counts, since a row's keys and values count only once it is committed: so its rows run again, in halves, until
     /// those that fail stand alone. An error means that the engine cannot go on.
-    pub(super) fn run_plan(&mut self, plan: &Plan) -> Result<(), End> {
-        let mut passes = self.budget.passes(&plan.rows);
+    pub(super) fn run_passes(&mut self, mut passes: Vec<Vec<Row>>) -> Result<(), End> {
         passes.reverse();
         while let Some(mut rows) = passes.pop() {
-            // An earlier pass may have ended sequences.
-            rows.retain(|row| self.model.scheduler.sequence(row.id).is_some());
+            self.drop_ended(&mut rows);
             if rows.is_empty() {
                 continue;
             }
@@ -51,8 +52,13 @@ impl Runner {
         Ok(())
     }
 
+    /// Leaves out what is of no use any more: the rows of sequences that have ended or lost their blocks.
+    pub(super) fn drop_ended(&self, rows: &mut Vec<Row>) {
+        rows.retain(|row| self.model.scheduler.sequence(row.id).is_some());
+    }
+
     /// Counts a failed pass; gives what to run instead.
-    fn failed(&mut self, rows: Vec<Row>, error: StepError) -> Result<Vec<Vec<Row>>, End> {
+    pub(super) fn failed(&mut self, mut rows: Vec<Row>, error: StepError) -> Result<Vec<Vec<Row>>, End> {
         let cause = match &error {
             StepError::OutOfMemory(_) => "out_of_memory",
             StepError::DeviceLost(_) => "device_lost",
@@ -61,9 +67,11 @@ impl Runner {
         };
         self.metrics.faults.with_label_values(&[cause]).inc();
         tracing::error!(%error, sequences = rows.len(), tokens = tokens(&rows), "a step failed");
+        self.drop_ended(&mut rows);
         match error {
             StepError::DeviceLost(reason) => return Err(End::DeviceLost(reason)),
             StepError::CacheLost(reason) => return Err(End::Panicked(reason)),
+            _ if rows.is_empty() => return Ok(Vec::new()),
             StepError::OutOfMemory(_) => {
                 if let Some(smaller) = self.budget.shrink(&rows) {
                     return Ok(smaller);
@@ -80,26 +88,55 @@ impl Runner {
         Ok(vec![first.to_vec(), second.to_vec()])
     }
 
-    /// One forward pass; a panic in it is an error like others, as long as it left the cache whole.
+    /// One forward pass, to its end.
     fn forward(&mut self, pass: &Plan) -> Result<Answer, StepError> {
+        if let Some(draws) = self.draws(pass) {
+            let awaited = self.launch(pass, &draws, None)?;
+            return self.tokens(pass, awaited).map(Answer::Tokens);
+        }
         #[cfg(any(test, feature = "fault-injection"))]
         self.faults.crash(pass, &self.model.scheduler);
-        let draws = self.draws(pass);
-        let run = || {
+        self.guarded(|runner| {
             #[cfg(any(test, feature = "fault-injection"))]
-            self.faults.before(pass, &self.model.scheduler, &self.watch.pulse)?;
+            (runner.faults).before(pass, &runner.model.scheduler, &runner.watch.pulse)?;
             #[cfg_attr(not(any(test, feature = "fault-injection")), allow(unused_mut))]
-            let mut answer = match &draws {
-                Some(draws) => Answer::Tokens(self.model.sample(pass, draws)?),
-                None => Answer::Logits(self.model.forward(pass)?),
-            };
+            let mut logits = runner.model.forward(pass)?;
             #[cfg(any(test, feature = "fault-injection"))]
-            if let Answer::Logits(logits) = &mut answer {
-                self.faults.spoil(pass, &self.model.scheduler, logits);
-            }
-            Ok(answer)
-        };
-        catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+            runner.faults.spoil(pass, &runner.model.scheduler, &mut logits);
+            Ok(Answer::Logits(logits))
+        })
+    }
+
+    /// Puts a pass on a device that samples, behind the step `before` and what it chooses.
+    pub(super) fn launch(
+        &mut self,
+        pass: &Plan,
+        draws: &[Draw],
+        before: Option<(&Plan, &Awaited)>,
+    ) -> Result<Awaited, StepError> {
+        #[cfg(any(test, feature = "fault-injection"))]
+        self.faults.crash(pass, &self.model.scheduler);
+        self.guarded(|runner| {
+            #[cfg(any(test, feature = "fault-injection"))]
+            (runner.faults).before(pass, &runner.model.scheduler, &runner.watch.pulse)?;
+            Ok(runner.model.enqueue(pass, draws, before)?)
+        })
+    }
+
+    /// Waits for the tokens of a pass.
+    pub(super) fn tokens(&mut self, pass: &Plan, awaited: Awaited) -> Result<Vec<Option<TokenId>>, StepError> {
+        #[cfg_attr(not(any(test, feature = "fault-injection")), allow(unused_mut))]
+        let mut tokens = self.guarded(|runner| Ok(runner.model.wait(awaited)?))?;
+        #[cfg(any(test, feature = "fault-injection"))]
+        self.faults.spoil_tokens(pass, &self.model.scheduler, &mut tokens);
+        #[cfg(not(any(test, feature = "fault-injection")))]
+        let _ = pass;
+        Ok(tokens)
+    }
+
+    /// A panic on the device's side is an error like others, as long as it left the cache whole.
+    fn guarded<T>(&mut self, run: impl FnOnce(&mut Self) -> Result<T, StepError>) -> Result<T, StepError> {
+        catch_unwind(AssertUnwindSafe(|| run(self))).unwrap_or_else(|panic| {
             let message = panic_message(&*panic);
             Err(if self.model.cache_is_whole() {
                 StepError::Panicked(message)
@@ -111,7 +148,7 @@ impl Runner {
 
     /// Chooses a token for each row that reached its sequence's end. What a sequence without numbers computed, in this
     /// step or in earlier ones, is not kept for others.
-    fn sample(&mut self, pass: &Plan, answer: Answer, took: Duration) {
+    pub(super) fn sample(&mut self, pass: &Plan, answer: Answer, took: Duration) {
         let samples = match answer {
             Answer::Logits(logits) => self.choose(pass, logits),
             Answer::Tokens(tokens) => self.chosen(pass, tokens),

@@ -13,7 +13,7 @@ use crate::{
     request::{Event, Failure, FinishReason, Sampling, Tenant, TokenId},
 };
 
-fn settings() -> Settings {
+pub(super) fn settings() -> Settings {
     let path = model_files::resolve("smollm2-135m-instruct").expect("the default model can be had");
     let batching = Config {
         schedule: Schedule::Continuous,
@@ -31,9 +31,11 @@ fn settings() -> Settings {
         batching,
         max_model_len: Some(256),
         dummy: false,
+        quantized: false,
         kv_memory: None,
         gpu_memory: 0.9,
         cuda_graphs: true,
+        overlap: true,
         block_size: 16,
         prefix_cache: true,
         cache_file: None,
@@ -70,7 +72,7 @@ pub(super) fn greedy(max_tokens: usize) -> Sampling {
     }
 }
 
-fn wait(guard: Guard) -> End {
+pub(super) fn wait(guard: Guard) -> End {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     runtime.unwrap().block_on(guard.wait())
 }
@@ -110,7 +112,7 @@ fn mixed(count: u64) -> Vec<(Vec<TokenId>, Sampling)> {
 }
 
 /// No limit but this many requests that wait.
-fn places(requests: usize) -> Limits {
+pub(super) fn places(requests: usize) -> Limits {
     Limits {
         requests,
         tokens: None,
@@ -119,7 +121,7 @@ fn places(requests: usize) -> Limits {
     }
 }
 
-fn metrics() -> Arc<EngineMetrics> {
+pub(super) fn metrics() -> Arc<EngineMetrics> {
     Arc::new(EngineMetrics::new(&Registry::new()).unwrap())
 }
 

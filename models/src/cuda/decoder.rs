@@ -1,5 +1,6 @@
-//! The decoder on a GPU. A step is one copy of its lists, the same launches for every layer, and, if tokens were asked
-//! for, one wait for them; a step of nothing but decodes runs as a CUDA graph where one was captured.
+//! The decoder on a GPU. A step is one copy of its lists to the device, the same launches for every layer, and one copy of
+//! what was chosen back to the host, which waits for it when it likes; a step of nothing but decodes runs as a CUDA graph
+//! where one was captured.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,8 +14,9 @@ use super::device_error;
 use super::draw::DRAW_WORDS;
 use super::kernels::{Address, Decodes, HEAD_DIMS, Kernels, Pool, Sizes, Tiles};
 use super::metadata::{Metadata, Packing, Shape};
-use super::weights::{Held, Layer, ModelWeights, address};
-use super::workspace::{Addresses, Capacity, Workspace};
+use super::quantized::Activations;
+use super::weights::{Held, Layer, ModelWeights, Projection, address};
+use super::workspace::{Addresses, Capacity, Sampled, Workspace};
 use crate::decoder::built;
 use crate::weights::Weights;
 use crate::{Config, Draw, KvCache, ModelError, Span, Step};
@@ -39,6 +41,8 @@ pub(crate) struct CudaDecoder {
     config: Config,
     dtype: DType,
     sizes: Sizes,
+    /// Whether matrices may be quantized, whose products allocate.
+    quantized: bool,
     weights: ModelWeights,
     kernels: Kernels,
     blas: Blas,
@@ -62,12 +66,14 @@ struct Run<'a> {
 }
 
 impl CudaDecoder {
-    /// Puts a model's weights on the device as `dtype`: f32, bf16 or f16.
+    /// Puts a model's weights on the device as `dtype` (f32, bf16 or f16), or, if `quantized`, those as they are that the
+    /// file stores so.
     pub fn load(
         weights: &Weights,
         config: Config,
         device: &CudaDevice,
         dtype: DType,
+        quantized: bool,
     ) -> std::result::Result<Self, ModelError> {
         let sizes = sizes(&config, dtype)?;
         // SAFETY: everything of this device runs on its one stream, so an event would order nothing.
@@ -78,7 +84,8 @@ impl CudaDecoder {
         static DECODERS: AtomicU64 = AtomicU64::new(0);
         Ok(Self {
             id: DECODERS.fetch_add(1, Ordering::Relaxed),
-            weights: ModelWeights::load(weights, &config, device, dtype)?,
+            quantized,
+            weights: ModelWeights::load(weights, &config, device, dtype, quantized)?,
             kernels: Kernels::load(&stream, dtype, &sizes).map_err(built("the kernels"))?,
             blas: Blas::new(device, dtype).map_err(built("cuBLAS's workspace"))?,
             processors: processors.map_err(built("the device's properties"))? as usize,
@@ -98,7 +105,7 @@ impl CudaDecoder {
     pub fn forward(&self, step: &Step, cache: &mut KvCache) -> Result<Tensor> {
         let metadata = self.packing(cache, None).pack(step, &[]);
         let (workspace, pools) = self.begin(&metadata, cache)?;
-        self.enqueue(&self.place(&metadata.shape, workspace.addresses(), &pools))?;
+        self.launch(&self.place(&metadata.shape, workspace.addresses(), &pools))?;
         let rows = metadata.shape.rows;
         let shape = (rows, self.config.vocab_size);
         if rows == 0 {
@@ -107,8 +114,15 @@ impl CudaDecoder {
         Tensor::from_vec(workspace.logits(rows, shape.1)?, shape, &Device::Cpu)
     }
 
-    /// Runs a step that was checked; see [`crate::Decoder::sample`].
-    pub fn sample(&self, step: &Step, cache: &mut KvCache, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
+    /// Enqueues a step that was checked; see [`crate::Decoder::enqueue`]. Of the step that chose the tokens that are carried,
+    /// they are the given rows.
+    pub fn enqueue(
+        &self,
+        step: &Step,
+        cache: &mut KvCache,
+        draws: &[Draw],
+        carried: Option<(&Sampled, &[(usize, usize)])>,
+    ) -> Result<Sampled> {
         let rows = step.sequences.iter().filter(|span| span.logits).count();
         if draws.len() != rows {
             bail!("step: {rows} rows want tokens, {} draws are given", draws.len())
@@ -122,7 +136,13 @@ impl CudaDecoder {
             bail!("step: an edit is outside the vocabulary of {}", self.config.vocab_size)
         }
         let batch = graph_batch(rows).filter(|_| rows > 0 && Packing::is_decode(step));
-        let metadata = self.packing(cache, batch).pack(step, draws);
+        let mut metadata = self.packing(cache, batch).pack(step, draws);
+        if let Some((from, tokens)) = carried {
+            if !cache.workspace.as_ref().is_some_and(|workspace| workspace.holds(from)) {
+                bail!("step: the tokens it goes on from are not on the device any more")
+            }
+            metadata.carry(tokens, from.rows())?;
+        }
         let (workspace, pools) = self.begin(&metadata, cache)?;
         let replayed = match batch {
             Some(batch) => workspace.replay(batch)?,
@@ -130,21 +150,24 @@ impl CudaDecoder {
         };
         if !replayed {
             let run = self.place(&metadata.shape, workspace.addresses(), &pools);
-            self.enqueue(&run)?;
+            self.launch(&run)?;
             self.choose(&run)?;
         }
-        if rows == 0 {
-            return Ok(Vec::new());
+        workspace.fetch(rows)
+    }
+
+    /// Waits for a step's tokens; see [`crate::Decoder::wait`].
+    pub fn wait(&self, sampled: Sampled, cache: &mut KvCache) -> Result<Vec<Option<u32>>> {
+        let tokens = sampled.wait()?;
+        if let Some(workspace) = &mut cache.workspace {
+            workspace.take_back(sampled);
         }
-        let sampled = workspace.sampled(rows)?;
-        Ok(sampled
-            .into_iter()
-            .map(|token| (token != u32::MAX).then_some(token))
-            .collect())
+        let chosen = |token: u32| (token != u32::MAX).then_some(token);
+        Ok(tokens.into_iter().map(chosen).collect())
     }
 
     /// Takes the memory for steps of up to `tokens` tokens and `rows` rows, and if `graphs`, captures graphs for batches of
-    /// 1, 2, 4 and multiples of 8 up to the first that holds `rows`.
+    /// 1, 2, 4 and multiples of 8 up to the first that holds `rows`. There are none of quantized weights.
     pub fn prepare(&self, cache: &mut KvCache, tokens: usize, rows: usize, graphs: bool) -> Result<()> {
         let largest = graph_batch(rows.clamp(1, LARGEST_GRAPH)).unwrap_or(LARGEST_GRAPH);
         // All at once: graphs hold addresses, and growing would take them away.
@@ -157,12 +180,12 @@ impl CudaDecoder {
         self.hold(cache, &most, 0)?;
         let mut batches = vec![1, 2, 4];
         batches.extend((8..=largest).step_by(8));
-        batches.retain(|&batch| graphs && batch <= largest);
+        batches.retain(|&batch| graphs && !self.quantized && batch <= largest);
         for batch in batches {
             let metadata = self.packing(cache, Some(batch)).pack(&Step::default(), &[]);
             let (workspace, pools) = self.begin(&metadata, cache)?;
             let run = self.place(&metadata.shape, workspace.addresses(), &pools);
-            let step = || self.enqueue(&run).and_then(|()| self.choose(&run));
+            let step = || self.launch(&run).and_then(|()| self.choose(&run));
             // Once without capture: kernels are loaded when they first run, which a capture does not allow.
             step()?;
             self.stream.synchronize().map_err(device_error)?;
@@ -204,7 +227,8 @@ impl CudaDecoder {
             edits: Vec::new(),
         };
         self.prepare(&mut trial, tokens.max(packed), rows, false)?;
-        self.sample(&step, &mut trial, &vec![greedy; rows.max(1)])?;
+        let sampled = self.enqueue(&step, &mut trial, &vec![greedy; rows.max(1)], None)?;
+        self.wait(sampled, &mut trial)?;
         let (free, total) = self.stream.context().mem_get_info().map_err(device_error)?;
         let trial_bytes = blocks * KvCache::bytes_per_block(&self.config, BLOCK, self.dtype);
         Ok((total as f64 * share - (total - free - trial_bytes) as f64).max(0.0) as u64)
@@ -310,9 +334,9 @@ impl CudaDecoder {
     }
 
     /// Puts a step's launches on the stream, up to the logits of its rows.
-    fn enqueue(&self, run: &Run) -> Result<()> {
+    fn launch(&self, run: &Run) -> Result<()> {
         let (s, k, at, tokens) = (&self.sizes, &self.kernels, &run.at, run.shape.tokens);
-        k.embed(s, tokens, self.weights.embedding.address, run.ids, at.x)?;
+        k.embed(s, tokens, self.weights.embedding.address, run.ids, at.sampled, at.x)?;
         k.angles(
             s,
             tokens,
@@ -326,17 +350,24 @@ impl CudaDecoder {
             k.residual_norm(s, tokens, at.x, delta, 0, layer.attention_norm.address, at.normed)?;
             self.attend(run, layer, pool)?;
             k.residual_norm(s, tokens, at.x, at.projected, 0, layer.mlp_norm.address, at.normed)?;
-            self.multiply(layer.gate_up.matrix(), tokens, at.normed, at.gate_up)?;
+            self.multiply(&layer.gate_up, tokens, at.normed, at.gate_up)?;
             k.silu_mul(s, tokens, at.gate_up, at.activated, 16 / self.dtype.size_in_bytes())?;
-            self.multiply(layer.down.matrix(), tokens, at.activated, at.projected)?;
+            self.multiply(&layer.down, tokens, at.activated, at.projected)?;
             delta = at.projected;
         }
         let rows = run.shape.rows;
         k.residual_norm(s, rows, at.x, delta, run.rows, self.weights.norm.address, at.normed)?;
+        let table = Matrix {
+            weights: self.weights.embedding.address,
+            outputs: s.vocabulary,
+            inputs: s.hidden,
+        };
         // SAFETY: `normed` holds the rows, `logits` [rows, vocabulary] in float32: the workspace was made for the shape.
         unsafe {
-            self.blas
-                .multiply(self.weights.output(), rows, at.normed, at.logits, true)
+            match &self.weights.output {
+                Some(output) => self.multiply_to(output, rows, at.normed, at.logits, true),
+                None => self.blas.multiply(table, rows, at.normed, at.logits, true),
+            }
         }
     }
 
@@ -345,16 +376,48 @@ impl CudaDecoder {
         let (s, k, at, tokens) = (&self.sizes, &self.kernels, &run.at, run.shape.tokens);
         let given = |held: &Option<Held>| held.as_ref().map_or(0, |held| held.address);
         let extras = [&layer.qkv_bias, &layer.query_norm, &layer.key_norm].map(given);
-        self.multiply(layer.qkv.matrix(), tokens, at.normed, at.qkv)?;
+        self.multiply(&layer.qkv, tokens, at.normed, at.qkv)?;
         k.rope_store(s, tokens, at.qkv, extras, at.angles, run.slots, pool)?;
         k.decode(s, at.qkv, pool, run.decodes, at.attended)?;
         k.prefill(s, at.qkv, pool, run.tiles, at.attended)?;
-        self.multiply(layer.attention_output.matrix(), tokens, at.attended, at.projected)
+        self.multiply(&layer.attention_output, tokens, at.attended, at.projected)
     }
 
-    fn multiply(&self, matrix: Matrix, rows: usize, x: Address, out: Address) -> Result<()> {
+    fn multiply(&self, projection: &Projection, rows: usize, x: Address, out: Address) -> Result<()> {
         // SAFETY: activations of the workspace, which was made for the step's tokens and the model's sizes.
-        unsafe { self.blas.multiply(matrix, rows, x, out, false) }
+        unsafe { self.multiply_to(projection, rows, x, out, false) }
+    }
+
+    /// # Safety
+    /// As of [`Blas::multiply`].
+    unsafe fn multiply_to(
+        &self,
+        projection: &Projection,
+        rows: usize,
+        x: Address,
+        out: Address,
+        float_out: bool,
+    ) -> Result<()> {
+        match projection {
+            Projection::Dense { held, outputs, inputs } => {
+                let matrix = Matrix {
+                    weights: held.address,
+                    outputs: *outputs,
+                    inputs: *inputs,
+                };
+                // SAFETY: the caller's promise.
+                unsafe { self.blas.multiply(matrix, rows, x, out, float_out) }
+            }
+            Projection::Quantized(quantized) => {
+                let activations = Activations {
+                    dtype: self.dtype,
+                    device: &self.device,
+                    stream: &self.stream,
+                };
+                // SAFETY: the caller's promise.
+                unsafe { quantized.multiply(&activations, rows, x, out, float_out) }
+            }
+        }
     }
 
     /// Puts the choice of the rows' tokens on the stream. Edits are numbered from the lists' beginning.

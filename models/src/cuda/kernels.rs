@@ -232,10 +232,19 @@ impl Kernels {
     // The launches below take their buffers from a `Workspace` that was made to hold the step's shape, and their lists
     // from a `Metadata` of a step that was checked against the model and the cache; the sizes are the model's.
 
-    /// `x[t] = table[tokens[t]]`.
-    pub fn embed(&self, s: &Sizes, tokens: usize, table: Address, ids: Address, x: Address) -> Result<()> {
-        let arguments = arguments![table, ids, x, s.hidden];
-        // SAFETY: `table` is [vocabulary, hidden], `x` [tokens, hidden]; ids are below the vocabulary.
+    /// `x[t] = table[tokens[t]]`, where a token may be one that the step before chose into `sampled`.
+    pub fn embed(
+        &self,
+        s: &Sizes,
+        tokens: usize,
+        table: Address,
+        ids: Address,
+        sampled: Address,
+        x: Address,
+    ) -> Result<()> {
+        let arguments = arguments![table, ids, sampled, x, s.hidden, s.vocabulary];
+        // SAFETY: `table` is [vocabulary, hidden], `x` [tokens, hidden]; ids are below the vocabulary or name rows of the
+        // step before, which `sampled` holds.
         unsafe { self.launch(&self.embed, (tokens, 1, 1), THREADS, 0, arguments) }
     }
 

@@ -2,9 +2,13 @@
 
 use std::ops::Range;
 
+use candle_core::{Result, bail};
+
 use super::draw::{DRAW_WORDS, EDIT_WORDS, pack};
 use crate::{Draw, Span, Step};
 
+/// Set in a token that the step before chose; the rest is its row there (`kernels/elementwise.cu`).
+const CARRIED: u32 = 1 << 31;
 /// The slot of a token that is padding.
 const NO_SLOT: u32 = u32::MAX;
 /// Rows of a tile of queries in `kernels/attention_prefill.cu`.
@@ -66,6 +70,19 @@ impl Shape {
 pub struct Metadata {
     pub shape: Shape,
     pub words: Vec<u32>,
+}
+
+impl Metadata {
+    /// Lets the step take tokens, by their places, from rows of the step before, which had so many.
+    pub fn carry(&mut self, tokens: &[(usize, usize)], rows: usize) -> Result<()> {
+        for &(token, row) in tokens {
+            if token >= self.shape.tokens || row >= rows {
+                bail!("step: its token {token} is to be row {row} of {rows} rows before")
+            }
+            self.words[self.shape.places().tokens + token] = CARRIED | row as u32;
+        }
+        Ok(())
+    }
 }
 
 /// What a step is packed for.
@@ -263,8 +280,11 @@ mod tests {
             pad_to: Some(4),
         };
         assert!(Packing::is_decode(&step));
-        let metadata = packing.pack(&step, &[]);
+        let mut metadata = packing.pack(&step, &[]);
         let places = metadata.shape.places();
+        metadata.carry(&[(1, 6)], 7).unwrap();
+        assert_eq!(list(&metadata, places.tokens, 4), [1, CARRIED | 6, 0, 0]);
+        assert!(metadata.carry(&[(1, 7)], 7).is_err());
         assert_eq!(list(&metadata, places.slots, 4), [24, 9, NO_SLOT, NO_SLOT]);
         assert_eq!(list(&metadata, places.decode_rows, 4), [0, 1, 2, 3]);
         assert_eq!(list(&metadata, places.decode_lengths, 4), [1, 10, 0, 0]);

@@ -12,6 +12,8 @@ mod draw;
 mod kernels;
 mod metadata;
 #[cfg(feature = "cuda")]
+mod quantized;
+#[cfg(feature = "cuda")]
 mod weights;
 #[cfg(feature = "cuda")]
 mod workspace;
@@ -22,7 +24,7 @@ mod tests;
 #[cfg(feature = "cuda")]
 pub(crate) use decoder::CudaDecoder;
 #[cfg(feature = "cuda")]
-pub(crate) use workspace::Workspace;
+pub(crate) use workspace::{Sampled, Workspace};
 
 /// An error of the driver or of cuBLAS as candle's.
 #[cfg(feature = "cuda")]

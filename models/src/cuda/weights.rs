@@ -5,11 +5,11 @@ use candle_core::cuda_backend::{CudaDevice, cudarc::driver::DevicePtr};
 use candle_core::{DType, Device, Storage, Tensor, bail};
 use half::{bf16, f16};
 
-use super::blas::Matrix;
 use super::kernels::Address;
+use super::quantized::Quantized;
 use crate::decoder::built;
 use crate::rope::inverse_frequencies;
-use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, Weights};
+use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, Weights, layer_name};
 use crate::{Config, ModelError};
 
 /// A tensor on the device and its address, which stays where it is as long as the tensor lives.
@@ -46,21 +46,10 @@ pub fn address(tensor: &Tensor) -> candle_core::Result<Address> {
     })
 }
 
-/// A matrix and its size.
-pub struct Projection {
-    held: Held,
-    outputs: usize,
-    inputs: usize,
-}
-
-impl Projection {
-    pub fn matrix(&self) -> Matrix {
-        Matrix {
-            weights: self.held.address,
-            outputs: self.outputs,
-            inputs: self.inputs,
-        }
-    }
+/// A weight matrix `[outputs, inputs]`.
+pub enum Projection {
+    Dense { held: Held, outputs: usize, inputs: usize },
+    Quantized(Quantized),
 }
 
 pub struct Layer {
@@ -80,66 +69,124 @@ pub struct Layer {
 pub struct ModelWeights {
     pub embedding: Held,
     /// `None` where the output projection is the embedding table too.
-    output: Option<Held>,
+    pub output: Option<Projection>,
     pub layers: Vec<Layer>,
     pub norm: Held,
     pub inverse_frequencies: Held,
-    vocabulary: usize,
-    hidden: usize,
+}
+
+/// Reads weights and puts them on the device.
+struct Loader<'a> {
+    weights: &'a Weights,
+    config: &'a Config,
+    device: &'a CudaDevice,
+    dtype: DType,
+    /// Whether matrices stay quantized that are.
+    quantized: bool,
 }
 
 impl ModelWeights {
-    pub fn load(weights: &Weights, config: &Config, device: &CudaDevice, dtype: DType) -> Result<Self, ModelError> {
-        let hold = |what: &str, values, dtype| Held::new(values, dtype, device).map_err(built(what));
-        let table = |name: &str| {
-            let shape = [config.vocab_size, config.hidden_size];
-            hold(name, weights.read(name, &shape)?, dtype)
+    /// Dense matrices as `dtype`; if `quantized`, those stay as they are which candle multiplies so, but for the embedding
+    /// table.
+    pub fn load(
+        weights: &Weights,
+        config: &Config,
+        device: &CudaDevice,
+        dtype: DType,
+        quantized: bool,
+    ) -> Result<Self, ModelError> {
+        let loader = Loader {
+            weights,
+            config,
+            device,
+            dtype,
+            quantized,
         };
-        let layer = |index| layer(LayerWeights::read(weights, config, index)?, config, device, dtype);
-        let norm = weights.read(FINAL_NORM, &[config.hidden_size])?;
+        let table = [config.vocab_size, config.hidden_size];
+        let output = || match loader.quantized(&[(OUTPUT.into(), table[0])], table[1])? {
+            Some(quantized) => Ok(quantized),
+            None => loader.dense(OUTPUT, weights.read(OUTPUT, &table)?, table[1]),
+        };
         let inverse = inverse_frequencies(&config.rope, config.head_dim);
         Ok(Self {
-            embedding: table(EMBEDDING)?,
-            output: (!config.tie_word_embeddings).then(|| table(OUTPUT)).transpose()?,
-            layers: (0..config.layers).map(layer).collect::<Result<_, _>>()?,
-            norm: hold("norm", norm, DType::F32)?,
-            inverse_frequencies: hold("rotary frequencies", inverse, DType::F32)?,
-            vocabulary: config.vocab_size,
-            hidden: config.hidden_size,
+            embedding: loader.hold(EMBEDDING, weights.read(EMBEDDING, &table)?, dtype)?,
+            output: (!config.tie_word_embeddings).then(output).transpose()?,
+            layers: (0..config.layers)
+                .map(|index| loader.layer(index))
+                .collect::<Result<_, _>>()?,
+            norm: loader.vector(weights.read(FINAL_NORM, &[config.hidden_size])?)?,
+            inverse_frequencies: loader.vector(inverse)?,
         })
-    }
-
-    /// The projection to the vocabulary.
-    pub fn output(&self) -> Matrix {
-        Matrix {
-            weights: self.output.as_ref().unwrap_or(&self.embedding).address,
-            outputs: self.vocabulary,
-            inputs: self.hidden,
-        }
     }
 }
 
-fn layer(read: LayerWeights, config: &Config, device: &CudaDevice, dtype: DType) -> Result<Layer, ModelError> {
-    let vector = |values: Vec<f32>| Held::new(values, DType::F32, device).map_err(built("a norm or bias"));
-    let optional = |values: Option<Vec<f32>>| values.map(vector).transpose();
-    let projection = |what: &str, values: Vec<f32>, inputs: usize| {
-        Ok(Projection {
+impl Loader<'_> {
+    fn hold(&self, what: &str, values: Vec<f32>, dtype: DType) -> Result<Held, ModelError> {
+        Held::new(values, dtype, self.device).map_err(built(what))
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<Held, ModelError> {
+        self.hold("a norm or bias", values, DType::F32)
+    }
+
+    fn dense(&self, what: &str, values: Vec<f32>, inputs: usize) -> Result<Projection, ModelError> {
+        Ok(Projection::Dense {
             outputs: values.len() / inputs,
             inputs,
-            held: Held::new(values, dtype, device).map_err(built(what))?,
+            held: self.hold(what, values, self.dtype)?,
         })
-    };
-    let (hidden, queries) = (config.hidden_size, config.heads * config.head_dim);
-    let gate_up = [read.gate.as_slice(), &read.up].concat();
-    Ok(Layer {
-        attention_norm: vector(read.attention_norm)?,
-        qkv: projection("qkv", read.qkv, hidden)?,
-        qkv_bias: optional(read.qkv_bias)?,
-        query_norm: optional(read.query_norm)?,
-        key_norm: optional(read.key_norm)?,
-        attention_output: projection("attention output", read.attention_output, queries)?,
-        mlp_norm: vector(read.mlp_norm)?,
-        gate_up: projection("gate and up projection", gate_up, hidden)?,
-        down: projection("down projection", read.down, config.intermediate_size)?,
-    })
+    }
+
+    /// Matrices with so many outputs each as one projection, if they are to stay quantized and all of them are.
+    fn quantized(&self, parts: &[(String, usize)], inputs: usize) -> Result<Option<Projection>, ModelError> {
+        if !self.quantized {
+            return Ok(None);
+        }
+        let device = Device::Cuda(self.device.clone());
+        let read = |(name, outputs): &(String, usize)| self.weights.quantized(name, [*outputs, inputs], &device);
+        let read: Option<Vec<_>> = parts.iter().map(read).collect::<Result<_, _>>()?;
+        Ok(read.map(|parts| Projection::Quantized(Quantized::new(parts, inputs))))
+    }
+
+    fn layer(&self, index: usize) -> Result<Layer, ModelError> {
+        let config = self.config;
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let held = |parts: &[(&str, usize)], inputs| {
+            let parts = parts.iter().map(|(part, outputs)| (layer_name(index, part), *outputs));
+            self.quantized(&parts.collect::<Vec<_>>(), inputs)
+        };
+        let [q, k, v] = ["q", "k", "v"].map(|part| format!("self_attn.{part}_proj.weight"));
+        let qkv = held(&[(&q, queries), (&k, keys), (&v, keys)], hidden)?;
+        let attention_output = held(&[("self_attn.o_proj.weight", hidden)], queries)?;
+        let gate_up = held(
+            &[("mlp.gate_proj.weight", inner), ("mlp.up_proj.weight", inner)],
+            hidden,
+        )?;
+        let down = held(&[("mlp.down_proj.weight", hidden)], inner)?;
+        let wanted = |part: &str| match part {
+            "self_attn.o_proj.weight" => attention_output.is_none(),
+            "mlp.down_proj.weight" => down.is_none(),
+            part if part.starts_with("mlp.") => gate_up.is_none(),
+            _ => qkv.is_none(),
+        };
+        let read = LayerWeights::read_where(self.weights, config, index, wanted)?;
+        let optional = |values: Option<Vec<f32>>| values.map(|values| self.vector(values)).transpose();
+        let or_dense = |held: Option<Projection>, what, values, inputs| match held {
+            Some(quantized) => Ok(quantized),
+            None => self.dense(what, values, inputs),
+        };
+        let gate_and_up = [read.gate.as_slice(), &read.up].concat();
+        Ok(Layer {
+            attention_norm: self.vector(read.attention_norm)?,
+            qkv: or_dense(qkv, "qkv", read.qkv, hidden)?,
+            qkv_bias: optional(read.qkv_bias)?,
+            query_norm: optional(read.query_norm)?,
+            key_norm: optional(read.key_norm)?,
+            attention_output: or_dense(attention_output, "attention output", read.attention_output, queries)?,
+            mlp_norm: self.vector(read.mlp_norm)?,
+            gate_up: or_dense(gate_up, "gate and up projection", gate_and_up, hidden)?,
+            down: or_dense(down, "down projection", read.down, inner)?,
+        })
+    }
 }

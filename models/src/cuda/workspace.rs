@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc;
 use candle_core::{DType, Result, bail};
-use cudarc::driver::result::memcpy_htod_async;
+use cudarc::driver::result::{memcpy_dtod_async, memcpy_dtoh_async, memcpy_htod_async};
 use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr, DeviceRepr, PinnedHostSlice};
 
 use super::device_error;
@@ -62,6 +62,48 @@ unsafe impl Send for Captured {}
 // SAFETY: nothing of a graph can be reached through a shared reference.
 unsafe impl Sync for Captured {}
 
+/// A step's tokens on their way to the host.
+pub struct Sampled {
+    tokens: PinnedHostSlice<u32>,
+    rows: usize,
+    /// Which of the workspace's steps it was.
+    step: u64,
+    /// When the step had ended and the tokens were copied.
+    arrived: CudaEvent,
+}
+
+impl Sampled {
+    fn new(stream: &Arc<CudaStream>, rows: usize) -> Result<Self> {
+        let context = stream.context();
+        // SAFETY: nothing of it is read before it is written.
+        let tokens = unsafe { context.alloc_pinned_with_flags(rows.max(1), 0) }.map_err(device_error)?;
+        let arrived = context.new_event(None).map_err(device_error)?;
+        Ok(Self {
+            tokens,
+            rows: 0,
+            step: 0,
+            arrived,
+        })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The tokens, once the step has ended.
+    pub fn wait(&self) -> Result<Vec<u32>> {
+        self.arrived.synchronize().map_err(device_error)?;
+        Ok(self.tokens.as_slice().map_err(device_error)?[..self.rows].to_vec())
+    }
+}
+
+impl Drop for Sampled {
+    /// The device may still be about to write into the memory. An error means that it will not.
+    fn drop(&mut self) {
+        let _ = self.arrived.synchronize();
+    }
+}
+
 /// The memory of one cache's steps. Everything runs on one stream, so that a step may be enqueued before the one before
 /// has ended.
 pub struct Workspace {
@@ -83,6 +125,10 @@ pub struct Workspace {
     totals: Memory<f32>,
     logits: Memory<f32>,
     sampled: Memory<u32>,
+    /// Steps that chose tokens: the last one's are in `sampled`.
+    steps: u64,
+    /// Where tokens were fetched to, to be used again.
+    spare: Vec<Sampled>,
     words: Memory<u32>,
     staging: PinnedHostSlice<u32>,
     /// When the last copy out of `staging` was done.
@@ -142,6 +188,8 @@ impl Workspace {
             totals: Memory::new(stream, parts * 2)?,
             logits: Memory::new(stream, rows * sizes.vocabulary)?,
             sampled: Memory::new(stream, rows)?,
+            steps: 0,
+            spare: Vec::new(),
             words: Memory::new(stream, words)?,
             staging,
             copied,
@@ -162,13 +210,29 @@ impl Workspace {
         let held = workspace.as_ref().map(|w| w.capacity).unwrap_or_default();
         if workspace.is_none() || !held.holds(&needed) {
             // The old memory first: both might not fit.
-            *workspace = None;
-            *workspace = Some(Self::new(decoder, stream, dtype, sizes, held.with(&needed))?);
+            let before = workspace.take().map(Self::retire).transpose()?;
+            let mut new = Self::new(decoder, stream, dtype, sizes, held.with(&needed))?;
+            if let Some((sampled, steps)) = before {
+                new.steps = steps;
+                // SAFETY: the new memory is at least as long, and the old one is given back behind the copy.
+                unsafe {
+                    let (to, from) = (new.sampled.address(), sampled.address());
+                    memcpy_dtod_async(to, from, 4 * sampled.0.len(), stream.cu_stream()).map_err(device_error)?;
+                }
+            }
+            *workspace = Some(new);
         }
         match workspace {
             Some(workspace) => Ok(workspace),
             None => bail!("a step of nothing"),
         }
+    }
+
+    /// Gives back all memory but what the last step chose, which the next one may go on from.
+    fn retire(self) -> Result<(Memory<u32>, u64)> {
+        // Graphs and copies may be under way.
+        self.stream.synchronize().map_err(device_error)?;
+        Ok((self.sampled, self.steps))
     }
 
     pub fn addresses(&self) -> Addresses {
@@ -199,11 +263,32 @@ impl Workspace {
         self.copied.record(&self.stream).map_err(device_error)
     }
 
-    /// The tokens of the last step's rows, once it has ended: the one wait of a step.
-    pub fn sampled(&self, rows: usize) -> Result<Vec<u32>> {
-        self.stream
-            .clone_dtoh(&self.sampled.0.slice(..rows))
-            .map_err(device_error)
+    /// Begins to copy what the step that was just enqueued chooses for its rows to the host.
+    pub fn fetch(&mut self, rows: usize) -> Result<Sampled> {
+        let spare = self.spare.pop().filter(|spare| spare.tokens.len() >= rows);
+        let mut fetched = match spare {
+            Some(spare) => spare,
+            None => Sampled::new(&self.stream, self.capacity.rows)?,
+        };
+        self.steps += 1;
+        (fetched.rows, fetched.step) = (rows, self.steps);
+        if rows > 0 {
+            let tokens = &mut fetched.tokens.as_mut_slice().map_err(device_error)?[..rows];
+            // SAFETY: the device's memory holds so many; the host's stays as it is until `arrived` has come.
+            unsafe { memcpy_dtoh_async(tokens, self.sampled.address(), self.stream.cu_stream()) }
+                .map_err(device_error)?;
+        }
+        fetched.arrived.record(&self.stream).map_err(device_error)?;
+        Ok(fetched)
+    }
+
+    /// Whether what a step chose is still on the device.
+    pub fn holds(&self, sampled: &Sampled) -> bool {
+        self.steps == sampled.step
+    }
+
+    pub fn take_back(&mut self, sampled: Sampled) {
+        self.spare.push(sampled);
     }
 
     /// The logits of the last step's rows, once it has ended: `[rows, vocabulary]`.

@@ -1,11 +1,15 @@
-//! Tensors of a GGUF file, dequantized one at a time.
+//! Tensors of a GGUF file, one at a time: dequantized, or as they are stored.
 
+#[cfg(any(test, feature = "cuda"))]
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
+#[cfg(any(test, feature = "cuda"))]
+use candle_core::quantized::{GgmlDType, QStorage};
+use candle_core::{Device, quantized::QTensor};
 
 use super::check_shape;
 use crate::config::{ARCHITECTURES, Metadata};
@@ -53,15 +57,54 @@ impl GgufFile {
     /// See [`super::Weights::read`].
     pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
         let data = self.load(&gguf_name(name), shape)?;
-        Ok(match self.permuted {
-            Some((heads, _)) if name.ends_with("q_proj.weight") => deinterleave_rows(&data, heads, shape),
-            Some((_, heads)) if name.ends_with("k_proj.weight") => deinterleave_rows(&data, heads, shape),
-            _ => data,
+        Ok(match self.permuted_heads(name) {
+            Some(heads) => deinterleave_rows(&data, heads, shape[0]),
+            None => data,
         })
     }
 
-    /// The tensor of GGUF name `name`. Every call opens the file anew, so that threads may load side by side.
+    /// How many heads' rows are to be put back in order.
+    fn permuted_heads(&self, name: &str) -> Option<usize> {
+        let (heads, kv_heads) = self.permuted?;
+        match name {
+            name if name.ends_with("q_proj.weight") => Some(heads),
+            name if name.ends_with("k_proj.weight") => Some(kv_heads),
+            _ => None,
+        }
+    }
+
+    /// See [`super::Weights::quantized`].
+    #[cfg(any(test, feature = "cuda"))]
+    pub fn quantized(&self, name: &str, shape: [usize; 2], device: &Device) -> Result<Option<QTensor>, ModelError> {
+        use GgmlDType::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+        let stored = self.stored(&gguf_name(name), &shape)?;
+        let dtype = stored.dtype();
+        if !matches!(dtype, Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K) {
+            return Ok(None);
+        }
+        let placed = || {
+            let mut rows = stored.data()?;
+            if let Some(heads) = self.permuted_heads(name) {
+                // A row is a whole number of blocks.
+                rows = Cow::Owned(deinterleave_rows(&rows, heads, shape[0]));
+            }
+            QTensor::new(QStorage::from_data(rows, device, dtype)?, &shape)
+        };
+        placed().map(Some).map_err(|source| ModelError::Tensor {
+            what: name.into(),
+            source: without_backtrace(source),
+        })
+    }
+
+    /// The tensor of GGUF name `name`, dequantized.
     fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let quantized = self.stored(name, shape)?;
+        let read = || quantized.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1();
+        read().map_err(|e| self.unreadable(name, e))
+    }
+
+    /// The tensor of GGUF name `name`. Every call opens the file anew, so that threads may load side by side.
+    fn stored(&self, name: &str, shape: &[usize]) -> Result<QTensor, ModelError> {
         let missing = || ModelError::MissingTensor {
             path: self.path.clone(),
             name: name.into(),
@@ -70,10 +113,13 @@ impl GgufFile {
         check_shape(&self.path, name, shape, info.shape.dims())?;
         let read = || {
             let mut file = File::open(&self.path)?;
-            let quantized = info.read(&mut file, self.content.tensor_data_offset, &Device::Cpu)?;
-            quantized.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
+            info.read(&mut file, self.content.tensor_data_offset, &Device::Cpu)
         };
-        read().map_err(|e| corrupt(&self.path, format!("tensor {name}: {}", without_backtrace(e))))
+        read().map_err(|e| self.unreadable(name, e))
+    }
+
+    fn unreadable(&self, name: &str, error: candle_core::Error) -> ModelError {
+        corrupt(&self.path, format!("tensor {name}: {}", without_backtrace(error)))
     }
 }
 
@@ -120,8 +166,8 @@ fn gguf_name(name: &str) -> String {
 
 /// Undoes the order in which llama.cpp stores Q and K of the Llama family: each head's rows in pairs `(i, i + half)`
 /// side by side, as its interleaved rotation wants them.
-fn deinterleave_rows(data: &[f32], heads: usize, shape: &[usize]) -> Vec<f32> {
-    let (rows, width) = (shape[0], shape[1]);
+fn deinterleave_rows<T: Copy>(data: &[T], heads: usize, rows: usize) -> Vec<T> {
+    let width = data.len() / rows;
     let dim = rows / heads;
     let source = |row: usize| {
         let (head, within) = (row / dim, row % dim);
@@ -134,6 +180,9 @@ fn deinterleave_rows(data: &[f32], heads: usize, shape: &[usize]) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Tensor;
+    use candle_core::quantized::gguf_file;
+
     use super::*;
 
     #[test]
@@ -159,9 +208,36 @@ mod tests {
     fn rows_of_a_pair_return_to_both_halves_of_the_head() {
         // Two heads of four rows: stored 0 2 1 3 of each head, one column.
         let stored = [0., 2., 1., 3., 10., 12., 11., 13.];
-        assert_eq!(
-            deinterleave_rows(&stored, 2, &[8, 1]),
-            [0., 1., 2., 3., 10., 11., 12., 13.]
-        );
+        assert_eq!(deinterleave_rows(&stored, 2, 8), [0., 1., 2., 3., 10., 11., 12., 13.]);
+    }
+
+    #[test]
+    fn what_stays_quantized_stands_for_the_numbers_that_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        let values = (0..8 * 64).map(|index| (index * 37 % 101) as f32 - 50.0);
+        let values = Tensor::from_vec(values.collect::<Vec<_>>(), (8, 64), &Device::Cpu).unwrap();
+        let store = |dtype| QTensor::quantize(&values, dtype).unwrap();
+        let (quantized, dense) = (store(GgmlDType::Q4_1), store(GgmlDType::F32));
+        let tensors = [
+            ("blk.0.attn_q.weight", &quantized),
+            ("blk.0.attn_v.weight", &quantized),
+            ("blk.0.attn_k.weight", &dense),
+        ];
+        gguf_file::write(&mut File::create(&path).unwrap(), &[], &tensors).unwrap();
+        let file = GgufFile {
+            content: Content::read(&mut File::open(&path).unwrap()).unwrap(),
+            path,
+            permuted: Some((2, 2)),
+        };
+        let name = |part| format!("model.layers.0.self_attn.{part}_proj.weight");
+        let read = |part| file.read(&name(part), &[8, 64]).unwrap();
+        let stored = |part| file.quantized(&name(part), [8, 64], &Device::Cpu).unwrap();
+        for part in ["q", "v"] {
+            let numbers = stored(part).unwrap().dequantize(&Device::Cpu).unwrap();
+            assert_eq!(numbers.flatten_all().unwrap().to_vec1::<f32>().unwrap(), read(part));
+        }
+        assert_ne!(read("q"), read("v"), "the heads' rows are put back in order");
+        assert!(stored("k").is_none());
     }
 }

@@ -9,6 +9,11 @@ pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(crate) const OUTPUT: &str = "lm_head.weight";
 pub(crate) const FINAL_NORM: &str = "model.norm.weight";
 
+/// The name of a layer's tensor, from its name within the layer.
+pub(crate) fn layer_name(index: usize, part: &str) -> String {
+    format!("model.layers.{index}.{part}")
+}
+
 /// One layer's tensors in float32, matrices as `[outputs, inputs]`.
 pub(crate) struct LayerWeights {
     pub attention_norm: Vec<f32>,
@@ -26,6 +31,16 @@ pub(crate) struct LayerWeights {
 
 impl LayerWeights {
     pub fn read(weights: &Weights, config: &Config, index: usize) -> Result<Self, ModelError> {
+        Self::read_where(weights, config, index, |_| true)
+    }
+
+    /// Leaves matrices out, whose names within the layer are not `wanted`: they are of no rows.
+    pub fn read_where(
+        weights: &Weights,
+        config: &Config,
+        index: usize,
+        wanted: impl Fn(&str) -> bool + Sync,
+    ) -> Result<Self, ModelError> {
         let Config {
             hidden_size: hidden,
             intermediate_size: inner,
@@ -33,7 +48,7 @@ impl LayerWeights {
             ..
         } = *config;
         let (queries, keys) = (config.heads * head_dim, config.kv_heads * head_dim);
-        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let name = |part: &str| layer_name(index, part);
         let matrices = [
             ("self_attn.q_proj.weight", [queries, hidden]),
             ("self_attn.k_proj.weight", [keys, hidden]),
@@ -43,9 +58,10 @@ impl LayerWeights {
             ("mlp.up_proj.weight", [inner, hidden]),
             ("mlp.down_proj.weight", [hidden, inner]),
         ];
-        let read = matrices
-            .par_iter()
-            .map(|(part, shape)| weights.read(&name(part), shape));
+        let read = matrices.par_iter().map(|(part, shape)| match wanted(part) {
+            true => weights.read(&name(part), shape),
+            false => Ok(Vec::new()),
+        });
         let mut read = read.collect::<Result<Vec<_>, _>>()?.into_iter();
         let mut next = || read.next().unwrap_or_default();
         let qkv = [next(), next(), next()].concat();

@@ -7,8 +7,13 @@ mod safetensors;
 
 use std::path::Path;
 
+#[cfg(feature = "cuda")]
+use candle_core::Device;
+
 use crate::{Config, ModelError};
 
+#[cfg(feature = "cuda")]
+pub(crate) use layer::layer_name;
 pub(crate) use layer::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT};
 
 /// Where a model's tensors come from.
@@ -36,6 +41,21 @@ impl Weights {
             Self::Gguf(file) => file.read(name, shape),
             Self::Safetensors(folder) => folder.read(name, shape),
             Self::Random => Ok(random::tensor(name, shape)),
+        }
+    }
+
+    /// Matrix `name`, which must have `shape`, on `device` as the file stores it; `None` where that is not in quantized
+    /// blocks of a type that candle multiplies on a GPU.
+    #[cfg(feature = "cuda")]
+    pub fn quantized(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        device: &Device,
+    ) -> Result<Option<candle_core::quantized::QTensor>, ModelError> {
+        match self {
+            Self::Gguf(file) => file.quantized(name, shape, device),
+            Self::Safetensors(_) | Self::Random => Ok(None),
         }
     }
 }

@@ -30,6 +30,10 @@ pub use sequence::{Arrival, Computed, Sequence, SequenceId};
 
 /// Owns every sequence and every KV block. Give it the arrivals, ask for a [`Plan`], run it, [`Scheduler::commit`] it,
 /// and say what was sampled ([`Scheduler::append`], [`Scheduler::remove`]).
+///
+/// The next plan may be asked for while one is under way, if it runs after that one: it takes for granted that every
+/// sequence goes on whose end cannot be known yet. Of a sequence that is not among the running ones when a plan is
+/// committed, whatever the plan computed is void. Its blocks may have other holders by then; what those write comes later.
 #[derive(Debug)]
 pub struct Scheduler {
     config: Config,
@@ -139,7 +143,7 @@ impl Scheduler {
         id
     }
 
-    /// What the next step runs. Admits, expires and preempts as needed.
+    /// What the next step runs, after the one under way, if there is one. Admits, expires and preempts as needed.
     pub fn plan(&mut self, now: Instant) -> Plan {
         let mut plan = Plan {
             expired: self.expire(now),
@@ -150,6 +154,12 @@ impl Scheduler {
         let closes_at = self.close_batches(&mut plan, now);
         self.plan_decodes(&mut plan);
         self.plan_prefills(&mut plan);
+        for row in &plan.rows {
+            if let Some(sequence) = self.running.get_mut(&row.id) {
+                sequence.planned = row.start + row.len;
+                sequence.awaited += usize::from(row.samples);
+            }
+        }
         if plan.rows.is_empty() {
             let deadlines = self.waiting.iter().filter_map(|(_, entry)| entry.item.deadline);
             plan.wake = deadlines.chain(closes_at).chain(unpinned_at).min();
@@ -172,6 +182,7 @@ impl Scheduler {
     pub fn append(&mut self, id: SequenceId, token: TokenId) {
         if let Some(sequence) = self.running.get_mut(&id) {
             sequence.tokens.push(token);
+            sequence.awaited = sequence.awaited.saturating_sub(1);
             self.waiting.charge(&sequence.tenant, OUTPUT_COST);
         }
     }

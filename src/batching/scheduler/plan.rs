@@ -21,6 +21,13 @@ pub struct Plan {
     pub wake: Option<Instant>,
 }
 
+impl Plan {
+    /// How many tokens it runs.
+    pub fn tokens(&self) -> usize {
+        self.rows.iter().map(|row| row.len).sum()
+    }
+}
+
 /// A run of one sequence's tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {

@@ -23,6 +23,8 @@ struct Client {
     salt: usize,
     prompt: Vec<TokenId>,
     output: usize,
+    /// The number of tokens after which a stop token ends it, which nobody can know before.
+    stops: usize,
     arrives: u64,
     /// The step at which the client leaves, if it does.
     leaves: Option<u64>,
@@ -36,16 +38,31 @@ fn client() -> impl Strategy<Value = Client> {
     let prompt = (0usize..15, tail).prop_map(|(shared, tail)| (0..shared as u32).chain(tail).collect());
     let leaves = prop::option::weighted(0.1, 0u64..60);
     let deadline = prop::option::weighted(0.1, 5u32..60);
-    (0usize..2, prompt, 1usize..12, 0u64..40, leaves, deadline).prop_map(
-        |(salt, prompt, output, arrives, leaves, deadline)| Client {
+    let output = (1usize..12, prop_oneof![Just(usize::MAX), 1usize..12]);
+    (0usize..2, prompt, output, 0u64..40, leaves, deadline).prop_map(
+        |(salt, prompt, (output, stops), arrives, leaves, deadline)| Client {
             salt,
             prompt,
             output,
+            stops,
             arrives,
             leaves,
             deadline,
         },
     )
+}
+
+impl Client {
+    /// How many tokens its answer has.
+    fn answer(&self) -> usize {
+        self.output.min(self.stops)
+    }
+
+    /// The first so many tokens of its prompt and its answer.
+    fn tokens(&self, count: usize) -> Vec<TokenId> {
+        let generated = (1..).map(|number| number % 2);
+        self.prompt.iter().copied().chain(generated).take(count).collect()
+    }
 }
 
 fn change() -> impl Strategy<Value = (u64, Change)> {
@@ -83,10 +100,13 @@ struct Drive<'a> {
     cached: usize,
     /// The highest limit so far: what runs goes on when it is lowered.
     max_batch: usize,
+    /// Whether a plan is committed only when the next one is made.
+    overlap: bool,
+    under_way: Plan,
 }
 
 impl<'a> Drive<'a> {
-    fn new(scheduler: Scheduler, clients: &'a [Client]) -> Self {
+    fn new(scheduler: Scheduler, clients: &'a [Client], overlap: bool) -> Self {
         Self {
             max_batch: scheduler.config().max_batch,
             scheduler,
@@ -96,6 +116,8 @@ impl<'a> Drive<'a> {
             contents: HashMap::new(),
             computed: Computed::default(),
             cached: 0,
+            overlap,
+            under_way: Plan::default(),
         }
     }
 
@@ -112,7 +134,12 @@ impl<'a> Drive<'a> {
             self.come_and_go(step, now);
             let plan = self.scheduler.plan(now);
             self.check(&plan)?;
-            self.run(&plan, now);
+            if self.overlap {
+                let before = std::mem::replace(&mut self.under_way, plan);
+                self.run(&before, now);
+            } else {
+                self.run(&plan, now);
+            }
             if self.ids.is_empty() && self.clients.iter().all(|client| client.arrives <= step) {
                 prop_assert_eq!(self.scheduler.block_counts().held, 0);
                 return Ok(());
@@ -147,17 +174,16 @@ impl<'a> Drive<'a> {
         self.ids.retain(|_, index| self.clients[*index].leaves != Some(step));
     }
 
-    /// Runs a plan as an engine would.
+    /// Runs a plan as an engine would. What it computes for sequences that have ended or lost their blocks is void.
     fn run(&mut self, plan: &Plan, now: Instant) {
-        self.cached += plan.cached_tokens;
         self.computed += self.scheduler.commit(plan);
-        for id in &plan.expired {
-            self.ids.remove(id);
-        }
         for row in plan.rows.iter().filter(|row| row.samples) {
+            if self.scheduler.sequence(row.id).is_none() {
+                continue;
+            }
             let index = self.ids[&row.id];
             self.outputs[index] += 1;
-            if self.outputs[index] == self.clients[index].output {
+            if self.outputs[index] == self.clients[index].answer() {
                 self.scheduler.remove(row.id, now);
                 self.ids.remove(&row.id);
             } else {
@@ -167,6 +193,10 @@ impl<'a> Drive<'a> {
     }
 
     fn check(&mut self, plan: &Plan) -> Result<(), TestCaseError> {
+        self.cached += plan.cached_tokens;
+        for id in &plan.expired {
+            self.ids.remove(id);
+        }
         let config = self.scheduler.config();
         prop_assert!(plan.rows.iter().map(|row| row.len).sum::<usize>() <= config.step_tokens);
         prop_assert!(self.scheduler.running.len() <= self.max_batch);
@@ -177,9 +207,16 @@ impl<'a> Drive<'a> {
             let sequence = self.sequence(row.id)?;
             let end = row.start + row.len;
             prop_assert!(row.len > 0);
-            prop_assert_eq!(row.start, sequence.computed);
-            prop_assert_eq!(row.samples, end == sequence.tokens().len());
+            let before = self.under_way.rows.iter().find(|before| before.id == row.id);
+            let length = sequence.tokens().len() + usize::from(before.is_some_and(|before| before.samples));
+            prop_assert_eq!(
+                row.start,
+                before.map_or(sequence.computed, |before| before.start + before.len)
+            );
+            prop_assert_eq!(row.samples, end == length);
             prop_assert!(sequence.blocks().len() * BLOCK >= end);
+            let client = &self.clients[self.ids[&row.id]];
+            prop_assert!(end < client.prompt.len() + client.output, "its last token is computed");
         }
         self.write(plan)?;
         self.read(plan)?;
@@ -200,13 +237,13 @@ impl<'a> Drive<'a> {
                 .scheduler
                 .sequence(row.id)
                 .ok_or_else(|| TestCaseError::fail("a row without a sequence"))?;
-            let (salt, end) = (self.clients[self.ids[&row.id]].salt, row.start + row.len);
+            let client = &self.clients[self.ids[&row.id]];
+            let (salt, end) = (client.salt, row.start + row.len);
             for index in row.start / BLOCK..end.div_ceil(BLOCK) {
                 let block = sequence.blocks()[index];
                 prop_assert!(written.insert(block), "two sequences write into one block");
                 let through = end.min((index + 1) * BLOCK);
-                self.contents
-                    .insert(block, (salt, sequence.tokens()[..through].to_vec()));
+                self.contents.insert(block, (salt, client.tokens(through)));
             }
         }
         Ok(())
@@ -216,15 +253,16 @@ impl<'a> Drive<'a> {
     /// not overwritten by anybody.
     fn read(&self, plan: &Plan) -> Result<(), TestCaseError> {
         for (id, sequence) in &self.scheduler.running {
-            let own = plan.rows.iter().find(|row| row.id == *id);
+            let mut rows = plan.rows.iter().chain(&self.under_way.rows);
+            let own = rows.find(|row| row.id == *id);
             let computed = own.map_or(sequence.computed, |row| row.start + row.len);
-            let salt = self.clients[self.ids[id]].salt;
+            let client = &self.clients[self.ids[id]];
             for (index, block) in sequence.blocks().iter().enumerate().take(computed.div_ceil(BLOCK)) {
                 let (owner, held) = &self.contents[block];
                 let through = computed.min((index + 1) * BLOCK);
-                prop_assert_eq!(*owner, salt, "another salt's block");
+                prop_assert_eq!(*owner, client.salt, "another salt's block");
                 prop_assert!(held.len() >= through, "overwritten");
-                prop_assert_eq!(&held[..through], &sequence.tokens()[..through]);
+                prop_assert_eq!(&held[..through], &client.tokens(through));
             }
         }
         Ok(())
@@ -233,19 +271,30 @@ impl<'a> Drive<'a> {
     /// With the prefix cache, sequences that need the same next block leave it to the first of them; chunks end with
     /// their blocks.
     fn no_block_is_computed_twice(&self, plan: &Plan) -> Result<(), TestCaseError> {
-        let prefills = plan.rows.iter().filter(|row| row.len > 1 || !row.samples);
-        let mut begun = HashSet::new();
-        for (number, row) in prefills.enumerate() {
-            let sequence = self.sequence(row.id)?;
+        let prefills = |plan: &Plan| {
+            let rows = plan.rows.clone().into_iter();
+            rows.filter(|row| row.len > 1 || !row.samples).enumerate()
+        };
+        let mut begun = HashMap::new();
+        let before = prefills(&self.under_way).map(|row| (true, row));
+        for (under_way, (number, row)) in before.chain(prefills(plan).map(|row| (false, row))) {
+            let Some(sequence) = self
+                .scheduler
+                .sequence(row.id)
+                .filter(|_| self.ids.contains_key(&row.id))
+            else {
+                continue;
+            };
             let end = row.start + row.len;
             prop_assert!(
-                row.samples || end % BLOCK == 0 || number == 0,
+                under_way || row.samples || end % BLOCK == 0 || number == 0,
                 "a chunk ends within a block"
             );
             let block_end = (row.start / BLOCK + 1) * BLOCK;
             if self.scheduler.blocks.has_prefix_cache() && block_end < sequence.tokens().len() {
                 let salt = self.clients[self.ids[&row.id]].salt;
-                prop_assert!(begun.insert((salt, &sequence.tokens()[..block_end])), "computed twice");
+                let by = begun.insert((salt, &sequence.tokens()[..block_end]), row.id);
+                prop_assert!(by.is_none_or(|id| id == row.id), "computed twice");
             }
         }
         Ok(())
@@ -256,7 +305,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
     /// Every request ends with the output it asked for, under every schedule, with settings that change, with a pool so
-    /// small that sequences are preempted, and with clients that leave or run out of time. No plan breaks a budget, and
+    /// small that sequences are preempted, and with clients that leave or run out of time, whether plans are run one by
+    /// one or each is made while the one before is under way. No plan breaks a budget, and
     /// every block a sequence reads holds its tokens. Each prompt token is computed or found once, and what a preemption
     /// costs is counted apart.
     #[test]
@@ -267,20 +317,21 @@ proptest! {
         window_policy in prop::sample::select(vec![WindowPolicy::Adaptive, WindowPolicy::Fixed, WindowPolicy::None]),
         blocks in 10usize..24,
         prefix_cache in any::<bool>(),
+        overlap in any::<bool>(),
     ) {
         let config = Config { schedule, window_policy, ..config() };
         let scheduler = Scheduler::new(config, BlockPool::new(blocks, BLOCK, prefix_cache)).unwrap();
-        let mut drive = Drive::new(scheduler, &clients);
+        let mut drive = Drive::new(scheduler, &clients, overlap);
         drive.finish(&changes)?;
         let complete = |client: &Client| client.leaves.is_none() && client.deadline.is_none();
         for (client, output) in clients.iter().zip(&drive.outputs) {
-            prop_assert!(*output == client.output || !complete(client));
+            prop_assert!(*output == client.answer() || !complete(client));
         }
         if clients.iter().all(complete) {
             let sum = |count: fn(&Client) -> usize| clients.iter().map(count).sum::<usize>();
             prop_assert_eq!(drive.computed.prefill + drive.cached, sum(|client| client.prompt.len()));
             // The last token of an answer is not computed.
-            prop_assert_eq!(drive.computed.decode, sum(|client| client.output - 1));
+            prop_assert_eq!(drive.computed.decode, sum(|client| client.answer() - 1));
         }
         if !prefix_cache {
             prop_assert_eq!(drive.cached, 0);
@@ -303,9 +354,10 @@ proptest! {
         let clients: Vec<_> = lengths.iter().enumerate().map(|(number, &(prompt, output, arrives))| Client {
             salt: 0,
             prompt: (0..prompt as u32).map(|index| index * 100 + number as u32).collect(),
-            output, arrives, leaves: None, deadline: None,
+            output, stops: usize::MAX, arrives, leaves: None, deadline: None,
         }).collect();
-        let (mut with, mut without) = (Drive::new(scheduler(true), &clients), Drive::new(scheduler(false), &clients));
+        let drive = |cache| Drive::new(scheduler(cache), &clients, false);
+        let (mut with, mut without) = (drive(true), drive(false));
         let start = Instant::now();
         for step in 0..400 {
             let now = start + STEP * step as u32;

@@ -34,6 +34,10 @@ pub struct Sequence {
     pub(super) namespace: Namespace,
     /// How many of `tokens` have their keys and values in the cache.
     pub(super) computed: usize,
+    /// How many will have them once the step under way has run.
+    pub(super) planned: usize,
+    /// Tokens behind `tokens` that steps under way choose.
+    pub(super) awaited: usize,
     /// How many of `blocks` are full and kept for their tokens.
     pub(super) kept: usize,
     pub(super) blocks: Vec<BlockId>,
@@ -55,6 +59,8 @@ impl Sequence {
             tokens: arrival.prompt,
             namespace: arrival.namespace,
             computed: 0,
+            planned: 0,
+            awaited: 0,
             kept: 0,
             blocks: Vec::new(),
             reached: 0,
@@ -74,6 +80,32 @@ impl Sequence {
 
     pub fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_len
+    }
+
+    /// How many tokens it has, with those that steps under way choose.
+    pub(super) fn length(&self) -> usize {
+        self.tokens.len() + self.awaited
+    }
+
+    /// Whether a step under way computes some of its tokens.
+    pub(super) fn is_under_way(&self) -> bool {
+        self.planned > self.computed
+    }
+
+    /// Whether it decodes next: all but its last token is computed, or is under way.
+    pub(super) fn decodes(&self) -> bool {
+        self.planned > 0 && self.planned + 1 == self.length()
+    }
+
+    /// Whether it ends with a token that a step under way chooses, whichever that is.
+    pub(super) fn ends_under_way(&self, max_model_len: usize) -> bool {
+        self.awaited > 0 && (self.generated() + self.awaited >= self.max_tokens || self.length() >= max_model_len)
+    }
+
+    /// Loses its blocks, and with them what a step under way is choosing for it.
+    pub(super) fn start_over(&mut self) {
+        self.blocks.clear();
+        (self.computed, self.planned, self.awaited, self.kept) = (0, 0, 0, 0);
     }
 
     /// The block table.
@@ -106,8 +138,8 @@ impl Sequence {
         pool.take(&self.namespace, self.arrival, self.last_kept(), wanted)
     }
 
-    /// Goes on with blocks from [`Self::take_cached`], in place of its own that were to hold the same tokens. Gives how
-    /// many tokens of the prompt this saves.
+    /// Goes on with blocks from [`Self::take_cached`], in place of its own that were to hold the same tokens; nothing of
+    /// it is under way. Gives how many tokens of the prompt this saves.
     pub(super) fn accept(&mut self, cached: Vec<BlockId>, pool: &mut BlockPool) -> usize {
         if cached.is_empty() {
             return 0;
@@ -115,6 +147,7 @@ impl Sequence {
         let replaced = self.kept..self.blocks.len().min(self.kept + cached.len());
         self.kept += cached.len();
         self.computed = self.kept * pool.block_size();
+        self.planned = self.computed;
         let own: Vec<_> = self.blocks.splice(replaced, cached).collect();
         pool.release(&own);
         let saved = self.computed.min(self.prompt_len).saturating_sub(self.reached);

@@ -7,7 +7,8 @@ use super::{Plan, Row, Scheduler, Sequence, SequenceId};
 impl Scheduler {
     /// One token for every running sequence whose prompt is done, oldest first.
     pub(super) fn plan_decodes(&mut self, plan: &mut Plan) {
-        let decoding = |sequence: &Sequence| sequence.computed > 0 && sequence.computed + 1 == sequence.tokens.len();
+        let most = self.config.max_model_len;
+        let decoding = |sequence: &Sequence| sequence.decodes() && !sequence.ends_under_way(most);
         let ids: Vec<_> = self
             .running
             .iter()
@@ -21,7 +22,7 @@ impl Scheduler {
                 };
                 plan.rows.push(Row {
                     id,
-                    start: sequence.computed,
+                    start: sequence.planned,
                     len: 1,
                     samples: true,
                 });
@@ -36,7 +37,7 @@ impl Scheduler {
             let Some(sequence) = self.running.get_mut(&id) else {
                 return false;
             };
-            if sequence.blocks.len() * self.blocks.block_size() > sequence.computed {
+            if sequence.blocks.len() * self.blocks.block_size() > sequence.planned {
                 return true;
             }
             if let Some(block) = self.blocks.allocate() {
@@ -50,37 +51,39 @@ impl Scheduler {
     fn preempt_youngest(&mut self) {
         if let Some((id, mut sequence)) = self.running.pop_last() {
             self.blocks.release(&sequence.blocks);
-            sequence.blocks.clear();
-            (sequence.computed, sequence.kept) = (0, 0);
+            sequence.start_over();
             self.preempted.insert(id, sequence);
             self.preemptions += 1;
         }
     }
 
     /// Prefill chunks, oldest first, in what the decodes left of the budget. What the cache has by now is not computed,
-    /// and what an earlier row of this step computes is left to it: the cache has it for the next step.
+    /// and what an earlier row of this step computes, or the step under way, is left to it: the cache has it afterwards.
     pub(super) fn plan_prefills(&mut self, plan: &mut Plan) {
         let decodes = plan.rows.len();
         let size = self.blocks.block_size();
-        let mut budget = self.config.step_tokens - decodes;
-        let mut computing = HashSet::new();
+        let decoding = |id, rows: &[Row]| rows[..decodes].binary_search_by_key(&id, |row| row.id).is_ok();
         for (&id, sequence) in &mut self.running {
-            if plan.rows[..decodes].binary_search_by_key(&id, |row| row.id).is_ok() {
+            if !sequence.is_under_way() && !decoding(id, &plan.rows) {
+                let cached = sequence.take_cached(&mut self.blocks);
+                plan.cached_tokens += sequence.accept(cached, &mut self.blocks);
+            }
+        }
+        let mut budget = self.config.step_tokens - decodes;
+        let under_way = self.running.values().filter(|sequence| sequence.is_under_way());
+        let mut computing: HashSet<_> = under_way.filter_map(|sequence| sequence.next_block(size)).collect();
+        for (&id, sequence) in &self.running {
+            // Whoever awaits a token decodes it, or ends with it.
+            if budget == 0 || sequence.awaited > 0 || decoding(id, &plan.rows) {
                 continue;
             }
-            let cached = sequence.take_cached(&mut self.blocks);
-            plan.cached_tokens += sequence.accept(cached, &mut self.blocks);
-            if budget == 0 {
-                continue;
-            }
-            let sequence = &*sequence;
-            let next = sequence.next_block(size);
+            let next = sequence.next_block(size).filter(|_| !sequence.is_under_way());
             if next.is_some_and(|next| computing.contains(&next)) {
                 continue;
             }
-            let remaining = sequence.tokens.len() - sequence.computed;
+            let remaining = sequence.tokens.len() - sequence.planned;
             let first = plan.rows.len() == decodes;
-            let len = chunk(sequence.computed, remaining, budget, size, first);
+            let len = chunk(sequence.planned, remaining, budget, size, first);
             if len == 0 {
                 continue;
             }
@@ -88,7 +91,7 @@ impl Scheduler {
             budget -= len;
             plan.rows.push(Row {
                 id,
-                start: sequence.computed,
+                start: sequence.planned,
                 len,
                 samples: len == remaining,
             });

@@ -7,26 +7,29 @@ use super::*;
 fn embed<T: Element>() {
     let (vocabulary, hidden) = (7, 37);
     let table = numbers(vocabulary * hidden, 1);
-    let tokens = [3, 6, 0, 3];
+    // The last two are what rows 1 and 0 of the step before chose: a token, and none.
+    let (tokens, sampled) = ([3, 6, 0, 3, 1 << 31 | 1, 1 << 31], [u32::MAX, 5]);
     let launch = Launch {
         kernel: &format!("embed_{}", T::NAME),
-        grid: [4, 1, 1],
+        grid: [6, 1, 1],
         block: 256,
         shared: 0,
     };
     let found = launch.run(&[
         store::<T>(&table),
         words(&tokens),
-        store::<f32>(&vec![f32::NAN; 4 * hidden]),
+        words(&sampled),
+        store::<f32>(&vec![f32::NAN; 6 * hidden]),
         int(hidden),
+        int(vocabulary),
     ]);
     let stored = rounded::<T>(&table);
-    let expected: Vec<_> = tokens
+    let expected: Vec<_> = [3, 6, 0, 3, 5, 0]
         .into_iter()
-        .flat_map(|t| &stored[t as usize * hidden..][..hidden])
+        .flat_map(|t: usize| &stored[t * hidden..][..hidden])
         .copied()
         .collect();
-    assert_eq!(load::<f32>(&found[2]), expected);
+    assert_eq!(load::<f32>(&found[3]), expected);
 }
 
 #[test]

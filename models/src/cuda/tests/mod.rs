@@ -7,6 +7,8 @@ mod attention;
 mod elementwise;
 #[cfg(feature = "cuda")]
 mod model;
+#[cfg(feature = "cuda")]
+mod quantized;
 mod sampling;
 
 use half::{bf16, f16};

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device};
 
-use crate::{Decoder, Draw, KvCache, Span, Step};
+use crate::{Carried, Decoder, Draw, KvCache, Span, Step};
 
 const BLOCK: usize = 16;
 const BLOCKS: usize = 12;
@@ -96,6 +96,48 @@ fn logits_are_the_cpus() {
         run(architecture, DType::F32, 2e-3);
         run(architecture, DType::BF16, 0.15);
         run(architecture, DType::F16, 0.03);
+    }
+}
+
+#[test]
+fn a_step_goes_on_from_tokens_that_the_host_has_not_seen() {
+    if !there_is_a_gpu() {
+        return;
+    }
+    let folder = config("qwen3");
+    let device = Device::new_cuda_with_stream(0).unwrap();
+    let decoder = Decoder::dummy(&folder.path().join("config.json"), &device, DType::BF16).unwrap();
+    let draws = vec![greedy(); 2];
+    let first = step(vec![span(0, 0, 70), span(1, 0, 33)]);
+    // The other way round than before, and then as before.
+    let next = |number| step(vec![span(1, 33 + number, 1), span(0, 70 + number, 1)]);
+    for graphs in [false, true] {
+        let cache = || {
+            let mut cache = KvCache::new(decoder.config(), 2 * BLOCKS, BLOCK, DType::BF16, &device).unwrap();
+            decoder.prepare(&mut cache, 128, 16, graphs).unwrap();
+            cache
+        };
+        let (mut waited, mut ahead) = (cache(), cache());
+        let mut expected = vec![decoder.sample(&first, &mut waited, &draws).unwrap()];
+        let mut pending = decoder.enqueue(&first, &mut ahead, &draws, None).unwrap();
+        let mut found = Vec::new();
+        for number in 0..5 {
+            let rows = if number == 0 { [1, 0] } else { [0, 1] };
+            let mut known = next(number);
+            known.tokens = rows.map(|row| expected[number][row].unwrap()).to_vec();
+            expected.push(decoder.sample(&known, &mut waited, &draws).unwrap());
+            let carried = Carried {
+                from: &pending,
+                tokens: rows.into_iter().enumerate().collect(),
+            };
+            let later = decoder
+                .enqueue(&next(number), &mut ahead, &draws, Some(carried))
+                .unwrap();
+            found.push(decoder.wait(pending, &mut ahead).unwrap());
+            pending = later;
+        }
+        found.push(decoder.wait(pending, &mut ahead).unwrap());
+        assert_eq!(found, expected, "graphs: {graphs}");
     }
 }
 

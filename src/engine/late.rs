@@ -1,0 +1,113 @@
+//! Stands in for a device that chooses tokens itself: a step is computed when it is enqueued, with what the step before
+//! has chosen, which the host is told only when it waits for it.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering::Relaxed},
+};
+
+use candle_core::bail;
+use sconce_models::{Decoder, Draw, KvCache, Step};
+
+use super::{
+    model::Awaited,
+    sampler::{greedy, pick},
+};
+use crate::request::TokenId;
+
+#[derive(Debug, Default)]
+pub struct Late {
+    /// Steps that fail.
+    failing: Vec<usize>,
+    enqueued: usize,
+    /// Steps that were not waited for yet.
+    under_way: Arc<AtomicUsize>,
+    /// How many steps were enqueued while another was under way.
+    pub overlapped: Arc<AtomicUsize>,
+}
+
+/// What a step chose.
+#[derive(Debug)]
+pub struct Tokens {
+    chosen: Vec<Option<TokenId>>,
+    failed: bool,
+    under_way: Arc<AtomicUsize>,
+}
+
+impl Late {
+    /// One whose steps with these numbers, from 0, fail, of which the host hears when it waits for them.
+    pub fn failing(steps: Vec<usize>) -> Self {
+        Self {
+            failing: steps,
+            ..Self::default()
+        }
+    }
+
+    /// `carried`: which of the step's tokens are which of the rows of `before`.
+    pub fn enqueue(
+        &mut self,
+        decoder: &Decoder,
+        cache: &mut KvCache,
+        mut step: Step,
+        draws: &[Draw],
+        carried: Vec<(usize, usize)>,
+        before: Option<&Awaited>,
+    ) -> candle_core::Result<Awaited> {
+        for (index, row) in carried {
+            let Some(Awaited::Late(before)) = before else {
+                bail!("no step is under way")
+            };
+            step.tokens[index] = before.chosen[row].unwrap_or(0);
+        }
+        let logits = decoder.forward(&step, cache)?.to_vec2::<f32>()?;
+        assert_eq!(logits.len(), draws.len());
+        let failed = self.failing.contains(&self.enqueued);
+        let rows = logits.into_iter().zip(draws);
+        let chosen = rows.map(|(logits, draw)| choose(logits, draw).filter(|_| !failed));
+        let tokens = Tokens {
+            chosen: chosen.collect(),
+            failed,
+            under_way: self.under_way.clone(),
+        };
+        self.enqueued += 1;
+        let others = self.under_way.fetch_add(1, Relaxed);
+        assert!(others <= 1, "{others} steps are under way when another is enqueued");
+        self.overlapped.fetch_add(others, Relaxed);
+        Ok(Awaited::Late(tokens))
+    }
+}
+
+impl Tokens {
+    pub fn wait(self) -> candle_core::Result<Vec<Option<TokenId>>> {
+        self.under_way.fetch_sub(1, Relaxed);
+        if self.failed {
+            bail!("injected: a step under way")
+        }
+        Ok(self.chosen)
+    }
+}
+
+/// As the host's sampler chooses, without its cuts.
+fn choose(mut logits: Vec<f32>, draw: &Draw) -> Option<TokenId> {
+    for edit in &draw.edits {
+        let logit = &mut logits[edit.token as usize];
+        if edit.repetition != 1.0 {
+            *logit = if *logit > 0.0 {
+                *logit / edit.repetition
+            } else {
+                *logit * edit.repetition
+            };
+        }
+        *logit += edit.add - edit.subtract;
+    }
+    if !logits.iter().all(|logit| logit.is_finite()) {
+        return None;
+    }
+    if draw.temperature == 0.0 {
+        return Some(greedy(&logits));
+    }
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights = logits.iter().map(|logit| ((logit - highest) / draw.temperature).exp());
+    let total: f32 = weights.clone().sum();
+    Some(pick(weights.enumerate(), draw.point * total))
+}
