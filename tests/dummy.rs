@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::process::Command;
+
 use common::Server;
 use serde_json::json;
 
@@ -30,4 +32,23 @@ fn a_shape_is_served_without_weights() {
     let body = json!({"model": "shape", "messages": [{"role": "user", "content": "abcd"}], "max_tokens": 3});
     // The stand-in template ends each message with a line break.
     assert_eq!(server.ask("/v1/chat/completions", &body)["usage"]["prompt_tokens"], 5);
+}
+
+#[test]
+fn random_weights_are_not_quantized() {
+    for command in ["serve", "bench"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_sconce"))
+            .args([command, "--load-format", "dummy", "--quantized", "--model"])
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/models/shapes/Llama-3.2-1B"))
+            .args(if command == "serve" {
+                vec!["--port", "0"]
+            } else {
+                Vec::new()
+            })
+            .output()
+            .expect("runs");
+        assert!(!output.status.success());
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(error.contains("leave out `--quantized`"), "{error}");
+    }
 }

@@ -56,6 +56,10 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
                 Decoder::load(&path, &device, dtype)?
             }
         }
+        LoadFormat::Dummy if settings.model.quantized => {
+            let path = settings.choice.model.into();
+            return Err(ModelError::NotQuantized { path }.into());
+        }
         LoadFormat::Dummy => Decoder::dummy(&model_files::shape(&settings.choice.model)?, &device, dtype)?,
     };
     let config = decoder.config();

@@ -137,7 +137,10 @@ impl Settings {
 /// The decoder and, where there is to be one, the cache file, whose hash of the weights is taken beside their loading.
 fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<Arc<CacheFile>>), LoadError> {
     let load = || match (settings.dummy, settings.quantized) {
-        (true, _) => Decoder::dummy(&settings.path, &settings.device, dtype),
+        (true, true) => Err(ModelError::NotQuantized {
+            path: settings.path.clone(),
+        }),
+        (true, false) => Decoder::dummy(&settings.path, &settings.device, dtype),
         (false, true) => Decoder::load_quantized(&settings.path, &settings.device, dtype),
         (false, false) => Decoder::load(&settings.path, &settings.device, dtype),
     };
