@@ -207,6 +207,9 @@ impl Usage {
     }
 }
 
+/// A kept connection that the server has closed breaks within a round trip.
+const AT_ONCE: Duration = Duration::from_millis(500);
+
 /// A server and how it is asked.
 #[derive(Debug, Clone)]
 pub struct Target {
@@ -307,18 +310,23 @@ impl Target {
 }
 
 impl Target {
-    /// Sends a request, and once more over a connection of its own where a kept one broke before any answer: a server
-    /// may close a connection after an answer just as the next request goes out over it (RFC 9112, 9.6), and clients
-    /// try again.
+    /// Sends a request, and once more over a connection of its own where the first broke at once, before any answer: a
+    /// server may close a connection after an answer just as the next request goes out over it (RFC 9112, 9.6), and
+    /// clients try again. Where that fails too, the first failure is what counts.
     async fn send(&self, request: Request) -> Result<Response, reqwest::Error> {
         let begun = Instant::now();
         let again = request.try_clone();
-        match (self.http.execute(request).await, again) {
-            (Err(error), Some(mut again)) if !error.is_connect() && Failure::of(&error) == Failure::Connection => {
+        let error = match self.http.execute(request).await {
+            Ok(response) => return Ok(response),
+            Err(error) => error,
+        };
+        let closed = !error.is_connect() && Failure::of(&error) == Failure::Connection && begun.elapsed() < AT_ONCE;
+        match again.filter(|_| closed) {
+            Some(mut again) => {
                 *again.timeout_mut() = Some(self.timeout.saturating_sub(begun.elapsed()));
-                self.unpooled.execute(again).await
+                self.unpooled.execute(again).await.map_err(|_| error)
             }
-            (outcome, _) => outcome,
+            None => Err(error),
         }
     }
 }

@@ -110,14 +110,11 @@ fn a_connection_that_ends_before_an_answer_is_given_a_second_chance_and_no_third
         }
     });
     let asked = server.asked(Duration::from_secs(5));
-    let run = Run::of(
-        "closed",
-        None,
-        drive(&asked, Arrivals::Constant { rate: 20.0 }, 3),
-        None,
-    );
-    assert_eq!((run.requests.answered, run.requests.failed), (3, 0));
-    assert_eq!(server.bodies.lock().unwrap().len(), 6);
+    for number in 1..=3 {
+        let run = Run::of("closed", None, drive(&asked, BURST, 1), None);
+        assert_eq!((run.requests.answered, run.requests.failed), (1, 0));
+        assert_eq!(server.bodies.lock().unwrap().len(), 2 * number);
+    }
 
     let server = Mock::start(|_| Reply::none());
     let run = Run::of(
