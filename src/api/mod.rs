@@ -42,7 +42,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{delete, get, post};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::batching::{Change, Config};
@@ -111,8 +111,9 @@ pub struct Server {
     settings: ApiSettings,
     /// What of the settings changes while the server runs, seldom; each request reads it once.
     request_timeout: RwLock<Option<Duration>>,
-    /// What was changed of the batching settings since the start: engines that come later are told.
-    changed: RwLock<Change>,
+    /// What was changed of the batching settings since the start: engines that come later are told. Locked while an engine
+    /// is asked, so that what is known here is what the engine took last.
+    changed: Mutex<Change>,
     observer: Observer,
     quota: access::Quota,
     metrics_text: Box<dyn Fn() -> String + Send + Sync>,
@@ -135,7 +136,7 @@ impl Server {
             stage: watch::Sender::new(Stage::Loading),
             admin: OnceLock::new(),
             request_timeout: RwLock::new(settings.request_timeout),
-            changed: RwLock::default(),
+            changed: Mutex::default(),
             ending: Ending::new(),
             settings,
             observer,
@@ -194,16 +195,19 @@ impl Server {
 
     /// Changes batching settings of this engine, and of those that may come after it.
     pub async fn configure(&self, engine: &Handle, change: Change) -> Result<Config, ConfigureError> {
+        let mut changed = self.changed.lock().await;
         let config = engine.configure(change.clone()).await?;
-        // Nothing that holds the lock can panic.
-        let mut changed = self.changed.write().unwrap_or_else(PoisonError::into_inner);
         *changed = changed.then(&change);
         Ok(config)
     }
 
-    /// What was changed of the batching settings since the start.
-    pub fn changed(&self) -> Change {
-        self.changed.read().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Changes an engine's batching settings as those of the engines before it were.
+    pub async fn catch_up(&self, engine: &Handle) -> Result<(), ConfigureError> {
+        let changed = self.changed.lock().await;
+        if *changed != Change::default() {
+            engine.configure(changed.clone()).await?;
+        }
+        Ok(())
     }
 
     fn request_timeout(&self) -> Option<Duration> {

@@ -187,10 +187,6 @@ impl Supervisor {
         self.engines += 1;
         let number = self.engines;
         self.guards.spawn(async move { (number, guard.wait().await) });
-        // An engine that is lost by now is its guard's to tell of.
-        if let Err(ConfigureError::Config(error)) = handle.configure(self.server.changed()).await {
-            tracing::warn!(%error, "this model takes the batching settings that the server was started with");
-        }
         let queue = handle.clone();
         let model = Arc::new(api::Model {
             names,
@@ -209,6 +205,10 @@ impl Supervisor {
             }
         }
         self.server.serve_model(model.clone());
+        // An engine that is lost by now is its guard's to tell of.
+        if let Err(ConfigureError::Config(error)) = self.server.catch_up(&handle).await {
+            tracing::warn!(%error, "this model takes the batching settings that the server was started with");
+        }
         Ok(Current {
             name,
             number,
