@@ -180,7 +180,16 @@ impl BlockPool {
         kept
     }
 
-    /// From now on nobody finds the blocks of a sequence, nor what goes on from them.
+    /// Whether all of these blocks are kept for their tokens.
+    pub fn are_kept(&self, blocks: &[BlockId]) -> bool {
+        let tree = self.prefix.as_ref();
+        blocks
+            .iter()
+            .all(|&block| tree.is_some_and(|tree| tree.contains(block)))
+    }
+
+    /// From now on nobody finds the blocks of a sequence, nor what goes on from them. Whoever holds any of them for later
+    /// is to let go.
     pub fn forget(&mut self, blocks: &[BlockId]) {
         if let (Some(tree), Some(&first)) = (&mut self.prefix, blocks.first()) {
             self.free.extend(tree.forget(first));

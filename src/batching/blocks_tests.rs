@@ -251,7 +251,7 @@ impl World {
         let Live { table, kept, .. } = &self.live[index];
         let kept = table[..*kept].to_vec();
         let more = self.pool.unpinned(&kept, kept.len() * SIZE);
-        if kept.is_empty() || !self.pool.has_prefix_cache() || self.pool.pins().asked + more > BUDGET {
+        if kept.is_empty() || !self.pool.are_kept(&kept) || self.pool.pins().asked + more > BUDGET {
             return;
         }
         let live = self.live.swap_remove(index);
@@ -275,6 +275,14 @@ impl World {
                 let found = self.pool.look_up(&namespace(live.space), &live.tokens);
                 prop_assert!(found.iter().all(|block| !live.table.contains(block)));
                 self.pool.release(&live.table);
+                let pool = &mut self.pool;
+                for blocks in self
+                    .pins
+                    .extract_if(.., |blocks| !pool.are_kept(blocks))
+                    .collect::<Vec<_>>()
+                {
+                    self.pool.unpin(&blocks);
+                }
             }
             Action::Unpin(index) if index < self.pins.len() => {
                 let blocks = self.pins.swap_remove(index);
@@ -288,10 +296,9 @@ impl World {
     fn check(&self) -> Result<(), TestCaseError> {
         let counts = self.pool.counts();
         prop_assert_eq!(counts.free + counts.held + counts.cached + counts.pinned, BLOCKS);
-        let pinned: HashSet<_> = self.pins.iter().flatten().collect();
-        let kept = |block: &&&BlockId| self.pool.prefix.as_ref().is_some_and(|tree| tree.contains(***block));
-        prop_assert_eq!(self.pool.pins().asked, pinned.iter().filter(kept).count());
-        let held: HashSet<_> = self.live.iter().flat_map(|live| &live.table).chain(pinned).collect();
+        let asked: HashSet<_> = self.pins.iter().flatten().collect();
+        prop_assert_eq!(self.pool.pins().asked, asked.len());
+        let held: HashSet<_> = self.live.iter().flat_map(|live| &live.table).chain(asked).collect();
         prop_assert!(self.pool.free.iter().all(|block| !held.contains(block)));
         prop_assert_eq!(self.pool.available(), BLOCKS - held.len());
         prop_assert!(counts.pinned <= BUDGET.max(held.len()));

@@ -162,7 +162,10 @@ impl Runner {
                     let cause = match failure {
                         Failure::Sampler => "sampler_panicked",
                         _ => {
-                            self.model.scheduler.distrust(id);
+                            let unpinned = self.model.scheduler.distrust(id);
+                            if !unpinned.is_empty() {
+                                tracing::warn!(?unpinned, "pinned prompts gave no numbers; pin them again");
+                            }
                             "not_a_number"
                         }
                     };

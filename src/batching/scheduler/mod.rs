@@ -204,13 +204,6 @@ impl Scheduler {
         }
     }
 
-    /// What the sequence computed or found is not to be trusted: nobody else shall find it.
-    pub fn distrust(&mut self, id: SequenceId) {
-        if let Some(sequence) = self.running.get(&id) {
-            self.blocks.forget(&sequence.blocks);
-        }
-    }
-
     fn expire(&mut self, now: Instant) -> Vec<SequenceId> {
         let late = |sequence: &Sequence| sequence.deadline.is_some_and(|deadline| deadline <= now);
         let waiting = self.waiting.iter().map(|(id, entry)| (id, &entry.item));

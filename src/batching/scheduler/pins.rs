@@ -90,7 +90,12 @@ impl Scheduler {
         expires: Option<Instant>,
     ) -> Result<&Pin, PinError> {
         let sequence = self.running.remove(&sequence).ok_or(PinError::Gone)?;
-        if let Err(error) = self.check_budget(&sequence.blocks, sequence.prompt_len) {
+        let checked = match self.blocks.are_kept(&sequence.blocks) {
+            true => self.check_budget(&sequence.blocks, sequence.prompt_len),
+            // What it goes on from was forgotten meanwhile.
+            false => Err(PinError::Gone),
+        };
+        if let Err(error) = checked {
             self.blocks.release(&sequence.blocks);
             return Err(error);
         }
@@ -118,6 +123,22 @@ impl Scheduler {
             self.blocks.unpin(&pin.blocks);
         }
         before - self.pins.len()
+    }
+
+    /// What the sequence computed or found is not to be trusted: nobody else shall find it. Gives the pinned prompts that
+    /// are unpinned for it.
+    pub fn distrust(&mut self, sequence: SequenceId) -> Vec<String> {
+        let Some(sequence) = self.running.get(&sequence) else {
+            return Vec::new();
+        };
+        self.blocks.forget(&sequence.blocks);
+        let blocks = &self.blocks;
+        let lost: Vec<Pin> = self.pins.extract_if(.., |pin| !blocks.are_kept(&pin.blocks)).collect();
+        let unpin = |pin: Pin| {
+            self.blocks.unpin(&pin.blocks);
+            pin.id
+        };
+        lost.into_iter().map(unpin).collect()
     }
 
     /// Lets go of the pinned prompts whose time is over; gives when the next one's is.

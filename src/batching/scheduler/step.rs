@@ -31,7 +31,7 @@ impl Scheduler {
     }
 
     /// Makes sure that a sequence's next token has a slot, preempting the youngest until it does. False: the sequence
-    /// was itself the youngest, or has been preempted before its turn came.
+    /// was itself the youngest, has been preempted before its turn came, or is to wait for one that ends.
     fn has_block_for_next(&mut self, id: SequenceId) -> bool {
         loop {
             let Some(sequence) = self.running.get_mut(&id) else {
@@ -43,6 +43,16 @@ impl Scheduler {
             if let Some(block) = self.blocks.allocate() {
                 sequence.blocks.push(block);
                 return true;
+            }
+            let most = self.config.max_model_len;
+            if self
+                .running
+                .values()
+                .next_back()
+                .is_some_and(|youngest| youngest.ends_under_way(most))
+            {
+                // Its blocks are free once the step under way has landed.
+                return false;
             }
             self.preempt_youngest();
         }
