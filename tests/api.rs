@@ -370,7 +370,9 @@ fn a_request_past_its_time_is_ended() {
         504 => assert_eq!((ended("cut"), ended("expired")), (2.0, 1.0)),
         status => assert_eq!((status, ended("cut"), ended("expired")), (200, 3.0, 0.0)),
     }
-    assert_eq!(server.metric("sconce_kv_blocks{state=\"held\"}"), 0.0);
+    server.wait_until("their blocks are free", Duration::from_secs(20), || {
+        server.metric("sconce_kv_blocks{state=\"held\"}") == 0.0
+    });
 }
 
 #[test]

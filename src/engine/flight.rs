@@ -8,8 +8,9 @@
 //! for its tokens is full and written by nobody, so it may be shared and copied meanwhile; it is kept when its step has
 //! landed.
 //!
-//! Where the next choice needs what the host makes of this one (penalties, log-probabilities), or where memory is short,
-//! a step runs to its end before the next one is planned, as every step does on a device that leaves sampling to the host.
+//! Where the next choice needs what the host makes of this one (penalties, log-probabilities), or where the device's memory
+//! for a step is short, a step runs to its end before the next one is enqueued, as every step does on a device that leaves
+//! sampling to the host.
 
 use std::time::Instant;
 
@@ -50,7 +51,7 @@ impl Runner {
         let ahead = self.model.overlap && whole && self.goes_ahead(&step.plan);
         let Some(draws) = ahead.then(|| self.draws(&step.plan)).flatten() else {
             self.land(before)?;
-            return self.run_step(&step);
+            return self.run_step(step);
         };
         self.watch.pulse.beat();
         let behind = before.as_ref().map(|flight| (&flight.step.plan, &flight.awaited));
@@ -66,7 +67,7 @@ impl Runner {
             Err(error) => {
                 self.land(before)?;
                 let passes = self.failed(step.plan.rows.clone(), error)?;
-                self.run_in(&step, passes)
+                self.run_in(step, passes)
             }
         }
     }
@@ -112,36 +113,46 @@ impl Runner {
                 self.count(&step, began, ended);
                 Ok(())
             }
-            Err(error) => self.recover(&step, error),
+            Err(error) => self.recover(step, error),
         }
     }
 
     /// A step under way failed. What was enqueued behind it went on from nothing, so both run again, one by one.
-    fn recover(&mut self, step: &Planned, error: StepError) -> Result<(), End> {
+    fn recover(&mut self, step: Planned, error: StepError) -> Result<(), End> {
         let next = self.flight.take();
         let passes = self.failed(step.plan.rows.clone(), error)?;
         let next = next.map(|Flight { step, awaited }| {
+            self.watch.pulse.beat();
             // Whatever came of it is void.
             let _ = self.tokens(&step.plan, awaited);
             step
         });
+        if self.watch.pulse.abandoned() {
+            return Err(End::Hung);
+        }
         self.run_in(step, passes)?;
-        next.map_or(Ok(()), |next| self.run_step(&next))
+        next.map_or(Ok(()), |next| self.run_step(next))
     }
 
     /// Runs a step to its end, in as few passes as memory allows.
-    fn run_step(&mut self, step: &Planned) -> Result<(), End> {
+    fn run_step(&mut self, step: Planned) -> Result<(), End> {
         let passes = self.budget.passes(&step.plan.rows);
         self.run_in(step, passes)
     }
 
-    fn run_in(&mut self, step: &Planned, passes: Vec<Vec<Row>>) -> Result<(), End> {
-        let _in_span = step.span.enter();
+    fn run_in(&mut self, mut step: Planned, passes: Vec<Vec<Row>>) -> Result<(), End> {
+        // The step before may have ended sequences: what does not run is not counted.
+        self.drop_ended(&mut step.plan.rows);
+        if step.plan.rows.is_empty() {
+            return Ok(());
+        }
+        let span = step.span.clone();
+        let _in_span = span.enter();
         let (planned, began) = (step.at.max(self.landed), Instant::now());
         self.run_passes(passes)?;
         let ended = Instant::now();
         self.admission.stepped(&step.plan, ended - planned);
-        self.count(step, began, ended);
+        self.count(&step, began, ended);
         Ok(())
     }
 

@@ -211,7 +211,9 @@ fn whoever_waits_is_told_when_a_step_behind_another_hangs_or_loses_the_device() 
     let folder = tempfile::tempdir().unwrap();
     for (fault, hangs) in [("fault.hang.2", true), ("fault.device-lost.2", false)] {
         let mut weights = weights(folder.path(), 512, true, true);
-        weights.set_step_timeout(Duration::from_millis(200));
+        if hangs {
+            weights.set_step_timeout(Duration::from_millis(200));
+        }
         let mut engine = Engine::new(&weights, metrics()).unwrap();
         engine.model.late = Some(Late::default());
         let (handle, guard) = engine.start(places(2)).unwrap();
@@ -235,7 +237,9 @@ fn whoever_waits_is_told_when_a_step_behind_another_hangs_or_loses_the_device() 
 fn a_prompt_is_pinned_while_others_decode() {
     let folder = tempfile::tempdir().unwrap();
     let mut engine = Engine::new(&weights(folder.path(), 512, true, true), metrics()).unwrap();
-    engine.model.late = Some(Late::default());
+    let late = Late::default();
+    let overlapped = late.overlapped.clone();
+    engine.model.late = Some(late);
     let (handle, guard) = engine.start(places(4)).unwrap();
     let (long, mut events) = request(vec![5, 6], tests::greedy(40));
     handle.submit(vec![long]).unwrap();
@@ -259,6 +263,7 @@ fn a_prompt_is_pinned_while_others_decode() {
         tokens += usize::from(matches!(event, Event::Token(_)));
     }
     assert_eq!(tokens, 40);
+    assert!(overlapped.load(Relaxed) > 0);
     drop(handle);
     assert_eq!(wait(guard), End::Finished);
 }

@@ -71,6 +71,8 @@ impl Client {
 }
 
 pub struct Runner {
+    /// The step that the device runs. Dropped before the model, as it waits for what reads the model's memory.
+    pub(super) flight: Option<Flight>,
     pub(super) model: Model,
     inbox: mpsc::UnboundedReceiver<Message>,
     /// Gives the wait for an arrival its timeout.
@@ -87,8 +89,6 @@ pub struct Runner {
     pub(super) timeline: Arc<Timeline>,
     pub(super) admission: Teacher,
     pub(super) budget: Budget,
-    /// The step that the device runs.
-    pub(super) flight: Option<Flight>,
     /// When the last step had ended.
     pub(super) landed: Instant,
     pub(super) watch: Watch,

@@ -231,7 +231,27 @@ impl CudaDecoder {
         self.wait(sampled, &mut trial)?;
         let (free, total) = self.stream.context().mem_get_info().map_err(device_error)?;
         let trial_bytes = blocks * KvCache::bytes_per_block(&self.config, BLOCK, self.dtype);
-        Ok((total as f64 * share - (total - free - trial_bytes) as f64).max(0.0) as u64)
+        let taken = total - free - trial_bytes + self.temporaries(tokens, rows.max(1));
+        Ok((total as f64 * share - taken as f64).max(0.0) as u64)
+    }
+
+    /// Bytes that candle allocates for the largest of a step's products with quantized matrices, and gives back: the
+    /// activations as they are and in float32, the product in float32 and as it is, in parts and as one.
+    fn temporaries(&self, tokens: usize, rows: usize) -> usize {
+        if !self.quantized {
+            return 0;
+        }
+        let (s, size) = (&self.config, self.dtype.size_in_bytes());
+        let bytes =
+            |rows: usize, inputs: usize, outputs: usize| rows * (inputs * (4 + size) + outputs * (4 + 2 * size));
+        let attention = (s.heads + 2 * s.kv_heads) * s.head_dim;
+        let inputs = s.intermediate_size.max(s.hidden_size).max(s.heads * s.head_dim);
+        let layer = bytes(
+            tokens,
+            inputs,
+            attention.max(2 * s.intermediate_size).max(s.hidden_size),
+        );
+        layer.max(bytes(rows, s.hidden_size, s.vocab_size))
     }
 
     fn packing(&self, cache: &KvCache, pad_to: Option<usize>) -> Packing {
