@@ -66,7 +66,8 @@ fn ask(server: &Server, messages: &Value, salt: &str, max_tokens: usize) -> Seen
     }
     let count = |path: &str| usage.pointer(path).and_then(Value::as_u64).expect("a count");
     Seen {
-        first_token: first_token.expect("a token"),
+        // Special tokens have no text: an answer of nothing else has its first token at its end.
+        first_token: first_token.unwrap_or_else(|| sent.elapsed()),
         prompt_tokens: count("/prompt_tokens"),
         cached_tokens: count("/prompt_tokens_details/cached_tokens"),
         text,
