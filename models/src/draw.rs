@@ -17,6 +17,20 @@ pub struct Draw {
     pub edits: Vec<Edit>,
 }
 
+impl Draw {
+    /// The largest logit's token, the lower one on a tie.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            point: 0.0,
+            edits: Vec::new(),
+        }
+    }
+}
+
 /// A change to one token's logit: divided where positive, else multiplied, by `repetition`; less `subtract`; plus `add`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Edit {

@@ -206,15 +206,8 @@ impl Measure<'_> {
             self.decoder.forward(step, cache)?;
             return Ok(());
         }
-        let greedy = Draw {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            point: 0.0,
-            edits: Vec::new(),
-        };
-        self.decoder.sample(step, cache, &vec![greedy; step.sequences.len()])?;
+        self.decoder
+            .sample(step, cache, &vec![Draw::greedy(); step.sequences.len()])?;
         Ok(())
     }
 }

@@ -218,16 +218,8 @@ impl CudaDecoder {
         };
         let packed = step.sequences.iter().map(|span| span.len).sum();
         step.tokens = vec![0; packed];
-        let greedy = Draw {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            point: 0.0,
-            edits: Vec::new(),
-        };
         self.prepare(&mut trial, tokens.max(packed), rows, false)?;
-        let sampled = self.enqueue(&step, &mut trial, &vec![greedy; rows.max(1)], None)?;
+        let sampled = self.enqueue(&step, &mut trial, &vec![Draw::greedy(); rows.max(1)], None)?;
         self.wait(sampled, &mut trial)?;
         let (free, total) = self.stream.context().mem_get_info().map_err(device_error)?;
         let trial_bytes = blocks * KvCache::bytes_per_block(&self.config, BLOCK, self.dtype);

@@ -47,17 +47,6 @@ fn steps() -> [Step; 3] {
     ]
 }
 
-fn greedy() -> Draw {
-    Draw {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        point: 0.0,
-        edits: Vec::new(),
-    }
-}
-
 fn run(architecture: &str, dtype: DType, tolerance: f32) {
     let folder = config(architecture);
     let path = folder.path().join("config.json");
@@ -72,7 +61,7 @@ fn run(architecture: &str, dtype: DType, tolerance: f32) {
     for step in steps() {
         let expected: Vec<Vec<f32>> = on_cpu.forward(&step, &mut host).unwrap().to_vec2().unwrap();
         let found: Vec<Vec<f32>> = on_gpu.forward(&step, &mut plain).unwrap().to_vec2().unwrap();
-        let draws = vec![greedy(); found.len()];
+        let draws = vec![Draw::greedy(); found.len()];
         let tokens = on_gpu.sample(&step, &mut graphs, &draws).unwrap();
         for ((found, expected), token) in found.iter().zip(&expected).zip(tokens) {
             super::assert_close(found, expected, tolerance);
@@ -107,7 +96,7 @@ fn a_step_goes_on_from_tokens_that_the_host_has_not_seen() {
     let folder = config("qwen3");
     let device = Device::new_cuda_with_stream(0).unwrap();
     let decoder = Decoder::dummy(&folder.path().join("config.json"), &device, DType::BF16).unwrap();
-    let draws = vec![greedy(); 2];
+    let draws = vec![Draw::greedy(); 2];
     let first = step(vec![span(0, 0, 70), span(1, 0, 33)]);
     // The other way round than before, and then as before.
     let next = |number| step(vec![span(1, 33 + number, 1), span(0, 70 + number, 1)]);

@@ -77,17 +77,6 @@ fn assert_drawn(token: u32, logits: &[f32], draw: &Draw) {
     );
 }
 
-fn greedy() -> Draw {
-    Draw {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        point: 0.0,
-        edits: Vec::new(),
-    }
-}
-
 #[test]
 fn the_largest_logit_wins_and_the_lower_token_on_a_tie() {
     let mut logits = numbers(3 * VOCABULARY, 1);
@@ -95,7 +84,10 @@ fn the_largest_logit_wins_and_the_lower_token_on_a_tie() {
     logits[2500] = 3.0;
     logits[VOCABULARY + 17] = f32::NAN;
     logits[2 * VOCABULARY..].fill(-2.0);
-    assert_eq!(run(&logits, &[greedy(), greedy(), greedy()]), [2000, u32::MAX, 0]);
+    assert_eq!(
+        run(&logits, &[Draw::greedy(), Draw::greedy(), Draw::greedy()]),
+        [2000, u32::MAX, 0]
+    );
 }
 
 #[test]
@@ -108,7 +100,10 @@ fn edits_move_logits() {
         subtract,
         add,
     };
-    let with = |edits| Draw { edits, ..greedy() };
+    let with = |edits| Draw {
+        edits,
+        ..Draw::greedy()
+    };
     let draws = [
         with(vec![edit(5, 2.0, 0.0, 0.0)]),
         with(vec![edit(5, 1.0, 1.5, 0.0), edit(7, 2.0, 0.0, 5.5)]),
