@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::cpu::linear::Linear;
+use crate::cpu::quantized::Rows;
 
 /// Bytes copied at a time: far more than the caches hold.
 const COPY_BYTES: usize = 128 << 20;
@@ -35,9 +37,9 @@ pub fn copy_bandwidth(device: &Device, budget: Duration) -> Result<f64> {
     Ok(2.0 * COPY_BYTES as f64 / seconds / 1e9)
 }
 
-/// Speed in GFLOP/s of a large projection with weights stored as `dtype`, through the same code as the decoder's: the
-/// best of those that fit into `budget`, at least one.
-pub fn matmul_rate(device: &Device, dtype: DType, budget: Duration) -> Result<f64> {
+/// Speed in GFLOP/s of a large projection with weights stored as `dtype`, or on the CPU if `quantized` in four bits, through
+/// the same code as the decoder's: the best of those that fit into `budget`, at least one.
+pub fn matmul_rate(device: &Device, dtype: DType, quantized: bool, budget: Duration) -> Result<f64> {
     if !device.is_cpu() {
         // Random, because a GPU multiplies zeros with less power and thus faster.
         let matrix = Tensor::randn(0f32, 1.0, (GPU_SIZE, GPU_SIZE), device)?.to_dtype(dtype)?;
@@ -46,7 +48,13 @@ pub fn matmul_rate(device: &Device, dtype: DType, budget: Duration) -> Result<f6
         })?;
         return Ok(2.0 * (GPU_SIZE as f64).powi(3) / seconds / 1e9);
     }
-    let linear = Linear::new(&vec![0.5; SIZE * SIZE], SIZE, None, dtype)?;
+    let weights = vec![0.5; SIZE * SIZE];
+    let linear = if quantized {
+        let weights = Tensor::from_vec(weights, (SIZE, SIZE), device)?;
+        Linear::quantized(&Rows::read(&QTensor::quantize(&weights, GgmlDType::Q4_1)?)?, None)
+    } else {
+        Linear::new(&weights, SIZE, None, dtype)?
+    };
     let x = Tensor::ones((SIZE, SIZE), DType::F32, device)?;
     let seconds = best(budget, || linear.forward(&x).map(drop))?;
     Ok(2.0 * (SIZE as f64).powi(3) / seconds / 1e9)
@@ -78,6 +86,8 @@ mod tests {
     #[test]
     fn even_no_budget_measures_once() {
         assert!(copy_bandwidth(&Device::Cpu, Duration::ZERO).unwrap() > 0.0);
-        assert!(matmul_rate(&Device::Cpu, DType::BF16, Duration::ZERO).unwrap() > 0.0);
+        for quantized in [false, true] {
+            assert!(matmul_rate(&Device::Cpu, DType::BF16, quantized, Duration::ZERO).unwrap() > 0.0);
+        }
     }
 }

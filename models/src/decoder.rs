@@ -5,9 +5,10 @@ use candle_core::{DType, Device, Tensor};
 use crate::cpu::attention::{Attention, Queries};
 use crate::cpu::elementwise::{Half, RmsNorm, Rotate, Store};
 use crate::cpu::linear::{GateUp, Linear};
+use crate::cpu::quantized::Rows;
 use crate::kv::Pools;
 use crate::rope::{cos_sin, inverse_frequencies};
-use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, Weights};
+use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, StoredLayer, Weights};
 use crate::{Config, KvCache, ModelError, Step, without_backtrace};
 
 /// A loaded model.
@@ -46,13 +47,14 @@ struct Pass<'a> {
 }
 
 impl CpuDecoder {
-    /// Packs a model's weights as `dtype`: f32, bf16 or f16.
-    pub fn load(weights: &Weights, config: Config, dtype: DType) -> Result<Self, ModelError> {
+    /// Packs a model's weights as `dtype`: f32, bf16 or f16; if `quantized`, matrices stay so that are.
+    pub fn load(weights: &Weights, config: Config, dtype: DType, quantized: bool) -> Result<Self, ModelError> {
         let device = &Device::Cpu;
         let loader = Loader {
             weights,
             config: &config,
             dtype,
+            quantized,
         };
         // The largest tensor first, while little else is in memory.
         let (embedding, output) = loader.embedding_and_output(device)?;
@@ -205,46 +207,62 @@ struct Loader<'a> {
     weights: &'a Weights,
     config: &'a Config,
     dtype: DType,
+    /// Whether matrices stay quantized that are.
+    quantized: bool,
 }
 
 impl Loader<'_> {
     /// The embedding table, unless it is the output projection as well, and that projection.
     fn embedding_and_output(&self, device: &Device) -> Result<(Option<Tensor>, Linear), ModelError> {
-        let shape = [self.config.vocab_size, self.config.hidden_size];
+        let shape @ [vocabulary, hidden] = [self.config.vocab_size, self.config.hidden_size];
+        let projection = |name: &str| match self.stored(&[(name.into(), vocabulary)], hidden)? {
+            None => self.linear(name, None, self.weights.read(name, &shape)?, hidden, None),
+            stored => self.linear(name, stored, Vec::new(), hidden, None),
+        };
         if self.config.tie_word_embeddings {
-            return Ok((
-                None,
-                self.linear(EMBEDDING, self.weights.read(EMBEDDING, &shape)?, shape[1], None)?,
-            ));
+            return Ok((None, projection(EMBEDDING)?));
         }
         let table = Tensor::from_vec(self.weights.read(EMBEDDING, &shape)?, shape.as_slice(), device);
         let table = table
             .and_then(|table| table.to_dtype(self.dtype))
             .map_err(built(EMBEDDING))?;
-        Ok((
-            Some(table),
-            self.linear(OUTPUT, self.weights.read(OUTPUT, &shape)?, shape[1], None)?,
-        ))
+        Ok((Some(table), projection(OUTPUT)?))
+    }
+
+    /// Matrices with so many outputs each, all in as many bits, if they are to stay quantized and all of them are.
+    fn stored(&self, parts: &[(String, usize)], inputs: usize) -> Result<Option<Vec<Rows>>, ModelError> {
+        if !self.quantized {
+            return Ok(None);
+        }
+        let read = |(name, outputs): &(String, usize)| {
+            let stored = self.weights.quantized(name, [*outputs, inputs], &Device::Cpu)?;
+            stored.map(|stored| Rows::read(&stored).map_err(built(name))).transpose()
+        };
+        let read: Option<Vec<_>> = parts.iter().map(read).collect::<Result<_, _>>()?;
+        Ok(read.map(Rows::alike))
     }
 
     fn layer(&self, index: usize) -> Result<Layer, ModelError> {
-        let read = LayerWeights::read(self.weights, self.config, index)?;
-        let hidden = self.config.hidden_size;
+        let config = self.config;
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let queries = config.heads * config.head_dim;
+        let stored = StoredLayer::read(config, index, |parts, inputs| self.stored(parts, inputs))?;
+        let read = LayerWeights::read(self.weights, config, index, |part| !stored.has(part))?;
         let norm = |weight| self.norm(weight);
+        let gate_up = match stored.gate_up.as_deref() {
+            Some([gate, up]) => GateUp::quantized(gate, up),
+            _ => GateUp::new(&read.gate, &read.up, hidden, self.dtype),
+        };
+        let output = "attention output";
         Ok(Layer {
             attention_norm: norm(read.attention_norm),
-            qkv: self.linear("qkv", read.qkv, hidden, read.qkv_bias)?,
+            qkv: self.linear("qkv", stored.qkv, read.qkv, hidden, read.qkv_bias)?,
             query_norm: read.query_norm.map(norm),
             key_norm: read.key_norm.map(norm),
-            attention_output: self.linear(
-                "attention output",
-                read.attention_output,
-                self.config.heads * self.config.head_dim,
-                None,
-            )?,
+            attention_output: self.linear(output, stored.attention_output, read.attention_output, queries, None)?,
             mlp_norm: norm(read.mlp_norm),
-            gate_up: GateUp::new(&read.gate, &read.up, hidden, self.dtype).map_err(built("gate and up projection"))?,
-            down: self.linear("down projection", read.down, self.config.intermediate_size, None)?,
+            gate_up: gate_up.map_err(built("gate and up projection"))?,
+            down: self.linear("down projection", stored.down, read.down, inner, None)?,
         })
     }
 
@@ -255,14 +273,19 @@ impl Loader<'_> {
         }
     }
 
+    /// Of what is `stored` quantized, or else of `weight`.
     fn linear(
         &self,
         what: &str,
+        stored: Option<Vec<Rows>>,
         weight: Vec<f32>,
         inputs: usize,
         bias: Option<Vec<f32>>,
     ) -> Result<Linear, ModelError> {
-        Linear::new(&weight, inputs, bias, self.dtype).map_err(built(what))
+        match stored.and_then(Rows::concat) {
+            Some(rows) => Ok(Linear::quantized(&rows, bias)),
+            None => Linear::new(&weight, inputs, bias, self.dtype).map_err(built(what)),
+        }
     }
 }
 

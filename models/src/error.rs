@@ -48,7 +48,7 @@ pub enum ModelError {
     )]
     UnsupportedDevice { device: String },
 
-    #[error("{}: weights stay quantized only if they are a GGUF file's, on a GPU; leave out `--quantized`", path.display())]
+    #[error("{}: weights stay quantized only if they are a GGUF file's; leave out `--quantized`", path.display())]
     NotQuantized { path: PathBuf },
 
     #[error("cannot store weights or KV cache as {found}; choose f32, bf16 or f16")]

@@ -38,11 +38,11 @@ impl Decoder {
         Self::from_weights(&weights, config, device, dtype, false)
     }
 
-    /// As [`Self::load`], with the matrices of a GGUF file as it stores them, on a GPU; the embedding table, and what is
-    /// not quantized in the file, is stored as `dtype`, in which everything else is computed too.
+    /// As [`Self::load`], with the matrices of a GGUF file as it stores them; what is not quantized in the file is stored as
+    /// `dtype`, and on a GPU the embedding table too. On the CPU, matrices of more than four bits are kept in eight.
     pub fn load_quantized(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
         let (weights, config) = Weights::open(path)?;
-        if device.is_cpu() || !matches!(weights, Weights::Gguf(_)) {
+        if !matches!(weights, Weights::Gguf(_)) {
             return Err(ModelError::NotQuantized { path: path.into() });
         }
         Self::from_weights(&weights, config, device, dtype, true)
@@ -60,7 +60,7 @@ impl Decoder {
         config: Config,
         device: &Device,
         dtype: DType,
-        #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "it concerns GPUs alone"))] quantized: bool,
+        quantized: bool,
     ) -> std::result::Result<Self, ModelError> {
         if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
             return Err(ModelError::UnsupportedDType {
@@ -68,7 +68,7 @@ impl Decoder {
             });
         }
         match device {
-            Device::Cpu => Ok(Self(On::Cpu(Box::new(CpuDecoder::load(weights, config, dtype)?)))),
+            Device::Cpu => Ok(Self(On::Cpu(Box::new(CpuDecoder::load(weights, config, dtype, quantized)?)))),
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => Ok(Self(On::Cuda(Box::new(CudaDecoder::load(
                 weights, config, device, dtype, quantized,

@@ -37,6 +37,12 @@ fn decoder() -> &'static Decoder {
     DECODER.get_or_init(|| Decoder::load(&common::default_model(), &Device::Cpu, DType::F32).unwrap())
 }
 
+/// The same with its weights as the file has them, in four and eight bits.
+fn quantized() -> &'static Decoder {
+    static DECODER: OnceLock<Decoder> = OnceLock::new();
+    DECODER.get_or_init(|| Decoder::load_quantized(&common::default_model(), &Device::Cpu, DType::F32).unwrap())
+}
+
 fn cache(blocks: usize) -> KvCache {
     KvCache::new(decoder().config(), blocks, BLOCK_SIZE, DType::F32, &Device::Cpu).unwrap()
 }
@@ -79,14 +85,14 @@ fn greedy(logits: &[f32]) -> u32 {
 }
 
 /// Runs `tokens` in chunks of `chunk` and answers the last token's logits.
-fn logits(tokens: &[u32], chunk: usize) -> Vec<f32> {
+fn logits(decoder: &Decoder, tokens: &[u32], chunk: usize) -> Vec<f32> {
     let blocks = tokens.len().div_ceil(BLOCK_SIZE);
     let (mut cache, mut sequence) = (cache(blocks), Sequence::new(0, blocks));
     let mut last = Vec::new();
     for chunk in tokens.chunks(chunk) {
         let mut step = Step::default();
         sequence.push(&mut step, chunk);
-        last = rows(&decoder().forward(&step, &mut cache).unwrap()).remove(0);
+        last = rows(&decoder.forward(&step, &mut cache).unwrap()).remove(0);
     }
     last
 }
@@ -123,14 +129,22 @@ fn greedy_tokens_equal_pytorchs() {
 #[test]
 fn logits_do_not_depend_on_chunks() {
     let prompt = &reference()[2].prompt_tokens;
-    let whole = logits(prompt, prompt.len());
-    for chunk in [1, 7, 16, 50] {
-        assert!(logits(prompt, chunk) == whole, "chunks of {chunk}");
+    for decoder in [decoder(), quantized()] {
+        let whole = logits(decoder, prompt, prompt.len());
+        for chunk in [1, 7, 16, 50] {
+            assert!(logits(decoder, prompt, chunk) == whole, "chunks of {chunk}");
+        }
     }
 }
 
 #[test]
 fn logits_do_not_depend_on_company() {
+    for decoder in [decoder(), quantized()] {
+        company(decoder);
+    }
+}
+
+fn company(decoder: &Decoder) {
     let mut prompts = reference();
     prompts.retain(|prompt| prompt.prompt_tokens.len() < 400);
     let (mut cache, mut step) = (cache(BLOCKS * prompts.len()), Step::default());
@@ -141,15 +155,66 @@ fn logits_do_not_depend_on_company() {
         let (_, first) = prompt.prompt_tokens.split_last().unwrap();
         sequence.push(&mut step, first);
     }
-    decoder().forward(&step, &mut cache).unwrap();
+    decoder.forward(&step, &mut cache).unwrap();
     let mut step = Step::default();
     for (sequence, prompt) in sequences.iter_mut().zip(&prompts) {
         sequence.push(&mut step, &prompt.prompt_tokens[sequence.start..]);
     }
-    let together = rows(&decoder().forward(&step, &mut cache).unwrap());
+    let together = rows(&decoder.forward(&step, &mut cache).unwrap());
     for (prompt, together) in prompts.iter().zip(&together) {
-        assert!(logits(&prompt.prompt_tokens, 512) == *together, "{}", prompt.name);
+        assert!(logits(decoder, &prompt.prompt_tokens, 512) == *together, "{}", prompt.name);
     }
+}
+
+/// The logits behind every token of some sequences, each a row, in one step.
+fn all_logits(decoder: &Decoder, sequences: &[Vec<u32>]) -> Vec<Vec<f32>> {
+    let blocks = BLOCKS / 4;
+    let (mut cache, mut step) = (cache(blocks * sequences.len()), Step::default());
+    for (index, tokens) in sequences.iter().enumerate() {
+        let mut sequence = Sequence::new(index * blocks, blocks);
+        for token in tokens {
+            sequence.push(&mut step, &[*token]);
+        }
+    }
+    rows(&decoder.forward(&step, &mut cache).unwrap())
+}
+
+/// The mean of -ln of the probability of each next token, of those that `logits` are of.
+fn loss(logits: &[Vec<f32>], sequences: &[Vec<u32>]) -> f64 {
+    let mut logits = logits.iter();
+    let mut losses = Vec::new();
+    for tokens in sequences {
+        for (logits, next) in logits.by_ref().take(tokens.len()).zip(&tokens[1..]) {
+            let largest = logits.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+            let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
+            losses.push(sum.ln() - f64::from(logits[*next as usize] - largest));
+        }
+    }
+    losses.iter().sum::<f64>() / losses.len() as f64
+}
+
+#[test]
+fn quantized_weights_cost_little_perplexity() {
+    let prompts = reference();
+    let texts = prompts.iter().filter(|prompt| prompt.prompt_tokens.len() < 350);
+    let texts: Vec<_> = texts
+        .map(|prompt| [&prompt.prompt_tokens[..], &prompt.tokens].concat())
+        .collect();
+    let (exact, rounded) = (all_logits(decoder(), &texts), all_logits(quantized(), &texts));
+    let ratio = (loss(&rounded, &texts) - loss(&exact, &texts)).exp();
+    assert!((ratio - 1.0).abs() < 0.01, "perplexity is {ratio} times float32's");
+    // The tokens that would be chosen: of those that no rounding can be blamed for, nearly all.
+    let runner_up = |logits: &[f32], best: u32| {
+        let others = logits.iter().enumerate().filter(|(token, _)| *token != best as usize);
+        others.fold(f32::NEG_INFINITY, |most, (_, &logit)| most.max(logit))
+    };
+    let clear = exact.iter().zip(&rounded).filter_map(|(exact, rounded)| {
+        let best = greedy(exact);
+        (exact[best as usize] - runner_up(exact, best) > 0.1).then(|| greedy(rounded) == best)
+    });
+    let (same, all) = clear.fold((0, 0), |(same, all), agrees| (same + usize::from(agrees), all + 1));
+    println!("perplexity {ratio:.4} times float32's; {same} of {all} clear choices agree");
+    assert!(all > 1000 && same * 100 >= all * 97, "{same} of {all} choices agree");
 }
 
 #[test]

@@ -81,7 +81,7 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
 
     let ceilings = Ceilings {
         copy: ceilings::copy_bandwidth(&device, BUDGET)?,
-        matmul: ceilings::matmul_rate(&device, dtype, BUDGET)?,
+        matmul: ceilings::matmul_rate(&device, dtype, settings.model.quantized, BUDGET)?,
     };
     println!("model    {} ({dtype:?} on {device:?})", settings.choice.model);
     println!(

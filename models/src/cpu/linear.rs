@@ -7,6 +7,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::panels::Panels;
+use super::quantized::{Activations, QuantizedPanels, Rows, WIDTH};
 use super::tile::{for_row_tiles, multiply};
 use super::{Stripes, math, slice, slice_mut};
 
@@ -14,6 +15,8 @@ use super::{Stripes, math, slice, slice_mut};
 const DEPTH_BLOCK: usize = 384;
 /// Activations, in floats, that a thread works on at a time: a quarter of a usual second-level cache.
 const ROW_BLOCK: usize = 32 * 1024;
+/// Rows that a thread works on at a time where weights are quantized, and activations a quarter as large.
+const QUANTIZED_ROWS: usize = 96;
 
 /// What becomes of a product.
 #[derive(Clone, Copy)]
@@ -26,9 +29,39 @@ enum Epilogue<'a> {
     SwiGlu,
 }
 
+/// Packed weights.
+enum Matrix {
+    Dense(Panels),
+    Quantized(QuantizedPanels),
+}
+
+impl Matrix {
+    fn depth(&self) -> usize {
+        match self {
+            Self::Dense(panels) => panels.depth,
+            Self::Quantized(panels) => panels.depth,
+        }
+    }
+
+    fn outputs(&self) -> usize {
+        match self {
+            Self::Dense(panels) => panels.outputs,
+            Self::Quantized(panels) => panels.outputs,
+        }
+    }
+
+    /// Columns of a panel.
+    fn width(&self) -> usize {
+        match self {
+            Self::Dense(panels) => panels.width,
+            Self::Quantized(_) => WIDTH,
+        }
+    }
+}
+
 /// A projection `[out, in]`, optionally with a bias `[out]`.
 pub struct Linear {
-    panels: Panels,
+    matrix: Matrix,
     bias: Option<Vec<f32>>,
 }
 
@@ -36,9 +69,17 @@ impl Linear {
     /// Packs row-major `weight` (`[out, in]`) as `dtype`.
     pub fn new(weight: &[f32], inputs: usize, bias: Option<Vec<f32>>, dtype: DType) -> Result<Self> {
         Ok(Self {
-            panels: Panels::pack(weight, inputs, dtype)?,
+            matrix: Matrix::Dense(Panels::pack(weight, inputs, dtype)?),
             bias,
         })
+    }
+
+    /// Packs a weight that stays quantized; activations are rounded to eight bits for it.
+    pub fn quantized(weight: &Rows, bias: Option<Vec<f32>>) -> Self {
+        Self {
+            matrix: Matrix::Quantized(QuantizedPanels::pack(weight)),
+            bias,
+        }
     }
 
     /// `x W^T + bias`: `[rows, in]` to `[rows, out]`.
@@ -53,11 +94,15 @@ impl Linear {
 
     /// The weights of some outputs, one row each, `[indices, in]`: an embedding lookup in a tied output projection.
     pub fn gather(&self, indices: &[u32], device: &candle_core::Device) -> Result<Tensor> {
-        let mut rows = vec![0.0; indices.len() * self.panels.depth];
-        for (row, &index) in rows.chunks_exact_mut(self.panels.depth).zip(indices) {
-            self.panels.gather(index as usize, row);
+        let depth = self.matrix.depth();
+        let mut rows = vec![0.0; indices.len() * depth];
+        for (row, &index) in rows.chunks_exact_mut(depth).zip(indices) {
+            match &self.matrix {
+                Matrix::Dense(panels) => panels.gather(index as usize, row),
+                Matrix::Quantized(panels) => panels.gather(index as usize, row),
+            }
         }
-        Tensor::from_vec(rows, (indices.len(), self.panels.depth), device)
+        Tensor::from_vec(rows, (indices.len(), depth), device)
     }
 }
 
@@ -68,7 +113,7 @@ impl CustomOp1 for Linear {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         product(
-            &self.panels,
+            &self.matrix,
             storage,
             layout,
             Epilogue::Write {
@@ -85,20 +130,27 @@ impl InplaceOp2 for Linear {
 
     fn cpu_fwd(&self, x: &mut CpuStorage, x_layout: &Layout, a: &CpuStorage, a_layout: &Layout) -> Result<()> {
         let a = slice(a, a_layout)?;
-        run(&self.panels, a, slice_mut(x, x_layout)?, Epilogue::Add)
+        run(&self.matrix, a, slice_mut(x, x_layout)?, Epilogue::Add)
     }
 }
 
 /// The first half of the MLP: `silu(x G^T) * (x U^T)`.
 pub struct GateUp {
-    panels: Panels,
+    matrix: Matrix,
 }
 
 impl GateUp {
     /// Packs row-major `gate` and `up` (both `[out, in]`) as `dtype`.
     pub fn new(gate: &[f32], up: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
         Ok(Self {
-            panels: Panels::pack_pairs(gate, up, inputs, dtype)?,
+            matrix: Matrix::Dense(Panels::pack_pairs(gate, up, inputs, dtype)?),
+        })
+    }
+
+    /// Packs weights that stay quantized, both in as many bits.
+    pub fn quantized(gate: &Rows, up: &Rows) -> Result<Self> {
+        Ok(Self {
+            matrix: Matrix::Quantized(QuantizedPanels::pack_pairs(gate, up)?),
         })
     }
 
@@ -114,39 +166,48 @@ impl CustomOp1 for GateUp {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        product(&self.panels, storage, layout, Epilogue::SwiGlu)
+        product(&self.matrix, storage, layout, Epilogue::SwiGlu)
     }
 }
 
-fn product(panels: &Panels, storage: &CpuStorage, layout: &Layout, epilogue: Epilogue) -> Result<(CpuStorage, Shape)> {
+fn product(matrix: &Matrix, storage: &CpuStorage, layout: &Layout, epilogue: Epilogue) -> Result<(CpuStorage, Shape)> {
     let x = slice(storage, layout)?;
-    let rows = x.len() / panels.depth;
-    let mut out = vec![0.0; rows * panels.outputs];
-    run(panels, x, &mut out, epilogue)?;
-    Ok((CpuStorage::F32(out), Shape::from((rows, panels.outputs))))
+    let (rows, outputs) = (x.len() / matrix.depth(), matrix.outputs());
+    let mut out = vec![0.0; rows * outputs];
+    run(matrix, x, &mut out, epilogue)?;
+    Ok((CpuStorage::F32(out), Shape::from((rows, outputs))))
 }
 
 /// Computes all of `out` (`[rows, outputs]`) from `x` (`[rows, depth]`), panels shared out among the threads.
-fn run(panels: &Panels, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Result<()> {
-    let rows = x.len() / panels.depth;
-    if x.len() != rows * panels.depth || out.len() != rows * panels.outputs {
+fn run(matrix: &Matrix, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Result<()> {
+    let (depth, outputs, width) = (matrix.depth(), matrix.outputs(), matrix.width());
+    let rows = x.len() / depth;
+    if x.len() != rows * depth || out.len() != rows * outputs {
         bail!(
-            "linear [{}, {}]: {} activations in, {} out",
-            panels.outputs,
-            panels.depth,
+            "linear [{outputs}, {depth}]: {} activations in, {} out",
             x.len(),
             out.len()
         )
     }
-    let units = panels.outputs.div_ceil(panels.width);
+    let units = outputs.div_ceil(width);
     // Some tasks a thread, so that one that was held up does not hold up the rest.
     let tasks = (rayon::current_num_threads() * if rows < 16 { 4 } else { 8 }).min(units);
     let out = Stripes::new(out);
+    let rounded;
+    let operands = match matrix {
+        Matrix::Dense(panels) => Operands::Dense { panels, x },
+        Matrix::Quantized(panels) => {
+            rounded = Activations::round(x, depth);
+            Operands::Quantized { panels, x: &rounded }
+        }
+    };
     (0..tasks).into_par_iter().for_each(|task| {
         let units = task * units / tasks..(task + 1) * units / tasks;
         Arch::new().dispatch(Stripe {
-            panels,
-            x,
+            operands,
+            depth,
+            outputs,
+            width,
             rows,
             units,
             epilogue,
@@ -156,10 +217,26 @@ fn run(panels: &Panels, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Resul
     Ok(())
 }
 
+/// What is multiplied; `x` is `[rows, depth]`.
+#[derive(Clone, Copy)]
+enum Operands<'a> {
+    Dense {
+        panels: &'a Panels,
+        x: &'a [f32],
+    },
+    Quantized {
+        panels: &'a QuantizedPanels,
+        x: &'a Activations,
+    },
+}
+
 /// One task: all rows of some columns of the product.
 struct Stripe<'a> {
-    panels: &'a Panels,
-    x: &'a [f32],
+    operands: Operands<'a>,
+    depth: usize,
+    outputs: usize,
+    /// Columns of a panel.
+    width: usize,
     rows: usize,
     /// Panels, or pairs of them.
     units: Range<usize>,
@@ -172,31 +249,46 @@ impl WithSimd for Stripe<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Panels { depth, width, .. } = *self.panels;
+        let Stripe { depth, width, .. } = self;
         let per_unit = if matches!(self.epilogue, Epilogue::SwiGlu) {
             2
         } else {
             1
         };
-        let block = (ROW_BLOCK / depth).clamp(24, 96).min(self.rows);
+        let block = match self.operands {
+            Operands::Dense { .. } => (ROW_BLOCK / depth).clamp(24, 96),
+            Operands::Quantized { .. } => QUANTIZED_ROWS,
+        };
+        let block = block.min(self.rows);
         let mut sums = vec![0.0; per_unit * block * width];
         let mut buffer = Vec::new();
-        // Blocks of nearly equal depth, so that none is hardly worth its overhead.
-        let depth_block = depth.div_ceil(depth.div_ceil(DEPTH_BLOCK));
         for first in (0..self.rows).step_by(block) {
             let rows = block.min(self.rows - first);
-            let x = &self.x[first * depth..][..rows * depth];
             for unit in self.units.clone() {
                 for (index, sums) in sums.chunks_exact_mut(block * width).enumerate() {
-                    let panel = unit * per_unit + index;
-                    for k in (0..depth).step_by(depth_block) {
-                        let weights = self.panels.block(panel, k, depth_block.min(depth - k), &mut buffer);
-                        accumulate(simd, x, depth, k, weights, &mut sums[..rows * width]);
+                    let (panel, sums) = (unit * per_unit + index, &mut sums[..rows * width]);
+                    match self.operands {
+                        Operands::Dense { panels, x } => {
+                            dense(simd, panels, panel, &x[first * depth..][..rows * depth], sums, &mut buffer);
+                        }
+                        Operands::Quantized { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
                     }
                 }
                 self.finish::<S>(first, rows, unit, &sums, block * width);
             }
         }
+    }
+}
+
+/// `sums = x * panel`: `sums` `[rows, width]`, `x` `[rows, depth]`.
+#[inline(always)]
+fn dense<S: Simd>(simd: S, panels: &Panels, index: usize, x: &[f32], sums: &mut [f32], buffer: &mut Vec<f32>) {
+    let depth = panels.depth;
+    // Blocks of nearly equal depth, so that none is hardly worth its overhead.
+    let depth_block = depth.div_ceil(depth.div_ceil(DEPTH_BLOCK));
+    for k in (0..depth).step_by(depth_block) {
+        let weights = panels.block(index, k, depth_block.min(depth - k), buffer);
+        accumulate(simd, x, depth, k, weights, sums);
     }
 }
 
@@ -224,7 +316,7 @@ impl Stripe<'_> {
     /// Moves finished sums to their place in the result; `up_at` is where the second panel of a pair begins.
     #[inline(always)]
     fn finish<S: Simd>(&self, first: usize, rows: usize, unit: usize, sums: &[f32], up_at: usize) {
-        let Panels { width, outputs, .. } = *self.panels;
+        let Stripe { width, outputs, .. } = *self;
         let column = unit * width;
         let columns = width.min(outputs - column);
         for row in 0..rows {

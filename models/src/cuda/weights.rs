@@ -9,7 +9,7 @@ use super::kernels::Address;
 use super::quantized::Quantized;
 use crate::decoder::built;
 use crate::rope::inverse_frequencies;
-use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, Weights, layer_name};
+use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, StoredLayer, Weights};
 use crate::{Config, ModelError};
 
 /// A tensor on the device and its address, which stays where it is as long as the tensor lives.
@@ -151,26 +151,9 @@ impl Loader<'_> {
     fn layer(&self, index: usize) -> Result<Layer, ModelError> {
         let config = self.config;
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let held = |parts: &[(&str, usize)], inputs| {
-            let parts = parts.iter().map(|(part, outputs)| (layer_name(index, part), *outputs));
-            self.quantized(&parts.collect::<Vec<_>>(), inputs)
-        };
-        let [q, k, v] = ["q", "k", "v"].map(|part| format!("self_attn.{part}_proj.weight"));
-        let qkv = held(&[(&q, queries), (&k, keys), (&v, keys)], hidden)?;
-        let attention_output = held(&[("self_attn.o_proj.weight", hidden)], queries)?;
-        let gate_up = held(
-            &[("mlp.gate_proj.weight", inner), ("mlp.up_proj.weight", inner)],
-            hidden,
-        )?;
-        let down = held(&[("mlp.down_proj.weight", hidden)], inner)?;
-        let wanted = |part: &str| match part {
-            "self_attn.o_proj.weight" => attention_output.is_none(),
-            "mlp.down_proj.weight" => down.is_none(),
-            part if part.starts_with("mlp.") => gate_up.is_none(),
-            _ => qkv.is_none(),
-        };
-        let read = LayerWeights::read_where(self.weights, config, index, wanted)?;
+        let queries = config.heads * config.head_dim;
+        let stored = StoredLayer::read(config, index, |parts, inputs| self.quantized(parts, inputs))?;
+        let read = LayerWeights::read(self.weights, config, index, |part| !stored.has(part))?;
         let optional = |values: Option<Vec<f32>>| values.map(|values| self.vector(values)).transpose();
         let or_dense = |held: Option<Projection>, what, values, inputs| match held {
             Some(quantized) => Ok(quantized),
@@ -179,14 +162,14 @@ impl Loader<'_> {
         let gate_and_up = [read.gate.as_slice(), &read.up].concat();
         Ok(Layer {
             attention_norm: self.vector(read.attention_norm)?,
-            qkv: or_dense(qkv, "qkv", read.qkv, hidden)?,
+            qkv: or_dense(stored.qkv, "qkv", read.qkv, hidden)?,
             qkv_bias: optional(read.qkv_bias)?,
             query_norm: optional(read.query_norm)?,
             key_norm: optional(read.key_norm)?,
-            attention_output: or_dense(attention_output, "attention output", read.attention_output, queries)?,
+            attention_output: or_dense(stored.attention_output, "attention output", read.attention_output, queries)?,
             mlp_norm: self.vector(read.mlp_norm)?,
-            gate_up: or_dense(gate_up, "gate and up projection", gate_and_up, hidden)?,
-            down: or_dense(down, "down projection", read.down, inner)?,
+            gate_up: or_dense(stored.gate_up, "gate and up projection", gate_and_up, hidden)?,
+            down: or_dense(stored.down, "down projection", read.down, inner)?,
         })
     }
 }

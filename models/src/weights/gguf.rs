@@ -1,15 +1,13 @@
 //! Tensors of a GGUF file, one at a time: dequantized, or as they are stored.
 
-#[cfg(any(test, feature = "cuda"))]
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::Content;
-#[cfg(any(test, feature = "cuda"))]
-use candle_core::quantized::{GgmlDType, QStorage};
-use candle_core::{Device, quantized::QTensor};
+use candle_core::Device;
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 
 use super::check_shape;
 use crate::config::{ARCHITECTURES, Metadata};
@@ -74,7 +72,6 @@ impl GgufFile {
     }
 
     /// See [`super::Weights::quantized`].
-    #[cfg(any(test, feature = "cuda"))]
     pub fn quantized(&self, name: &str, shape: [usize; 2], device: &Device) -> Result<Option<QTensor>, ModelError> {
         use GgmlDType::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
         let stored = self.stored(&gguf_name(name), &shape)?;

@@ -14,6 +14,56 @@ pub(crate) fn layer_name(index: usize, part: &str) -> String {
     format!("model.layers.{index}.{part}")
 }
 
+/// The matrices of a layer that stay quantized: those which `T` was made of.
+pub(crate) struct StoredLayer<T> {
+    /// Queries, keys and values.
+    pub qkv: Option<T>,
+    pub attention_output: Option<T>,
+    /// Gate and up.
+    pub gate_up: Option<T>,
+    pub down: Option<T>,
+}
+
+impl<T> StoredLayer<T> {
+    /// `stored` is asked with the names and the outputs of matrices that belong together, and their inputs.
+    pub fn read(
+        config: &Config,
+        index: usize,
+        stored: impl Fn(&[(String, usize)], usize) -> Result<Option<T>, ModelError>,
+    ) -> Result<Self, ModelError> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let matrices = |parts: &[(&str, usize)], inputs| {
+            let named = parts.iter().map(|(part, outputs)| (layer_name(index, part), *outputs));
+            stored(&named.collect::<Vec<_>>(), inputs)
+        };
+        let qkv = [
+            ("self_attn.q_proj.weight", queries),
+            ("self_attn.k_proj.weight", keys),
+            ("self_attn.v_proj.weight", keys),
+        ];
+        Ok(Self {
+            qkv: matrices(&qkv, hidden)?,
+            attention_output: matrices(&[("self_attn.o_proj.weight", hidden)], queries)?,
+            gate_up: matrices(
+                &[("mlp.gate_proj.weight", inner), ("mlp.up_proj.weight", inner)],
+                hidden,
+            )?,
+            down: matrices(&[("mlp.down_proj.weight", hidden)], inner)?,
+        })
+    }
+
+    /// Whether the matrix of this name within the layer is among them.
+    pub fn has(&self, part: &str) -> bool {
+        match part {
+            "self_attn.o_proj.weight" => self.attention_output.is_some(),
+            "mlp.down_proj.weight" => self.down.is_some(),
+            part if part.starts_with("mlp.") => self.gate_up.is_some(),
+            _ => self.qkv.is_some(),
+        }
+    }
+}
+
 /// One layer's tensors in float32, matrices as `[outputs, inputs]`.
 pub(crate) struct LayerWeights {
     pub attention_norm: Vec<f32>,
@@ -30,12 +80,8 @@ pub(crate) struct LayerWeights {
 }
 
 impl LayerWeights {
-    pub fn read(weights: &Weights, config: &Config, index: usize) -> Result<Self, ModelError> {
-        Self::read_where(weights, config, index, |_| true)
-    }
-
     /// Leaves matrices out, whose names within the layer are not `wanted`: they are of no rows.
-    pub fn read_where(
+    pub fn read(
         weights: &Weights,
         config: &Config,
         index: usize,

@@ -7,14 +7,11 @@ mod safetensors;
 
 use std::path::Path;
 
-#[cfg(feature = "cuda")]
-use candle_core::Device;
+use candle_core::{Device, quantized::QTensor};
 
 use crate::{Config, ModelError};
 
-#[cfg(feature = "cuda")]
-pub(crate) use layer::layer_name;
-pub(crate) use layer::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT};
+pub(crate) use layer::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, StoredLayer};
 
 /// Where a model's tensors come from.
 pub(crate) enum Weights {
@@ -45,14 +42,8 @@ impl Weights {
     }
 
     /// Matrix `name`, which must have `shape`, on `device` as the file stores it; `None` where that is not in quantized
-    /// blocks of a type that candle multiplies on a GPU.
-    #[cfg(feature = "cuda")]
-    pub fn quantized(
-        &self,
-        name: &str,
-        shape: [usize; 2],
-        device: &Device,
-    ) -> Result<Option<candle_core::quantized::QTensor>, ModelError> {
+    /// blocks of a type that there are kernels for.
+    pub fn quantized(&self, name: &str, shape: [usize; 2], device: &Device) -> Result<Option<QTensor>, ModelError> {
         match self {
             Self::Gguf(file) => file.quantized(name, shape, device),
             Self::Safetensors(_) | Self::Random => Ok(None),

@@ -1,0 +1,22 @@
+//! Weights that stay quantized: matrices in blocks of 32 inputs, each with a scale of its own, multiplied in whole
+//! numbers by activations that are rounded to eight bits, likewise in blocks.
+//!
+//! Four-bit weights are kept as GGUF's Q4_0 and Q4_1 have them, eight-bit weights as Q8_0 has them; of any other type, the
+//! numbers it stands for are rounded to eight bits. The products of a block are summed exactly, and block by block in
+//! order, so a row's result depends neither on the rows beside it nor on the kernel.
+
+mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod panels;
+mod portable;
+mod rows;
+
+pub use activations::Activations;
+pub use panels::QuantizedPanels;
+pub use rows::Rows;
+
+/// Inputs that share a scale.
+pub const BLOCK: usize = 32;
+/// Columns of a panel: two vectors of eight.
+pub const WIDTH: usize = 16;
