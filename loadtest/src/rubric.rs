@@ -56,7 +56,7 @@ pub async fn execute(plan: &Plan, live: &mut Live, stop: &mut watch::Receiver<bo
                 .load
                 .arrivals
                 .rate()
-                .map_or("burst".to_owned(), |rate| format!("{rate}/s"));
+                .map_or("burst".to_owned(), |rate| format!("{}/s", (rate * 1e3).round() / 1e3));
             runs.push(measure(plan, &plan.load, &label, live, stop).await);
             None
         }

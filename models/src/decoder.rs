@@ -236,7 +236,9 @@ impl Loader<'_> {
         }
         let read = |(name, outputs): &(String, usize)| {
             let stored = self.weights.quantized(name, [*outputs, inputs], &Device::Cpu)?;
-            stored.map(|stored| Rows::read(&stored).map_err(built(name))).transpose()
+            stored
+                .map(|stored| Rows::read(&stored).map_err(built(name)))
+                .transpose()
         };
         let read: Option<Vec<_>> = parts.iter().map(read).collect::<Result<_, _>>()?;
         Ok(read.map(Rows::alike))

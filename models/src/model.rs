@@ -68,7 +68,9 @@ impl Decoder {
             });
         }
         match device {
-            Device::Cpu => Ok(Self(On::Cpu(Box::new(CpuDecoder::load(weights, config, dtype, quantized)?)))),
+            Device::Cpu => Ok(Self(On::Cpu(Box::new(CpuDecoder::load(
+                weights, config, dtype, quantized,
+            )?)))),
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => Ok(Self(On::Cuda(Box::new(CudaDecoder::load(
                 weights, config, device, dtype, quantized,

@@ -162,7 +162,11 @@ fn company(decoder: &Decoder) {
     }
     let together = rows(&decoder.forward(&step, &mut cache).unwrap());
     for (prompt, together) in prompts.iter().zip(&together) {
-        assert!(logits(decoder, &prompt.prompt_tokens, 512) == *together, "{}", prompt.name);
+        assert!(
+            logits(decoder, &prompt.prompt_tokens, 512) == *together,
+            "{}",
+            prompt.name
+        );
     }
 }
 

@@ -16,6 +16,8 @@ const WANTING: Duration = Duration::from_secs(2);
 const ACTIVE: Duration = Duration::from_secs(60);
 /// What a prediction leaves for the way between the engine and the client's socket.
 const ON_THE_WAY: f64 = 0.02;
+/// Steps that may be held up before anybody who was let in is late for it.
+const SPARE_STEPS: f64 = 3.0;
 /// Requests that the scheduler has not seen yet are numbered from here.
 const UNSEEN: SequenceId = 1 << 63;
 
@@ -229,13 +231,22 @@ impl Gate {
 
     /// The tenants that asked lately and hold less over their weight than this one.
     fn poorer(&self, tenant: &Tenant) -> impl Iterator<Item = &Recent> {
-        let holds = |tenant: &Tenant| {
-            let held = self.held(|holder| holder.name == tenant.name);
-            held.work as f64 / f64::from(tenant.weight.max(1))
-        };
-        let (name, own) = (tenant.name.clone(), holds(tenant));
-        let others = self.recent.values().filter(move |recent| recent.tenant.name != name);
-        others.filter(move |recent| holds(&recent.tenant) < own)
+        let own = self.holds(tenant);
+        self.recent
+            .values()
+            .filter(move |recent| self.holds(&recent.tenant) < own)
+    }
+
+    /// Whether a tenant that asked lately holds more over its weight than this one.
+    fn is_poorer(&self, tenant: &Tenant) -> bool {
+        let own = self.holds(tenant);
+        self.recent.values().any(|recent| self.holds(&recent.tenant) > own)
+    }
+
+    /// Tokens to compute over the tenant's weight.
+    fn holds(&self, tenant: &Tenant) -> f64 {
+        let held = self.held(|holder| holder.name == tenant.name);
+        held.work as f64 / f64::from(tenant.weight.max(1))
     }
 
     /// What the tenants that `of` takes hold together.
@@ -259,10 +270,13 @@ impl Gate {
     /// would be late.
     ///
     /// While a tenant that holds less asks too, room for one more request like these is kept for it: where everybody
-    /// takes what there is at once, one who seldom asks would find nothing.
+    /// takes what there is at once, one who seldom asks would find nothing. Nor has it to leave the steps to spare that
+    /// others leave.
     fn in_time(&mut self, asks: &[Ask], now: Instant) -> Result<Accepted, Refusal> {
         let idle = self.outlook.is_idle();
         let poorer = asks.first().and_then(|ask| self.poorer(&ask.tenant).next());
+        let is_poorer = asks.first().is_some_and(|ask| self.is_poorer(&ask.tenant));
+        let spare = if is_poorer { 0.0 } else { SPARE_STEPS };
         let kept = poorer.map(|poorer| Ask {
             tenant: poorer.tenant.clone(),
             ..asks[0].clone()
@@ -274,7 +288,7 @@ impl Gate {
             queue(&mut self.outlook, ask, *work);
         }
         let predicted = match self.estimates.are_known() {
-            true => self.predict(first, now).map(Some),
+            true => self.predict(first, spare, now).map(Some),
             false => Ok(None),
         };
         let accepted = if idle || predicted.is_ok() { wanted } else { 0 };
@@ -310,10 +324,10 @@ impl Gate {
     /// How long the requests from `first` on, which are in the outlook, take.
     ///
     /// Late is who ends after its deadline by the prediction stretched by the margin, with a longer answer than is
-    /// expected of it. Those behind the new ones in fair order are not looked at: they give way,
+    /// expected of it and so many `spare` steps, as the margin leaves hardly anything to one that is about to end. Those behind the new ones in fair order are not looked at: they give way,
     /// and hear it from [`Self::hopeless`]. Nor is one that would be late had it the device to itself: refusing others
     /// does not save it.
-    fn predict(&self, first: SequenceId, now: Instant) -> Result<Duration, Refusal> {
+    fn predict(&self, first: SequenceId, spare: f64, now: Instant) -> Result<Duration, Refusal> {
         let step = &self.estimates.step;
         let order = self.outlook.fair_order();
         let ends = self.outlook.ends(step, &order);
@@ -321,7 +335,7 @@ impl Gate {
         let row = step.predict(0, (running + order.len()).min(self.outlook.max_batch));
         let late = |work: &Work, end: f64| {
             let longer = (work.long - work.decode) as f64 * row;
-            self.stretched(end + longer) - left(work, now)
+            self.stretched(end + longer) + spare * row - left(work, now)
         };
         let (mut longest, mut last, mut overshoot) = (0.0f64, 0, 0.0f64);
         for (place, (work, &end)) in order.iter().zip(&ends[running..]).enumerate() {

@@ -319,16 +319,20 @@ fn a_retry_after_means_something() {
 #[test]
 fn a_flood_of_one_key_does_not_push_out_another() {
     let (flood, few) = (tenant("flood"), tenant("few"));
-    let mut clients = chats(4.0 * SUSTAINABLE, 6.0, 3, true);
-    for (number, client) in clients.iter_mut().enumerate() {
-        client.tenant = if number % 40 == 20 { few.clone() } else { flood.clone() };
+    let (mut answered, mut asked) = (0, 0);
+    for seed in 1..=8 {
+        let mut clients = chats(4.0 * SUSTAINABLE, 6.0, seed, true);
+        for (number, client) in clients.iter_mut().enumerate() {
+            client.tenant = if number % 40 == 20 { few.clone() } else { flood.clone() };
+        }
+        let outcomes = World::new(limits()).run(&clients);
+        let of_few = (0..clients.len()).filter(|&number| clients[number].tenant == few);
+        for number in of_few {
+            asked += 1;
+            answered += usize::from(outcomes.in_time.contains(&number));
+        }
     }
-    let outcomes = World::new(limits()).run(&clients);
-    let of_few: Vec<_> = (0..clients.len())
-        .filter(|&number| clients[number].tenant == few)
-        .collect();
-    let answered = of_few.iter().filter(|number| outcomes.in_time.contains(number)).count();
-    assert!(answered * 10 >= of_few.len() * 9, "{answered} of {}", of_few.len());
+    assert!(answered * 10 >= asked * 9, "{answered} of {asked}");
 }
 
 #[test]

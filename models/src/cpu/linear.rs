@@ -269,7 +269,14 @@ impl WithSimd for Stripe<'_> {
                     let (panel, sums) = (unit * per_unit + index, &mut sums[..rows * width]);
                     match self.operands {
                         Operands::Dense { panels, x } => {
-                            dense(simd, panels, panel, &x[first * depth..][..rows * depth], sums, &mut buffer);
+                            dense(
+                                simd,
+                                panels,
+                                panel,
+                                &x[first * depth..][..rows * depth],
+                                sums,
+                                &mut buffer,
+                            );
                         }
                         Operands::Quantized { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
                     }

@@ -166,7 +166,12 @@ impl Loader<'_> {
             qkv_bias: optional(read.qkv_bias)?,
             query_norm: optional(read.query_norm)?,
             key_norm: optional(read.key_norm)?,
-            attention_output: or_dense(stored.attention_output, "attention output", read.attention_output, queries)?,
+            attention_output: or_dense(
+                stored.attention_output,
+                "attention output",
+                read.attention_output,
+                queries,
+            )?,
             mlp_norm: self.vector(read.mlp_norm)?,
             gate_up: or_dense(stored.gate_up, "gate and up projection", gate_and_up, hidden)?,
             down: or_dense(stored.down, "down projection", read.down, inner)?,

@@ -100,7 +100,9 @@ pub struct QuantizedPanels {
 impl QuantizedPanels {
     pub fn pack(rows: &Rows) -> Self {
         let outputs = rows.values.len() / rows.depth;
-        Self::build(outputs.div_ceil(WIDTH), outputs, rows.depth, rows.bits, |panel| (rows, panel))
+        Self::build(outputs.div_ceil(WIDTH), outputs, rows.depth, rows.bits, |panel| {
+            (rows, panel)
+        })
     }
 
     /// Packs two matrices of equal shape, a panel of `first` and the same panel of `second` in turn.
@@ -110,7 +112,11 @@ impl QuantizedPanels {
     pub fn pack_pairs(first: &Rows, second: &Rows) -> Result<Self> {
         let shape = |rows: &Rows| (rows.bits, rows.depth, rows.values.len());
         if shape(first) != shape(second) {
-            bail!("a pair of matrices {:?} and {:?} is not alike", shape(first), shape(second))
+            bail!(
+                "a pair of matrices {:?} and {:?} is not alike",
+                shape(first),
+                shape(second)
+            )
         }
         let outputs = first.values.len() / first.depth;
         let count = 2 * outputs.div_ceil(WIDTH);
@@ -140,7 +146,10 @@ impl QuantizedPanels {
                 indices
                     .map(|index| {
                         let mut block = FourBits::empty();
-                        fill(&mut |column, rows, output, at| block.set(column, rows, output, at), index);
+                        fill(
+                            &mut |column, rows, output, at| block.set(column, rows, output, at),
+                            index,
+                        );
                         block
                     })
                     .collect(),
@@ -149,7 +158,10 @@ impl QuantizedPanels {
                 indices
                     .map(|index| {
                         let mut block = EightBits::empty();
-                        fill(&mut |column, rows, output, at| block.set(column, rows, output, at), index);
+                        fill(
+                            &mut |column, rows, output, at| block.set(column, rows, output, at),
+                            index,
+                        );
                         block
                     })
                     .collect(),
@@ -245,8 +257,15 @@ mod tests {
                     for (row, sums) in sums.chunks_exact(WIDTH).enumerate() {
                         for (column, &sum) in sums.iter().enumerate() {
                             let output = panel * WIDTH + column;
-                            let exact = if output < outputs { defined(&rows, &x, row, output) } else { 0.0 };
-                            assert_eq!(sum, exact, "row {row}, output {output} of {outputs} x {depth}, {dtype:?}");
+                            let exact = if output < outputs {
+                                defined(&rows, &x, row, output)
+                            } else {
+                                0.0
+                            };
+                            assert_eq!(
+                                sum, exact,
+                                "row {row}, output {output} of {outputs} x {depth}, {dtype:?}"
+                            );
                         }
                     }
                 }
@@ -271,7 +290,11 @@ mod tests {
     /// The largest numbers there are overflow nothing.
     #[test]
     fn extremes_are_summed_exactly() {
-        for (bits, weights) in [(Bits::Four, [15, 0]), (Bits::Eight, [127, -128]), (Bits::Eight, [-127, -127])] {
+        for (bits, weights) in [
+            (Bits::Four, [15, 0]),
+            (Bits::Eight, [127, -128]),
+            (Bits::Eight, [-127, -127]),
+        ] {
             let depth = 64;
             let rows = Rows {
                 bits,

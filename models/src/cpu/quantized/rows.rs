@@ -52,7 +52,12 @@ impl Rows {
                     rows.values.extend(block[2..].iter().map(|&byte| byte as i8));
                 }
             }
-            _ => return Ok(Self::round(&tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?, depth)),
+            _ => {
+                return Ok(Self::round(
+                    &tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?,
+                    depth,
+                ));
+            }
         }
         Ok(rows)
     }
@@ -102,7 +107,10 @@ impl Rows {
 
     /// The weights that these stand for.
     fn weights(&self) -> Vec<f32> {
-        let blocks = self.values.chunks_exact(BLOCK).zip(self.scales.iter().zip(&self.minima));
+        let blocks = self
+            .values
+            .chunks_exact(BLOCK)
+            .zip(self.scales.iter().zip(&self.minima));
         let weights = blocks.flat_map(|(values, (scale, minimum))| {
             let (scale, minimum) = (scale.to_f32(), minimum.to_f32());
             values.iter().map(move |&value| scale * f32::from(value) + minimum)
