@@ -1,6 +1,7 @@
 //! The decoder on the CPU: embedding, layers of attention and MLP, and the logits of the rows that are wanted.
 
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 
 use crate::cpu::attention::{Attention, Queries};
 use crate::cpu::elementwise::{Half, RmsNorm, Rotate, Store};
@@ -47,7 +48,7 @@ struct Pass<'a> {
 }
 
 impl CpuDecoder {
-    /// Packs a model's weights as `dtype`: f32, bf16 or f16; if `quantized`, matrices stay so that are.
+    /// Packs a model's weights as `dtype`: f32, bf16 or f16; if `quantized`, quantized matrices stay quantized.
     pub fn load(weights: &Weights, config: Config, dtype: DType, quantized: bool) -> Result<Self, ModelError> {
         let device = &Device::Cpu;
         let loader = Loader {
@@ -77,6 +78,14 @@ impl CpuDecoder {
     /// The model's settings.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Bytes of weights that a step reads.
+    pub fn weight_bytes(&self) -> u64 {
+        let layer = |layer: &Layer| {
+            layer.qkv.bytes() + layer.attention_output.bytes() + layer.gate_up.bytes() + layer.down.bytes()
+        };
+        (self.output.bytes() + self.layers.iter().map(layer).sum::<usize>()) as u64
     }
 
     /// Runs a step that was checked; see [`crate::Decoder::forward`].
@@ -207,7 +216,7 @@ struct Loader<'a> {
     weights: &'a Weights,
     config: &'a Config,
     dtype: DType,
-    /// Whether matrices stay quantized that are.
+    /// Whether quantized matrices stay quantized.
     quantized: bool,
 }
 
@@ -240,8 +249,8 @@ impl Loader<'_> {
                 .map(|stored| Rows::read(&stored).map_err(built(name)))
                 .transpose()
         };
-        let read: Option<Vec<_>> = parts.iter().map(read).collect::<Result<_, _>>()?;
-        Ok(read.map(Rows::alike))
+        let read: Vec<Option<Rows>> = parts.par_iter().map(read).collect::<Result<_, _>>()?;
+        Ok(read.into_iter().collect::<Option<_>>().map(Rows::alike))
     }
 
     fn layer(&self, index: usize) -> Result<Layer, ModelError> {

@@ -39,7 +39,8 @@ impl Decoder {
     }
 
     /// As [`Self::load`], with the matrices of a GGUF file as it stores them; what is not quantized in the file is stored as
-    /// `dtype`, and on a GPU the embedding table too. On the CPU, matrices of more than four bits are kept in eight.
+    /// `dtype`, and on a GPU the embedding table too. On the CPU only Q4_0, Q4_1 and Q8_0 are kept as they are, others, and
+    /// those beside them in one projection, in eight bits.
     pub fn load_quantized(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
         let (weights, config) = Weights::open(path)?;
         if !matches!(weights, Weights::Gguf(_)) {
@@ -87,6 +88,15 @@ impl Decoder {
             On::Cpu(decoder) => decoder.config(),
             #[cfg(feature = "cuda")]
             On::Cuda(decoder) => decoder.config(),
+        }
+    }
+
+    /// Bytes of weights that a step reads; `None` where they are on a GPU.
+    pub fn weight_bytes(&self) -> Option<u64> {
+        match &self.0 {
+            On::Cpu(decoder) => Some(decoder.weight_bytes()),
+            #[cfg(feature = "cuda")]
+            On::Cuda(_) => None,
         }
     }
 

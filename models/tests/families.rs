@@ -196,7 +196,7 @@ fn metadata(config: &Config) -> Vec<(String, Value)> {
 /// Writes a family's fixture as GGUF, `change` applied to its tensors first.
 fn write_gguf(family: &str, path: &Path, change: impl Fn(&mut HashMap<String, Tensor>)) {
     let config = Config::from_json(&folder(family).join("config.json")).unwrap();
-    write_gguf_of(&config, tensors(family), GgmlDType::F32, path, change);
+    write_gguf_of(&config, tensors(family), |_| GgmlDType::F32, path, change);
 }
 
 /// Matrices are stored as `dtype`, and all else as float32.
@@ -208,7 +208,7 @@ fn quantize(tensor: &Tensor, dtype: GgmlDType) -> QTensor {
 fn write_gguf_of(
     config: &Config,
     mut tensors: HashMap<String, Tensor>,
-    dtype: GgmlDType,
+    dtype: impl Fn(&str) -> GgmlDType,
     path: &Path,
     change: impl Fn(&mut HashMap<String, Tensor>),
 ) {
@@ -228,7 +228,7 @@ fn write_gguf_of(
     change(&mut tensors);
     let quantized: Vec<_> = tensors
         .iter()
-        .map(|(name, tensor)| (name.as_str(), quantize(tensor, dtype)))
+        .map(|(name, tensor)| (name.as_str(), quantize(tensor, dtype(name))))
         .collect();
     let quantized: Vec<_> = quantized.iter().map(|(name, tensor)| (*name, tensor)).collect();
     let metadata = metadata(config);
@@ -275,7 +275,8 @@ fn wide_tensors() -> HashMap<String, Tensor> {
     ];
     let numbers = |(index, (name, shape)): (usize, (String, &[usize]))| {
         let len: usize = shape.iter().product();
-        let number = |i: usize| ((i * (7 + index)) as f64 * 0.37).sin() as f32 / 8.0;
+        // Of a growing frequency, so that sums over a row do not cancel out as those of waves do.
+        let number = |i: usize| ((i * i * (7 + index)) as f64 * 0.37).sin() as f32 / 8.0;
         let values: Vec<f32> = (0..len).map(number).collect();
         (name, Tensor::from_vec(values, shape, &Device::Cpu).unwrap())
     };
@@ -298,12 +299,55 @@ fn every_type_of_gguf_tensor_is_read() {
             .map(|(name, tensor)| (name, quantize(tensor, dtype).dequantize(&Device::Cpu).unwrap()))
             .collect();
         candle_core::safetensors::save(&plain, twin.join("model.safetensors")).unwrap();
-        write_gguf_of(&config, tensors, dtype, &gguf, |_| {});
+        write_gguf_of(&config, tensors, |_| dtype, &gguf, |_| {});
         let run = |path| logits(&load(path).unwrap(), &[3, 1, 4, 1, 5], 5, 16, DType::F32);
         let found = run(&gguf);
         assert!(found == run(twin), "{dtype:?}");
         assert!(!seen.contains(&found), "{dtype:?} changes nothing");
+        assert_near(&kept_quantized(&gguf), &found);
         seen.push(found);
+    }
+}
+
+fn kept_quantized(gguf: &Path) -> Vec<Vec<f32>> {
+    let decoder = Decoder::load_quantized(gguf, &Device::Cpu, DType::F32).unwrap();
+    logits(&decoder, &[3, 1, 4, 1, 5], 5, 16, DType::F32)
+}
+
+/// Within what activations in eight bits cost.
+fn assert_near(found: &[Vec<f32>], exact: &[Vec<f32>]) {
+    let (found, exact) = (found.concat(), exact.concat());
+    let norm = |numbers: &[f32]| numbers.iter().map(|x| x * x).sum::<f32>().sqrt();
+    let off: Vec<f32> = found.iter().zip(&exact).map(|(found, exact)| found - exact).collect();
+    assert!(norm(&off) < 0.05 * norm(&exact), "{} of {}", norm(&off), norm(&exact));
+}
+
+/// As files have it that give some matrices more bits than others, side by side in one projection too.
+#[test]
+fn gguf_tensors_of_several_types_stay_quantized() {
+    let temporary = TempDir::new().unwrap();
+    let gguf = temporary.path().join("model.gguf");
+    fs::write(temporary.path().join("config.json"), WIDE).unwrap();
+    let config = Config::from_json(&temporary.path().join("config.json")).unwrap();
+    let stored = |name: &str| match name {
+        "blk.0.attn_v.weight" => GgmlDType::Q6K,
+        "blk.0.ffn_up.weight" => GgmlDType::Q8_0,
+        "blk.0.attn_output.weight" => GgmlDType::F16,
+        _ => GgmlDType::Q4_1,
+    };
+    write_gguf_of(&config, wide_tensors(), stored, &gguf, |_| {});
+    let exact = logits(&load(&gguf).unwrap(), &[3, 1, 4, 1, 5], 5, 16, DType::F32);
+    assert_near(&kept_quantized(&gguf), &exact);
+    // With a bias, and an embedding table that is the output projection too.
+    let stored = |name: &str| match name {
+        name if name.contains("ffn_down") => GgmlDType::F32,
+        _ => GgmlDType::Q8_0,
+    };
+    for family in ["qwen2", "llama-tied"] {
+        let config = Config::from_json(&folder(family).join("config.json")).unwrap();
+        write_gguf_of(&config, tensors(family), stored, &gguf, |_| {});
+        let exact = logits(&load(&gguf).unwrap(), &[3, 1, 4, 1, 5], 5, 16, DType::F32);
+        assert_near(&kept_quantized(&gguf), &exact);
     }
 }
 

@@ -29,14 +29,18 @@ fn config() -> ProptestConfig {
     }
 }
 
-/// Loads, alone, and fails where that took too much memory.
+/// Loads, alone, and fails where that took too much memory. GGUF files are loaded in both ways.
 fn load(path: &Path) -> Result<(), ModelError> {
+    load_with(|| Decoder::load(path, &Device::Cpu, DType::F32))
+}
+
+fn load_with(load: impl FnOnce() -> Result<Decoder, ModelError>) -> Result<(), ModelError> {
     // The allocator counts for the whole process, so cases of several tests must not overlap.
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let before = ALLOCATOR.current_usage();
     ALLOCATOR.reset_peak_usage();
-    let result = Decoder::load(path, &Device::Cpu, DType::F32).map(drop);
+    let result = load().map(drop);
     let took = ALLOCATOR.peak_usage().saturating_sub(before);
     assert!(took <= MOST_MEMORY, "took {took} bytes at once");
     result
@@ -78,7 +82,9 @@ static GGUF: LazyLock<(Vec<u8>, usize)> = LazyLock::new(|| {
         .iter()
         .map(|(name, shape)| {
             let ones = Tensor::ones(shape.as_slice(), DType::F32, &Device::Cpu).unwrap();
-            (*name, QTensor::quantize(&ones, GgmlDType::F32).unwrap())
+            let matrix = shape.len() == 2;
+            let dtype = if matrix { GgmlDType::Q4_1 } else { GgmlDType::F32 };
+            (*name, QTensor::quantize(&ones, dtype).unwrap())
         })
         .collect();
     let data: usize = tensors.iter().map(|(_, tensor)| tensor.storage_size_in_bytes()).sum();
@@ -166,7 +172,8 @@ fn mutated(bytes: &[u8], reach: usize, mutations: &[Mutation]) -> Vec<u8> {
 fn load_file(bytes: &[u8]) -> Result<(), ModelError> {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), bytes).unwrap();
-    load(file.path())
+    load(file.path())?;
+    load_with(|| Decoder::load_quantized(file.path(), &Device::Cpu, DType::F32))
 }
 
 fn load_folder(config: &[u8], weights: &[u8]) -> Result<(), ModelError> {

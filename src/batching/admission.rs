@@ -232,15 +232,19 @@ impl Gate {
     /// The tenants that asked lately and hold less over their weight than this one.
     fn poorer(&self, tenant: &Tenant) -> impl Iterator<Item = &Recent> {
         let own = self.holds(tenant);
-        self.recent
-            .values()
+        self.others(tenant)
             .filter(move |recent| self.holds(&recent.tenant) < own)
     }
 
-    /// Whether a tenant that asked lately holds more over its weight than this one.
-    fn is_poorer(&self, tenant: &Tenant) -> bool {
+    /// Whether a tenant that asked lately holds more than twice as much over its weight as this one.
+    fn is_poor(&self, tenant: &Tenant) -> bool {
         let own = self.holds(tenant);
-        self.recent.values().any(|recent| self.holds(&recent.tenant) > own)
+        self.others(tenant).any(|recent| self.holds(&recent.tenant) > 2.0 * own)
+    }
+
+    fn others(&self, tenant: &Tenant) -> impl Iterator<Item = &Recent> {
+        let name = tenant.name.clone();
+        self.recent.values().filter(move |recent| recent.tenant.name != name)
     }
 
     /// Tokens to compute over the tenant's weight.
@@ -270,13 +274,13 @@ impl Gate {
     /// would be late.
     ///
     /// While a tenant that holds less asks too, room for one more request like these is kept for it: where everybody
-    /// takes what there is at once, one who seldom asks would find nothing. Nor has it to leave the steps to spare that
-    /// others leave.
+    /// takes what there is at once, one who seldom asks would find nothing. One who holds far less need not leave spare
+    /// steps either.
     fn in_time(&mut self, asks: &[Ask], now: Instant) -> Result<Accepted, Refusal> {
         let idle = self.outlook.is_idle();
         let poorer = asks.first().and_then(|ask| self.poorer(&ask.tenant).next());
-        let is_poorer = asks.first().is_some_and(|ask| self.is_poorer(&ask.tenant));
-        let spare = if is_poorer { 0.0 } else { SPARE_STEPS };
+        let is_poor = asks.first().is_some_and(|ask| self.is_poor(&ask.tenant));
+        let spare = if is_poor { 0.0 } else { SPARE_STEPS };
         let kept = poorer.map(|poorer| Ask {
             tenant: poorer.tenant.clone(),
             ..asks[0].clone()
@@ -324,9 +328,9 @@ impl Gate {
     /// How long the requests from `first` on, which are in the outlook, take.
     ///
     /// Late is who ends after its deadline by the prediction stretched by the margin, with a longer answer than is
-    /// expected of it and so many `spare` steps, as the margin leaves hardly anything to one that is about to end. Those behind the new ones in fair order are not looked at: they give way,
-    /// and hear it from [`Self::hopeless`]. Nor is one that would be late had it the device to itself: refusing others
-    /// does not save it.
+    /// expected of it and so many `spare` steps, as the margin leaves hardly anything to one that is about to end. Those
+    /// behind the new ones in fair order are not looked at: they give way, and hear it from [`Self::hopeless`]. Nor is one
+    /// that would be late had it the device to itself: refusing others does not save it.
     fn predict(&self, first: SequenceId, spare: f64, now: Instant) -> Result<Duration, Refusal> {
         let step = &self.estimates.step;
         let order = self.outlook.fair_order();

@@ -451,3 +451,32 @@ fn who_has_ended_no_longer_stands_in_the_way() {
     world.gate.ended(id);
     assert!(world.gate.ask(&[ask], world.now).is_ok(), "before any new outlook");
 }
+
+/// Near its deadline a request has a few steps to spare; only who holds far less than others may use them.
+#[test]
+fn steps_are_left_to_spare() {
+    let mut world = World::new(limits());
+    for step in 0..100 {
+        world.estimates.step.observe(step % 3 * 10, 1 + step % 5, 0.1);
+    }
+    let now = world.now;
+    let asked = |tenant: &Arc<Tenant>, seconds: f64| Ask {
+        tenant: tenant.clone(),
+        priority: 0,
+        prompt: 4,
+        max_tokens: 10,
+        deadline: Some(now + Duration::from_secs_f64(seconds)),
+    };
+    let (rich, poor) = (tenant("rich"), tenant("poor"));
+    // Each alone or beside others takes ten steps of 0.1 s, stretched to 1.1 s.
+    let accepts = |tenant: &Arc<Tenant>, seconds: f64| {
+        let mut gate = Gate::new(limits(), world.scheduler.outlook(&world.estimates, now));
+        gate.update(world.scheduler.outlook(&world.estimates, now), &world.estimates);
+        gate.ask(&[asked(&rich, 60.0)], now).unwrap();
+        gate.ask(&[asked(tenant, seconds)], now).is_ok()
+    };
+    assert!(accepts(&rich, 1.6));
+    assert!(!accepts(&rich, 1.3));
+    assert!(accepts(&poor, 1.3));
+    assert!(!accepts(&poor, 1.0));
+}

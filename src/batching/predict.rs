@@ -151,7 +151,7 @@ pub struct Margin {
 }
 
 impl Margin {
-    const LEAST: f64 = 1.1;
+    const LEAST: f64 = 1.2;
     const MOST: f64 = 2.0;
     const RAISE: f64 = 0.08;
 

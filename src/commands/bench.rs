@@ -44,13 +44,13 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
     device::set_threads(settings.model.threads);
     let device = device::open(settings.model.device)?;
     let dtype = device::dtype(settings.model.dtype).unwrap_or(engine::default_dtype(&device));
-    // Of quantized weights, nearly what their file has.
-    let mut weight_bytes = None;
+    // Of quantized weights on a GPU, nearly what their file has.
+    let mut file_bytes = None;
     let decoder = match settings.model.load_format {
         LoadFormat::Files => {
             let path = model_files::resolve(&settings.choice.model)?;
             if settings.model.quantized {
-                weight_bytes = path.metadata().ok().map(|file| file.len());
+                file_bytes = path.metadata().ok().map(|file| file.len());
                 Decoder::load_quantized(&path, &device, dtype)?
             } else {
                 Decoder::load(&path, &device, dtype)?
@@ -98,7 +98,7 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
         dtype,
         block_size: settings.model.block_size,
         graphs: settings.model.cuda_graphs,
-        weight_bytes,
+        weight_bytes: decoder.weight_bytes().or(file_bytes),
         ceilings,
     };
     let mut lines = Vec::new();
@@ -140,7 +140,7 @@ struct Measure<'a> {
     dtype: candle_core::DType,
     block_size: usize,
     graphs: bool,
-    /// Where they are not stored as `dtype`.
+    /// Where they are known not to be all stored as `dtype`.
     weight_bytes: Option<u64>,
     ceilings: Ceilings,
 }

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, InplaceOp2, Layout, Result, Shap
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::panels::Panels;
+use super::panels::{Aligned, Panels};
 use super::quantized::{Activations, QuantizedPanels, Rows, WIDTH};
 use super::tile::{for_row_tiles, multiply};
 use super::{Stripes, math, slice, slice_mut};
@@ -15,8 +15,8 @@ use super::{Stripes, math, slice, slice_mut};
 const DEPTH_BLOCK: usize = 384;
 /// Activations, in floats, that a thread works on at a time: a quarter of a usual second-level cache.
 const ROW_BLOCK: usize = 32 * 1024;
-/// Rows that a thread works on at a time where weights are quantized, and activations a quarter as large.
-const QUANTIZED_ROWS: usize = 96;
+/// As many where weights are quantized, and activations a quarter as large.
+const QUANTIZED_ROW_BLOCK: usize = 4 * ROW_BLOCK;
 
 /// What becomes of a product.
 #[derive(Clone, Copy)]
@@ -57,6 +57,14 @@ impl Matrix {
             Self::Quantized(_) => WIDTH,
         }
     }
+
+    /// Bytes that a product reads.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(panels) => panels.bytes(),
+            Self::Quantized(panels) => panels.bytes(),
+        }
+    }
 }
 
 /// A projection `[out, in]`, optionally with a bias `[out]`.
@@ -80,6 +88,11 @@ impl Linear {
             matrix: Matrix::Quantized(QuantizedPanels::pack(weight)),
             bias,
         }
+    }
+
+    /// Bytes of the weight.
+    pub fn bytes(&self) -> usize {
+        self.matrix.bytes()
     }
 
     /// `x W^T + bias`: `[rows, in]` to `[rows, out]`.
@@ -152,6 +165,11 @@ impl GateUp {
         Ok(Self {
             matrix: Matrix::Quantized(QuantizedPanels::pack_pairs(gate, up)?),
         })
+    }
+
+    /// Bytes of the weights.
+    pub fn bytes(&self) -> usize {
+        self.matrix.bytes()
     }
 
     /// `[rows, in]` to `[rows, out]`.
@@ -255,12 +273,14 @@ impl WithSimd for Stripe<'_> {
         } else {
             1
         };
-        let block = match self.operands {
-            Operands::Dense { .. } => (ROW_BLOCK / depth).clamp(24, 96),
-            Operands::Quantized { .. } => QUANTIZED_ROWS,
+        let activations = match self.operands {
+            Operands::Dense { .. } => ROW_BLOCK,
+            Operands::Quantized { .. } => QUANTIZED_ROW_BLOCK,
         };
-        let block = block.min(self.rows);
-        let mut sums = vec![0.0; per_unit * block * width];
+        let block = (activations / depth).clamp(24, 96).min(self.rows);
+        // Vectors of sums that lie across two cache lines take longer.
+        let mut sums = Aligned::zeros(per_unit * block * width);
+        let sums = &mut sums.get_mut()[..per_unit * block * width];
         let mut buffer = Vec::new();
         for first in (0..self.rows).step_by(block) {
             let rows = block.min(self.rows - first);
@@ -281,7 +301,7 @@ impl WithSimd for Stripe<'_> {
                         Operands::Quantized { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
                     }
                 }
-                self.finish::<S>(first, rows, unit, &sums, block * width);
+                self.finish::<S>(first, rows, unit, sums, block * width);
             }
         }
     }
@@ -331,9 +351,9 @@ impl Stripe<'_> {
             // SAFETY: each task has its own units, so its own columns; one row of them at a time is borrowed here.
             let out = unsafe { self.out.part((first + row) * outputs + column, columns) };
             match self.epilogue {
-                Epilogue::Write { bias: None } => match (S::as_mut_simd_f32s(out).0, S::as_simd_f32s(sums_row).0) {
+                Epilogue::Write { bias: None } => match (S::as_mut_simd_f32s(out), S::as_simd_f32s(sums_row)) {
                     // A whole panel, without a call.
-                    ([to, next], [sum, after]) => (*to, *next) = (*sum, *after),
+                    (([to, next], []), ([sum, after], [])) => (*to, *next) = (*sum, *after),
                     _ => out.copy_from_slice(sums_row),
                 },
                 Epilogue::Write { bias: Some(bias) } => {
@@ -363,6 +383,7 @@ impl Stripe<'_> {
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
+    use candle_core::quantized::{GgmlDType, QTensor};
 
     use super::super::numbers;
     use super::*;
@@ -409,6 +430,68 @@ mod tests {
                     let silu = exact / (1.0 + (-exact).exp());
                     let up = dot(x, &up[output * inputs..][..inputs]);
                     near(gated[row][output], silu * up, 20 * (inputs + 10));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn quantized_products_of_odd_sizes_are_near() {
+        for (rows, inputs, outputs, dtype) in [
+            (1, 32, 1, GgmlDType::Q4_1),
+            (3, 64, 9, GgmlDType::Q8_0),
+            (5, 96, 17, GgmlDType::Q4_0),
+            (97, 576, 67, GgmlDType::Q4_1),
+            (25, 1024, 43, GgmlDType::Q8_0),
+        ] {
+            let stored = |seed| {
+                let weights = Tensor::from_vec(numbers(outputs * inputs, seed), (outputs, inputs), &Device::Cpu);
+                let stored = QTensor::quantize(&weights.unwrap(), dtype).unwrap();
+                let weights: Vec<f32> = stored
+                    .dequantize(&Device::Cpu)
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap()
+                    .to_vec1()
+                    .unwrap();
+                (Rows::read(&stored).unwrap(), weights)
+            };
+            let ((weight, exact), (up, exact_up)) = (stored(21), stored(22));
+            let (x, bias) = (numbers(rows * inputs, 23), numbers(outputs, 24));
+            let input = Tensor::from_vec(x.clone(), (rows, inputs), &Device::Cpu).unwrap();
+            let linear = Linear::quantized(&weight, None);
+            let product: Vec<Vec<f32>> = linear.forward(&input).unwrap().to_vec2().unwrap();
+            let sum = Tensor::ones((rows, outputs), DType::F32, &Device::Cpu).unwrap();
+            linear.add_to(&sum, &input).unwrap();
+            let sum: Vec<Vec<f32>> = sum.to_vec2().unwrap();
+            let biased = Linear::quantized(&weight, Some(bias.clone())).forward(&input).unwrap();
+            let biased: Vec<Vec<f32>> = biased.to_vec2().unwrap();
+            let gate_up = GateUp::quantized(&weight, &up).unwrap();
+            let gated: Vec<Vec<f32>> = gate_up.forward(&input).unwrap().to_vec2().unwrap();
+            // Of activations to one, rounded to 1 / 127, each is off by half of that at most, one way or the other.
+            let within = 6.0 / 254.0 * (inputs as f64 / 9.0).sqrt();
+            for row in 0..rows {
+                let x = &x[row * inputs..][..inputs];
+                for output in 0..outputs {
+                    let exact = dot(x, &exact[output * inputs..][..inputs]);
+                    let up = dot(x, &exact_up[output * inputs..][..inputs]);
+                    let silu = exact / (1.0 + (-exact).exp());
+                    for (found, exact, within) in [
+                        (product[row][output], exact, within),
+                        (sum[row][output], exact + 1.0, within),
+                        (biased[row][output], exact + bias[output] as f64, within),
+                        (
+                            gated[row][output],
+                            silu * up,
+                            within * (exact.abs() + up.abs() + 1.0) * 1.1,
+                        ),
+                    ] {
+                        let off = (found as f64 - exact).abs();
+                        assert!(
+                            off <= within,
+                            "row {row}, output {output} of {outputs}: {found} is not {exact}"
+                        );
+                    }
                 }
             }
         }

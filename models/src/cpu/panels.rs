@@ -24,14 +24,14 @@ enum Elements {
     F16(Aligned<f16>),
 }
 
-/// A vector whose elements begin at a cache line.
-struct Aligned<T> {
+/// A vector whose elements begin at a cache line; some more than were asked for.
+pub struct Aligned<T> {
     data: Vec<T>,
     start: usize,
 }
 
 impl<T: Copy + Default> Aligned<T> {
-    fn zeros(len: usize) -> Self {
+    pub fn zeros(len: usize) -> Self {
         let data = vec![T::default(); len + 64];
         let start = data.as_ptr().align_offset(64).min(64);
         Self { data, start }
@@ -41,7 +41,7 @@ impl<T: Copy + Default> Aligned<T> {
         &self.data[self.start..]
     }
 
-    fn get_mut(&mut self) -> &mut [T] {
+    pub fn get_mut(&mut self) -> &mut [T] {
         &mut self.data[self.start..]
     }
 }
@@ -138,6 +138,15 @@ impl Panels {
             Elements::F16(data) => data.get()[range].convert_to_f32_slice(buffer),
         }
         buffer
+    }
+
+    /// Bytes of the weights.
+    pub fn bytes(&self) -> usize {
+        let weights = self.outputs * self.depth;
+        match &self.data {
+            Elements::F32(_) => 4 * weights,
+            Elements::Bf16(_) | Elements::F16(_) => 2 * weights,
+        }
     }
 
     /// Writes the weights of output `index` to `row`, as an embedding lookup wants them.

@@ -74,11 +74,18 @@ impl GgufFile {
     /// See [`super::Weights::quantized`].
     pub fn quantized(&self, name: &str, shape: [usize; 2], device: &Device) -> Result<Option<QTensor>, ModelError> {
         use GgmlDType::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
-        let stored = self.stored(&gguf_name(name), &shape)?;
-        let dtype = stored.dtype();
-        if !matches!(dtype, Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K) {
+        let stored_as = self
+            .content
+            .tensor_infos
+            .get(&gguf_name(name))
+            .map(|info| info.ggml_dtype);
+        if stored_as
+            .is_some_and(|dtype| !matches!(dtype, Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K))
+        {
             return Ok(None);
         }
+        let stored = self.stored(&gguf_name(name), &shape)?;
+        let dtype = stored.dtype();
         let placed = || {
             let mut rows = stored.data()?;
             if let Some(heads) = self.permuted_heads(name) {

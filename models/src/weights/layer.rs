@@ -58,8 +58,9 @@ impl<T> StoredLayer<T> {
         match part {
             "self_attn.o_proj.weight" => self.attention_output.is_some(),
             "mlp.down_proj.weight" => self.down.is_some(),
-            part if part.starts_with("mlp.") => self.gate_up.is_some(),
-            _ => self.qkv.is_some(),
+            "mlp.gate_proj.weight" | "mlp.up_proj.weight" => self.gate_up.is_some(),
+            "self_attn.q_proj.weight" | "self_attn.k_proj.weight" | "self_attn.v_proj.weight" => self.qkv.is_some(),
+            _ => false,
         }
     }
 }

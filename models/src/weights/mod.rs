@@ -42,7 +42,7 @@ impl Weights {
     }
 
     /// Matrix `name`, which must have `shape`, on `device` as the file stores it; `None` where that is not in quantized
-    /// blocks of a type that there are kernels for.
+    /// blocks of a type that is multiplied so, or on the CPU rounded to one.
     pub fn quantized(&self, name: &str, shape: [usize; 2], device: &Device) -> Result<Option<QTensor>, ModelError> {
         match self {
             Self::Gguf(file) => file.quantized(name, shape, device),

@@ -11,12 +11,11 @@ use super::BLOCK;
 const ROWS_A_THREAD: usize = 16;
 
 /// A row's part of a block: each activation is nearly `scale * value`.
-#[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct Group {
     /// -127 to 127.
     pub values: [i8; BLOCK],
-    /// Not a number if any activation is not finite, so that what is multiplied by it is not either.
+    /// Not finite if any activation is not, so that what is multiplied by it, or by the sum, is not either.
     pub scale: f32,
     /// The sum of the values times the scale, by which a block's minimum is multiplied.
     pub sum: f32,

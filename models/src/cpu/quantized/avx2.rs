@@ -36,7 +36,7 @@ macro_rules! for_tiles {
     }};
 }
 
-/// As [`super::portable::four_bits`].
+/// As [`super::portable::multiply`].
 #[target_feature(enable = "avx2,fma,f16c")]
 pub fn four_bits(panel: &[FourBits], x: &Activations, rows: Range<usize>, sums: &mut [[f32; WIDTH]]) {
     let low = _mm256_set1_epi8(15);
@@ -58,7 +58,7 @@ pub fn four_bits(panel: &[FourBits], x: &Activations, rows: Range<usize>, sums: 
     }
 }
 
-/// As [`super::portable::eight_bits`].
+/// As [`super::portable::multiply`].
 #[target_feature(enable = "avx2,fma,f16c")]
 pub fn eight_bits(panel: &[EightBits], x: &Activations, rows: Range<usize>, sums: &mut [[f32; WIDTH]]) {
     for (index, block) in panel.iter().enumerate() {

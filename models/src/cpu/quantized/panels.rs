@@ -18,7 +18,7 @@ pub const STEP: usize = 4;
 
 /// 32 inputs of 16 outputs, in halves of eight outputs. Vector `i` has the weights of inputs `4 i` on in its low nibbles,
 /// and of inputs `16 + 4 i` on in its high ones.
-#[repr(C, align(32))]
+#[repr(align(32))]
 #[derive(Clone, Copy)]
 pub struct FourBits {
     pub nibbles: [[[u8; BLOCK]; 4]; 2],
@@ -27,60 +27,98 @@ pub struct FourBits {
 }
 
 /// 32 inputs of 16 outputs, in halves of eight outputs. Vector `i` has the weights of inputs `4 i` on.
-#[repr(C, align(32))]
+#[repr(align(32))]
 #[derive(Clone, Copy)]
 pub struct EightBits {
     pub values: [[[i8; BLOCK]; 8]; 2],
     pub scales: [[f16; LANES]; 2],
 }
 
-impl FourBits {
-    fn empty() -> Self {
-        Self {
-            nibbles: [[[0; BLOCK]; 4]; 2],
-            scales: [[f16::ZERO; LANES]; 2],
-            minima: [[f16::ZERO; LANES]; 2],
-        }
-    }
+/// A block of either type.
+pub trait Block: Copy + Send + Sync {
+    const EMPTY: Self;
+
+    /// Sets the weight of `input` for an output of one half, which was empty.
+    fn set(&mut self, half: usize, output: usize, input: usize, value: i8);
 
     /// The weight of `input` for an output of one half.
-    pub fn value(&self, half: usize, output: usize, input: usize) -> i32 {
-        let byte = self.nibbles[half][input % 16 / STEP][STEP * output + input % STEP];
-        i32::from(if input < 16 { byte & 15 } else { byte >> 4 })
+    fn value(&self, half: usize, output: usize, input: usize) -> i8;
+
+    fn set_scale(&mut self, half: usize, output: usize, scale: f16, minimum: f16);
+
+    /// Scale and minimum of an output of one half.
+    fn scale(&self, half: usize, output: usize) -> (f32, f32);
+}
+
+impl Block for FourBits {
+    const EMPTY: Self = Self {
+        nibbles: [[[0; BLOCK]; 4]; 2],
+        scales: [[f16::ZERO; LANES]; 2],
+        minima: [[f16::ZERO; LANES]; 2],
+    };
+
+    fn set(&mut self, half: usize, output: usize, input: usize, value: i8) {
+        let byte = &mut self.nibbles[half][input % 16 / STEP][STEP * output + input % STEP];
+        *byte |= (value as u8 & 15) << if input < 16 { 0 } else { 4 };
     }
 
-    fn set(&mut self, column: usize, rows: &Rows, output: usize, block: usize) {
-        let (half, lane) = (column / LANES, column % LANES);
-        let at = output * (rows.depth / BLOCK) + block;
-        for (input, &value) in rows.values[at * BLOCK..][..BLOCK].iter().enumerate() {
-            let byte = &mut self.nibbles[half][input % 16 / STEP][STEP * lane + input % STEP];
-            *byte |= (value as u8 & 15) << if input < 16 { 0 } else { 4 };
-        }
-        (self.scales[half][lane], self.minima[half][lane]) = (rows.scales[at], rows.minima[at]);
+    fn value(&self, half: usize, output: usize, input: usize) -> i8 {
+        let byte = self.nibbles[half][input % 16 / STEP][STEP * output + input % STEP];
+        (if input < 16 { byte & 15 } else { byte >> 4 }) as i8
+    }
+
+    fn set_scale(&mut self, half: usize, output: usize, scale: f16, minimum: f16) {
+        (self.scales[half][output], self.minima[half][output]) = (scale, minimum);
+    }
+
+    fn scale(&self, half: usize, output: usize) -> (f32, f32) {
+        (self.scales[half][output].to_f32(), self.minima[half][output].to_f32())
     }
 }
 
-impl EightBits {
-    fn empty() -> Self {
-        Self {
-            values: [[[0; BLOCK]; 8]; 2],
-            scales: [[f16::ZERO; LANES]; 2],
-        }
+impl Block for EightBits {
+    const EMPTY: Self = Self {
+        values: [[[0; BLOCK]; 8]; 2],
+        scales: [[f16::ZERO; LANES]; 2],
+    };
+
+    fn set(&mut self, half: usize, output: usize, input: usize, value: i8) {
+        self.values[half][input / STEP][STEP * output + input % STEP] = value;
     }
 
-    /// The weight of `input` for an output of one half.
-    pub fn value(&self, half: usize, output: usize, input: usize) -> i32 {
-        i32::from(self.values[half][input / STEP][STEP * output + input % STEP])
+    fn value(&self, half: usize, output: usize, input: usize) -> i8 {
+        self.values[half][input / STEP][STEP * output + input % STEP]
     }
 
-    fn set(&mut self, column: usize, rows: &Rows, output: usize, block: usize) {
-        let (half, lane) = (column / LANES, column % LANES);
-        let at = output * (rows.depth / BLOCK) + block;
-        for (input, &value) in rows.values[at * BLOCK..][..BLOCK].iter().enumerate() {
-            self.values[half][input / STEP][STEP * lane + input % STEP] = value;
-        }
-        self.scales[half][lane] = rows.scales[at];
+    fn set_scale(&mut self, half: usize, output: usize, scale: f16, _minimum: f16) {
+        self.scales[half][output] = scale;
     }
+
+    fn scale(&self, half: usize, output: usize) -> (f32, f32) {
+        (self.scales[half][output].to_f32(), 0.0)
+    }
+}
+
+/// The panels of a matrix, block by block; `source` tells of each panel which matrix it is cut from, and the how-manieth
+/// of that matrix it is.
+fn build<'a, B: Block>(count: usize, source: impl Fn(usize) -> (&'a Rows, usize) + Sync) -> Vec<B> {
+    let per_panel = source(0).0.depth / BLOCK;
+    let indices = (0..count * per_panel).into_par_iter();
+    let blocks = indices.map(|index| {
+        let (rows, nth) = source(index / per_panel);
+        let mut block = B::EMPTY;
+        let outputs = (nth * WIDTH..rows.outputs()).take(WIDTH);
+        for (column, output) in outputs.enumerate() {
+            let (half, lane) = (column / LANES, column % LANES);
+            let at = output * per_panel + index % per_panel;
+            for (input, &value) in rows.values[at * BLOCK..][..BLOCK].iter().enumerate() {
+                block.set(half, lane, input, value);
+            }
+            block.set_scale(half, lane, rows.scales[at], rows.minima[at]);
+        }
+        block
+    });
+    blocks.collect()
 }
 
 enum Blocks {
@@ -99,10 +137,15 @@ pub struct QuantizedPanels {
 
 impl QuantizedPanels {
     pub fn pack(rows: &Rows) -> Self {
-        let outputs = rows.values.len() / rows.depth;
-        Self::build(outputs.div_ceil(WIDTH), outputs, rows.depth, rows.bits, |panel| {
-            (rows, panel)
-        })
+        let count = rows.outputs().div_ceil(WIDTH);
+        Self {
+            blocks: match rows.bits {
+                Bits::Four => Blocks::Four(build(count, |panel| (rows, panel))),
+                Bits::Eight => Blocks::Eight(build(count, |panel| (rows, panel))),
+            },
+            depth: rows.depth,
+            outputs: rows.outputs(),
+        }
     }
 
     /// Packs two matrices of equal shape, a panel of `first` and the same panel of `second` in turn.
@@ -110,7 +153,7 @@ impl QuantizedPanels {
     /// # Errors
     /// They are not alike.
     pub fn pack_pairs(first: &Rows, second: &Rows) -> Result<Self> {
-        let shape = |rows: &Rows| (rows.bits, rows.depth, rows.values.len());
+        let shape = |rows: &Rows| (rows.bits, rows.depth, rows.outputs());
         if shape(first) != shape(second) {
             bail!(
                 "a pair of matrices {:?} and {:?} is not alike",
@@ -118,56 +161,24 @@ impl QuantizedPanels {
                 shape(second)
             )
         }
-        let outputs = first.values.len() / first.depth;
-        let count = 2 * outputs.div_ceil(WIDTH);
-        Ok(Self::build(count, outputs, first.depth, first.bits, |panel| {
-            (if panel % 2 == 0 { first } else { second }, panel / 2)
-        }))
+        let count = 2 * first.outputs().div_ceil(WIDTH);
+        let source = |panel: usize| (if panel.is_multiple_of(2) { first } else { second }, panel / 2);
+        Ok(Self {
+            blocks: match first.bits {
+                Bits::Four => Blocks::Four(build(count, source)),
+                Bits::Eight => Blocks::Eight(build(count, source)),
+            },
+            depth: first.depth,
+            outputs: first.outputs(),
+        })
     }
 
-    /// `source` tells of each panel which matrix it is cut from, and the how-manieth of that matrix it is.
-    fn build<'a>(
-        count: usize,
-        outputs: usize,
-        depth: usize,
-        bits: Bits,
-        source: impl Fn(usize) -> (&'a Rows, usize) + Sync,
-    ) -> Self {
-        let per_panel = depth / BLOCK;
-        let fill = |set: &mut dyn FnMut(usize, &Rows, usize, usize), index: usize| {
-            let (rows, nth) = source(index / per_panel);
-            for column in (0..WIDTH).take_while(|column| nth * WIDTH + column < outputs) {
-                set(column, rows, nth * WIDTH + column, index % per_panel);
-            }
-        };
-        let indices = (0..count * per_panel).into_par_iter();
-        let blocks = match bits {
-            Bits::Four => Blocks::Four(
-                indices
-                    .map(|index| {
-                        let mut block = FourBits::empty();
-                        fill(
-                            &mut |column, rows, output, at| block.set(column, rows, output, at),
-                            index,
-                        );
-                        block
-                    })
-                    .collect(),
-            ),
-            Bits::Eight => Blocks::Eight(
-                indices
-                    .map(|index| {
-                        let mut block = EightBits::empty();
-                        fill(
-                            &mut |column, rows, output, at| block.set(column, rows, output, at),
-                            index,
-                        );
-                        block
-                    })
-                    .collect(),
-            ),
-        };
-        Self { blocks, depth, outputs }
+    /// Bytes of the weights.
+    pub fn bytes(&self) -> usize {
+        match &self.blocks {
+            Blocks::Four(blocks) => size_of_val(blocks.as_slice()),
+            Blocks::Eight(blocks) => size_of_val(blocks.as_slice()),
+        }
     }
 
     /// Panel `index` times some rows: `sums` becomes `[rows, WIDTH]`.
@@ -187,27 +198,27 @@ impl QuantizedPanels {
             return;
         }
         match &self.blocks {
-            Blocks::Four(blocks) => portable::four_bits(&blocks[range], x, rows, sums),
-            Blocks::Eight(blocks) => portable::eight_bits(&blocks[range], x, rows, sums),
+            Blocks::Four(blocks) => portable::multiply(&blocks[range], x, rows, sums),
+            Blocks::Eight(blocks) => portable::multiply(&blocks[range], x, rows, sums),
         }
     }
 
     /// Writes the weights of output `index` to `row`, as an embedding lookup wants them.
     pub fn gather(&self, index: usize, row: &mut [f32]) {
-        let (panel, half, lane) = (index / WIDTH, index % WIDTH / LANES, index % LANES);
-        for (block, row) in row.chunks_exact_mut(BLOCK).enumerate() {
-            let at = panel * (self.depth / BLOCK) + block;
-            for (input, weight) in row.iter_mut().enumerate() {
-                *weight = match &self.blocks {
-                    Blocks::Four(blocks) => {
-                        let (scale, minimum) = (blocks[at].scales[half][lane], blocks[at].minima[half][lane]);
-                        scale.to_f32() * blocks[at].value(half, lane, input) as f32 + minimum.to_f32()
-                    }
-                    Blocks::Eight(blocks) => {
-                        blocks[at].scales[half][lane].to_f32() * blocks[at].value(half, lane, input) as f32
-                    }
-                };
-            }
+        let first = index / WIDTH * (self.depth / BLOCK);
+        match &self.blocks {
+            Blocks::Four(blocks) => gather(&blocks[first..], index % WIDTH, row),
+            Blocks::Eight(blocks) => gather(&blocks[first..], index % WIDTH, row),
+        }
+    }
+}
+
+fn gather<B: Block>(blocks: &[B], column: usize, row: &mut [f32]) {
+    let (half, lane) = (column / LANES, column % LANES);
+    for (block, row) in blocks.iter().zip(row.chunks_exact_mut(BLOCK)) {
+        let (scale, minimum) = block.scale(half, lane);
+        for (input, weight) in row.iter_mut().enumerate() {
+            *weight = scale * f32::from(block.value(half, lane, input)) + minimum;
         }
     }
 }
@@ -254,6 +265,7 @@ mod tests {
                 for panel in 0..outputs.div_ceil(WIDTH) {
                     let mut sums = vec![f32::NAN; count * WIDTH];
                     panels.multiply(panel, &x, 0..count, &mut sums);
+                    assert_eq!(sums, plain(&panels, panel, &x, count));
                     for (row, sums) in sums.chunks_exact(WIDTH).enumerate() {
                         for (column, &sum) in sums.iter().enumerate() {
                             let output = panel * WIDTH + column;
@@ -271,6 +283,18 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// What the kernel for any processor gives.
+    fn plain(panels: &QuantizedPanels, index: usize, x: &Activations, count: usize) -> Vec<f32> {
+        let mut sums = vec![[0.0; WIDTH]; count];
+        let per_panel = panels.depth / BLOCK;
+        let range = index * per_panel..(index + 1) * per_panel;
+        match &panels.blocks {
+            Blocks::Four(blocks) => portable::multiply(&blocks[range], x, 0..count, &mut sums),
+            Blocks::Eight(blocks) => portable::multiply(&blocks[range], x, 0..count, &mut sums),
+        }
+        sums.into_flattened()
     }
 
     fn defined(rows: &Rows, x: &Activations, row: usize, output: usize) -> f32 {
@@ -291,9 +315,11 @@ mod tests {
     #[test]
     fn extremes_are_summed_exactly() {
         for (bits, weights) in [
+            (Bits::Four, [15, 15]),
             (Bits::Four, [15, 0]),
+            (Bits::Eight, [127, 127]),
             (Bits::Eight, [127, -128]),
-            (Bits::Eight, [-127, -127]),
+            (Bits::Eight, [-128, -128]),
         ] {
             let depth = 64;
             let rows = Rows {
@@ -306,15 +332,14 @@ mod tests {
             for signs in [[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]] {
                 let x: Vec<f32> = signs.iter().cycle().take(3 * depth).copied().collect();
                 let x = Activations::round(&x, depth);
-                let (mut sums, mut plain) = (vec![0.0; 3 * WIDTH], vec![[0.0; WIDTH]; 3]);
+                let mut sums = vec![0.0; 3 * WIDTH];
                 let panels = QuantizedPanels::pack(&rows);
                 panels.multiply(0, &x, 0..3, &mut sums);
-                match &panels.blocks {
-                    Blocks::Four(blocks) => portable::four_bits(blocks, &x, 0..3, &mut plain),
-                    Blocks::Eight(blocks) => portable::eight_bits(blocks, &x, 0..3, &mut plain),
+                assert_eq!(sums, plain(&panels, 0, &x, 3));
+                for (at, &sum) in sums.iter().enumerate() {
+                    let exact = defined(&rows, &x, at / WIDTH, at % WIDTH);
+                    assert_eq!(sum, exact, "{weights:?} {signs:?}");
                 }
-                assert_eq!(sums, plain.as_flattened());
-                assert_eq!(sums[5], defined(&rows, &x, 0, 5), "{weights:?} {signs:?}");
             }
         }
     }

@@ -12,7 +12,7 @@ use super::BLOCK;
 pub enum Bits {
     /// 0 to 15.
     Four,
-    /// -127 to 127.
+    /// -127 to 127, and -128 if a file has it.
     Eight,
 }
 
@@ -35,7 +35,7 @@ impl Rows {
         if depth % BLOCK != 0 {
             bail!("a row of {depth} weights is no whole number of blocks")
         }
-        let mut rows = Self::empty(Bits::Four, depth);
+        let mut rows = Self::with_room(Bits::Four, depth, tensor.shape().elem_count());
         match tensor.dtype() {
             GgmlDType::Q4_0 => tensor.data()?.as_chunks::<18>().0.iter().for_each(|block| {
                 let scale = number(block[0], block[1]);
@@ -62,13 +62,17 @@ impl Rows {
         Ok(rows)
     }
 
-    fn empty(bits: Bits, depth: usize) -> Self {
+    pub fn outputs(&self) -> usize {
+        self.values.len() / self.depth
+    }
+
+    fn with_room(bits: Bits, depth: usize, weights: usize) -> Self {
         Self {
             bits,
             depth,
-            values: Vec::new(),
-            scales: Vec::new(),
-            minima: Vec::new(),
+            values: Vec::with_capacity(weights),
+            scales: Vec::with_capacity(weights / BLOCK),
+            minima: Vec::with_capacity(weights / BLOCK),
         }
     }
 
@@ -85,7 +89,9 @@ impl Rows {
         let blocks: Vec<(f16, [i8; BLOCK])> = weights
             .par_chunks_exact(BLOCK)
             .map(|block| {
-                let largest = block.iter().fold(0f32, |most, weight| most.max(weight.abs()));
+                // By their bits, what is not a number is above all others, and stays so.
+                let largest = block.iter().fold(0, |most: u32, w| most.max(w.to_bits() & 0x7FFF_FFFF));
+                let largest = f32::from_bits(largest);
                 let scale = f16::from_f32(largest / 127.0);
                 let inverse = match scale.to_f32() {
                     0.0 => 0.0,
@@ -96,7 +102,7 @@ impl Rows {
                 (scale, std::array::from_fn(value))
             })
             .collect();
-        let mut rows = Self::empty(Bits::Eight, depth);
+        let mut rows = Self::with_room(Bits::Eight, depth, weights.len());
         for (scale, values) in blocks {
             rows.scales.push(scale);
             rows.minima.push(f16::ZERO);
@@ -161,8 +167,8 @@ mod tests {
     fn what_a_file_stores_stands_for_the_numbers_candle_reads() {
         let weights = numbers(6 * 256, 3);
         for (dtype, bits, within) in [
-            (GgmlDType::Q4_0, Bits::Four, 2e-4),
-            (GgmlDType::Q4_1, Bits::Four, 1e-6),
+            (GgmlDType::Q4_0, Bits::Four, 0.0),
+            (GgmlDType::Q4_1, Bits::Four, 0.0),
             (GgmlDType::Q8_0, Bits::Eight, 0.0),
             (GgmlDType::Q5_1, Bits::Eight, 4.5e-3),
             (GgmlDType::Q6K, Bits::Eight, 4.5e-3),
@@ -197,5 +203,8 @@ mod tests {
         assert_eq!(rows.weights()[..32], [0.0; 32]);
         assert_eq!(rows.values[40], -127);
         assert!((rows.weights()[40] + 1000.0).abs() < 1.0 && (rows.weights()[41] - 5.0).abs() < 4.0);
+        weights[3] = f32::NAN;
+        let rows = Rows::round(&weights, 64);
+        assert!(rows.weights()[..32].iter().all(|weight| weight.is_nan()) && rows.weights()[40] < -999.0);
     }
 }
