@@ -31,9 +31,11 @@ pub(crate) struct Pools {
 }
 
 impl KvCache {
-    /// What [`Self::read_block`] gives and how decoders compute it. Raised whenever either changes, so that blocks saved
-    /// by another version are not taken for this one's.
-    pub const LAYOUT: u32 = 1;
+    /// What [`Self::read_block`] gives of a pool on `device` and how decoders compute it. Another number whenever either
+    /// changes, so that blocks saved by another version, or of another kind of device, are not taken for this one's.
+    pub fn layout(device: &Device) -> u32 {
+        if device.is_cpu() { 1 } else { 2 }
+    }
 
     /// A pool of `blocks` blocks of `block_size` positions, stored as `dtype` (f32, bf16 or f16). The memory is
     /// reserved; a block becomes resident when it is first written.
@@ -103,8 +105,14 @@ impl KvCache {
     /// Appends a block's contents to `bytes`: of each layer its keys, then its values, little-endian in the pool's type.
     pub fn read_block(&self, block: u32, bytes: &mut Vec<u8>) -> Result<()> {
         bytes.reserve(self.block_bytes());
-        self.halves()
-            .try_for_each(|pool| pool.get(block as usize)?.write_bytes(bytes))
+        self.halves().try_for_each(|pool| {
+            let half = pool.get(block as usize)?;
+            match pool.device().is_cpu() {
+                true => half.write_bytes(bytes),
+                // Of a tensor on a GPU candle copies all memory to the host, and that of a part is the whole pool's.
+                false => half.force_contiguous()?.write_bytes(bytes),
+            }
+        })
     }
 
     /// Fills a block with what [`Self::read_block`] gave of one, in this pool or in another like it.

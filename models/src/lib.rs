@@ -3,7 +3,7 @@
 //!
 //! A [`Step`] carries any mix of prefill chunks and decodes, packed end to end; [`Decoder::forward`] runs it in
 //! one pass over a [`KvCache`] and answers logits for the sequences that want them. What a sequence's logits are
-//! does not depend, to the last bit, on what else is in the step or on how its prompt was cut into chunks.
+//! does not depend, on the CPU to the last bit, on what else is in the step or on how its prompt was cut into chunks.
 
 pub mod ceilings;
 pub mod config;

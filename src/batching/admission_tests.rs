@@ -468,7 +468,7 @@ fn steps_are_left_to_spare() {
         deadline: Some(now + Duration::from_secs_f64(seconds)),
     };
     let (rich, poor) = (tenant("rich"), tenant("poor"));
-    // Each alone or beside others takes ten steps of 0.1 s, stretched to 1.1 s.
+    // Each alone or beside others takes ten steps of 0.1 s, stretched to 1.2 s.
     let accepts = |tenant: &Arc<Tenant>, seconds: f64| {
         let mut gate = Gate::new(limits(), world.scheduler.outlook(&world.estimates, now));
         gate.update(world.scheduler.outlook(&world.estimates, now), &world.estimates);

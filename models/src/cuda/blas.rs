@@ -1,7 +1,6 @@
-//! Products with weight matrices: cuBLAS through candle's handle, into memory that is there already.
+//! Products with weight matrices: cuBLAS, into memory that is there already.
 
 use std::ffi::c_void;
-use std::sync::Arc;
 
 use candle_core::cuda_backend::{CudaDevice, cudarc};
 use candle_core::{DType, Result, bail};
@@ -24,7 +23,8 @@ pub struct Matrix {
 
 /// Multiplies by matrices of one type.
 pub struct Blas {
-    handle: Arc<CudaBlas>,
+    /// Not candle's, which would go on using the workspace when it is gone.
+    handle: CudaBlas,
     dtype: sys::cudaDataType_t,
     /// cuBLAS's own; without it a product in a graph would allocate.
     _workspace: CudaSlice<u8>,
@@ -32,7 +32,6 @@ pub struct Blas {
 
 impl Blas {
     pub fn new(device: &CudaDevice, dtype: DType) -> Result<Self> {
-        let handle = device.cublas_handle();
         let dtype = match dtype {
             DType::F32 => sys::cudaDataType_t::CUDA_R_32F,
             DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
@@ -40,6 +39,7 @@ impl Blas {
             other => bail!("cuBLAS: no products of {other:?}"),
         };
         let stream = device.cuda_stream();
+        let handle = CudaBlas::new(stream.clone()).map_err(device_error)?;
         // SAFETY: cuBLAS writes what it reads of its workspace.
         let workspace = unsafe { stream.alloc::<u8>(WORKSPACE) }.map_err(device_error)?;
         let address = workspace.device_ptr(&stream).0;

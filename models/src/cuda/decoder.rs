@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::cuda_backend::CudaDevice;
-use candle_core::cuda_backend::cudarc::driver::{CudaStream, sys::CUdevice_attribute};
+use candle_core::cuda_backend::cudarc::driver::CudaStream;
+use candle_core::cuda_backend::cudarc::driver::result::{device, mem_pool};
+use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute, CUmemPool_attribute, CUmemoryPool};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::blas::{Blas, Matrix};
@@ -79,6 +81,8 @@ impl CudaDecoder {
         // SAFETY: everything of this device runs on its one stream, so an event would order nothing.
         unsafe { device.disable_event_tracking() };
         let stream = device.cuda_stream();
+        // A device without pools has nothing to keep.
+        let _ = keep_freed_memory(&stream);
         let processors = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let processors = stream.context().attribute(processors).map_err(device_error);
         static DECODERS: AtomicU64 = AtomicU64::new(0);
@@ -150,8 +154,12 @@ impl CudaDecoder {
         };
         if !replayed {
             let run = self.place(&metadata.shape, workspace.addresses(), &pools);
-            self.launch(&run)?;
-            self.choose(&run)?;
+            let launches = || self.launch(&run).and_then(|()| self.choose(&run));
+            launches()?;
+            // It went with memory that had become too small, or was not among those captured at first.
+            if let Some(batch) = batch.filter(|_| workspace.runs_graphs()) {
+                workspace.capture(batch, launches)?;
+            }
         }
         workspace.fetch(rows)
     }
@@ -177,7 +185,7 @@ impl CudaDecoder {
             tiles: 0,
             rows: rows.max(largest),
         };
-        self.hold(cache, &most, 0)?;
+        self.hold(cache, &most, 0)?.run_graphs(graphs && !self.quantized);
         let mut batches = vec![1, 2, 4];
         batches.extend((8..=largest).step_by(8));
         batches.retain(|&batch| graphs && !self.quantized && batch <= largest);
@@ -221,6 +229,11 @@ impl CudaDecoder {
         self.prepare(&mut trial, tokens.max(packed), rows, false)?;
         let sampled = self.enqueue(&step, &mut trial, &vec![Draw::greedy(); rows.max(1)], None)?;
         self.wait(sampled, &mut trial)?;
+        self.stream.synchronize().map_err(device_error)?;
+        if let Ok(pool) = memory_pool(&self.stream) {
+            // SAFETY: the pool is the device's own.
+            unsafe { mem_pool::trim_to(pool, 0) }.map_err(device_error)?;
+        }
         let (free, total) = self.stream.context().mem_get_info().map_err(device_error)?;
         let trial_bytes = blocks * KvCache::bytes_per_block(&self.config, BLOCK, self.dtype);
         let taken = total - free - trial_bytes + self.temporaries(tokens, rows.max(1));
@@ -438,6 +451,23 @@ impl CudaDecoder {
         self.kernels
             .sample(&self.sizes, run.shape.rows, at.logits, run.draws, at.words, at.sampled)
     }
+}
+
+/// The pool that everything on the stream's device is allocated from.
+fn memory_pool(stream: &CudaStream) -> Result<CUmemoryPool> {
+    let device = device::get(stream.context().ordinal() as i32).map_err(device_error)?;
+    // SAFETY: the device is one that the driver named.
+    unsafe { device::get_default_mem_pool(device) }.map_err(device_error)
+}
+
+/// Keeps what is freed for the next allocation. Without it the driver takes it back at every wait, so that products with
+/// quantized matrices would map memory anew in every step.
+fn keep_freed_memory(stream: &CudaStream) -> Result<()> {
+    let pool = memory_pool(stream)?;
+    let mut all = u64::MAX;
+    let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the pool is the device's own; the attribute is a 64-bit number.
+    unsafe { mem_pool::set_attribute(pool, threshold, (&raw mut all).cast()) }.map_err(device_error)
 }
 
 /// The batch whose graph runs `rows` decodes.

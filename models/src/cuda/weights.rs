@@ -5,6 +5,7 @@ use candle_core::cuda_backend::{CudaDevice, cudarc::driver::DevicePtr};
 use candle_core::{DType, Device, Storage, Tensor, bail};
 use half::{bf16, f16};
 
+use super::device_error;
 use super::kernels::Address;
 use super::quantized::Quantized;
 use crate::decoder::built;
@@ -21,12 +22,13 @@ pub struct Held {
 impl Held {
     fn new(values: Vec<f32>, dtype: DType, device: &CudaDevice) -> candle_core::Result<Self> {
         let len = values.len();
-        let tensor = Tensor::from_vec(values, len, &Device::Cpu)?
-            .to_dtype(dtype)?
-            .to_device(&Device::Cuda(device.clone()))?;
+        let tensor = Tensor::from_vec(values, len, &Device::Cpu)?.to_dtype(dtype)?;
+        let held = tensor.to_device(&Device::Cuda(device.clone()))?;
+        // The copy may read host memory until then.
+        device.cuda_stream().synchronize().map_err(device_error)?;
         Ok(Self {
-            address: address(&tensor)?,
-            _tensor: tensor,
+            address: address(&held)?,
+            _tensor: held,
         })
     }
 }

@@ -133,6 +133,8 @@ pub struct Workspace {
     staging: PinnedHostSlice<u32>,
     /// When the last copy out of `staging` was done.
     copied: CudaEvent,
+    /// Whether decodes run as graphs.
+    with_graphs: bool,
     graphs: HashMap<usize, Captured>,
 }
 
@@ -193,11 +195,13 @@ impl Workspace {
             words: Memory::new(stream, words)?,
             staging,
             copied,
+            with_graphs: false,
             graphs: HashMap::new(),
         })
     }
 
-    /// `decoder`'s workspace, made or made larger to hold `needed`. Graphs over memory that is given back go with it.
+    /// `decoder`'s workspace, made or made larger to hold `needed`. Graphs over memory that is given back go with it, and
+    /// are captured again when they are wanted.
     pub fn holding<'a>(
         workspace: &'a mut Option<Self>,
         decoder: u64,
@@ -212,8 +216,8 @@ impl Workspace {
             // The old memory first: both might not fit.
             let before = workspace.take().map(Self::retire).transpose()?;
             let mut new = Self::new(decoder, stream, dtype, sizes, held.with(&needed))?;
-            if let Some((sampled, steps)) = before {
-                new.steps = steps;
+            if let Some((sampled, steps, with_graphs)) = before {
+                (new.steps, new.with_graphs) = (steps, with_graphs);
                 // SAFETY: the new memory is at least as long, and the old one is given back behind the copy.
                 unsafe {
                     let (to, from) = (new.sampled.address(), sampled.address());
@@ -228,11 +232,12 @@ impl Workspace {
         }
     }
 
-    /// Gives back all memory but what the last step chose, which the next one may go on from.
-    fn retire(self) -> Result<(Memory<u32>, u64)> {
+    /// Gives back all memory but what the last step chose, which the next one may go on from; tells how many steps there
+    /// were and whether decodes run as graphs.
+    fn retire(self) -> Result<(Memory<u32>, u64, bool)> {
         // Graphs and copies may be under way.
         self.stream.synchronize().map_err(device_error)?;
-        Ok((self.sampled, self.steps))
+        Ok((self.sampled, self.steps, self.with_graphs))
     }
 
     pub fn addresses(&self) -> Addresses {
@@ -294,7 +299,10 @@ impl Workspace {
     /// The logits of the last step's rows, once it has ended: `[rows, vocabulary]`.
     pub fn logits(&self, rows: usize, vocabulary: usize) -> Result<Vec<f32>> {
         let logits = self.logits.0.slice(..rows * vocabulary);
-        self.stream.clone_dtoh(&logits).map_err(device_error)
+        let host = self.stream.clone_dtoh(&logits).map_err(device_error)?;
+        // The copy need not have been done when the call returns.
+        self.stream.synchronize().map_err(device_error)?;
+        Ok(host)
     }
 
     /// Runs the graph for steps of `batch` decodes; `false` if there is none.
@@ -304,6 +312,15 @@ impl Workspace {
         };
         graph.0.launch().map_err(device_error)?;
         Ok(true)
+    }
+
+    /// Lets decodes run as graphs, or not.
+    pub fn run_graphs(&mut self, with_graphs: bool) {
+        self.with_graphs = with_graphs;
+    }
+
+    pub fn runs_graphs(&self) -> bool {
+        self.with_graphs
     }
 
     /// Keeps what `enqueue` puts on the stream as the graph for `batch` decodes, without running it.

@@ -44,7 +44,7 @@ pub struct Identity {
     pub block_size: usize,
     /// Bytes of a block over all layers.
     pub block_bytes: usize,
-    /// [`sconce_models::KvCache::LAYOUT`].
+    /// [`sconce_models::KvCache::layout`].
     pub layout: u32,
 }
 

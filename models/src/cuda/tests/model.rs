@@ -131,6 +131,54 @@ fn a_step_goes_on_from_tokens_that_the_host_has_not_seen() {
 }
 
 #[test]
+fn a_block_comes_back_as_it_was_written() {
+    if !there_is_a_gpu() {
+        return;
+    }
+    let folder = config("llama");
+    let decoder = Decoder::dummy(&folder.path().join("config.json"), &Device::Cpu, DType::F32).unwrap();
+    let device = Device::new_cuda_with_stream(0).unwrap();
+    let mut cache = KvCache::new(decoder.config(), 100, BLOCK, DType::BF16, &device).unwrap();
+    let bytes: Vec<u8> = (0..cache.block_bytes()).map(|i| (i % 61) as u8).collect();
+    cache.write_block(57, &bytes).unwrap();
+    for block in [56, 57, 58] {
+        let mut found = Vec::new();
+        cache.read_block(block, &mut found).unwrap();
+        assert!(if block == 57 {
+            found == bytes
+        } else {
+            found.iter().all(|&byte| byte == 0)
+        });
+    }
+}
+
+/// Lists that outgrow their memory take the graphs with them; the next decode captures its own again.
+#[test]
+fn graphs_come_back_after_memory_was_too_small() {
+    if !there_is_a_gpu() {
+        return;
+    }
+    let folder = config("llama");
+    let device = Device::new_cuda_with_stream(0).unwrap();
+    let decoder = Decoder::dummy(&folder.path().join("config.json"), &device, DType::BF16).unwrap();
+    let mut cache = KvCache::new(decoder.config(), 3 * BLOCKS, BLOCK, DType::BF16, &device).unwrap();
+    decoder.prepare(&mut cache, 8, 8, true).unwrap();
+    let decode = |cache: &mut KvCache| {
+        decoder
+            .sample(&step(vec![span(0, 0, 1)]), cache, &[Draw::greedy()])
+            .unwrap()
+    };
+    let before = decode(&mut cache);
+    let none = |cache: &KvCache| format!("{:?}", cache.workspace).contains("graphs: 0");
+    assert!(!none(&cache));
+    let prompt = step(vec![span(1, 0, 150)]);
+    decoder.sample(&prompt, &mut cache, &[Draw::greedy()]).unwrap();
+    assert!(none(&cache), "the prompt needed more memory");
+    assert_eq!([decode(&mut cache), decode(&mut cache)], [before.clone(), before]);
+    assert!(!none(&cache));
+}
+
+#[test]
 fn a_share_of_the_memory_is_left_for_the_cache() {
     if !there_is_a_gpu() {
         return;
