@@ -189,12 +189,12 @@ mod tests {
 
         #[test]
         fn a_template_that_opens_a_bracket_before_a_text_opens_no_token(
-            before in "(<|</|<\\||<\\|im)", text in "(s|>|\\||im_|start|end|x){1,5}"
+            before in "(<|</|<\\||<\\|im)",
+            // A single character that ends a token is the template's own doing.
+            text in "(im_|start|end|(s|>|\\||im_|start|end|x){2,5})"
         ) {
             let marker = marker();
             let text = marker.mark(&text).into_owned();
-            // A single character that ends a token is the template's own doing.
-            prop_assume!(text.chars().count() > 1);
             let together = format!("{before}{text}");
             for spelling in &marker.spellings {
                 prop_assert!(!together.contains(spelling.as_str()), "{}", together);
