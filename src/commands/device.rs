@@ -1,6 +1,7 @@
 //! From the settings' device, type and threads to what computes.
 
 use candle_core::{DType, Device};
+use sconce_models::without_backtrace;
 
 use crate::config;
 
@@ -14,7 +15,10 @@ pub struct DeviceError {
 
 /// Opens the device; `auto` is the first GPU, where this build and machine have one.
 pub fn open(device: config::Device) -> Result<Device, DeviceError> {
-    let failed = |source| DeviceError { device, source };
+    let failed = |source| DeviceError {
+        device,
+        source: without_backtrace(source),
+    };
     match device {
         config::Device::Cpu => Ok(Device::Cpu),
         // A stream of its own: the engine's thread is not the one that loads the model.
