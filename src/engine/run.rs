@@ -404,6 +404,8 @@ impl Runner {
                 let late = matches!(outcome, "cut" | "expired");
                 self.admission.ended(&client, late, &self.metrics, now);
             }
+            // The last phase ends within the request, whose own span the client's side ends when it hears of this.
+            client.phase = Span::none();
             if let Some(event) = event {
                 let _ = client.events.send(event);
             }
