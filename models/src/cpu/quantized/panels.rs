@@ -136,6 +136,7 @@ pub struct QuantizedPanels {
 }
 
 impl QuantizedPanels {
+    /// Packs a matrix, panel by panel.
     pub fn pack(rows: &Rows) -> Self {
         let count = rows.outputs().div_ceil(WIDTH);
         Self {

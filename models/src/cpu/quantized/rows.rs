@@ -30,6 +30,9 @@ pub struct Rows {
 
 impl Rows {
     /// A GGUF file's matrix on the CPU: Q4_0, Q4_1 and Q8_0 as they are, others rounded to eight bits.
+    ///
+    /// # Errors
+    /// The tensor is no matrix, or its rows are no whole number of blocks.
     pub fn read(tensor: &QTensor) -> Result<Self> {
         let (_, depth) = tensor.shape().dims2()?;
         if depth % BLOCK != 0 {
