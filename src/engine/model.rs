@@ -186,6 +186,11 @@ impl Weights {
         })
     }
 
+    /// Whether a GPU computes with them.
+    pub fn on_gpu(&self) -> bool {
+        !self.settings.device.is_cpu()
+    }
+
     pub(super) fn step_timeout(&self) -> Duration {
         self.settings.step_timeout
     }

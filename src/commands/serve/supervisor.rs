@@ -228,6 +228,10 @@ impl Supervisor {
         tracing::error!(?end, "the engine failed; everyone who waited for it was told");
         let cause = match end {
             End::DeviceLost(reason) => return Err(ServeError::DeviceLost(reason)),
+            // Whatever another engine asked of the device would wait behind the step that hangs.
+            End::Hung if current.weights.on_gpu() => {
+                return Err(ServeError::DeviceLost("a step did not end".into()));
+            }
             End::Hung => "hung",
             End::Panicked(_) | End::Finished => "panicked",
         };
