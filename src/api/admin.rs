@@ -88,7 +88,7 @@ fn checked(body: ChangeBody) -> Result<Change, ApiError> {
     })
 }
 
-async fn configure(server: &Server, method: &str, change: Change) -> Result<Json<InForce>, ApiError> {
+async fn configure(server: &Arc<Server>, method: &str, change: Change) -> Result<Json<InForce>, ApiError> {
     allowed(server, method, BATCHING)?;
     let model = server.model()?;
     let Some(engine) = &model.engine else {

@@ -194,11 +194,16 @@ impl Server {
     }
 
     /// Changes batching settings of this engine, and of those that may come after it.
-    pub async fn configure(&self, engine: &Handle, change: Change) -> Result<Config, ConfigureError> {
-        let mut changed = self.changed.lock().await;
-        let config = engine.configure(change.clone()).await?;
-        *changed = changed.then(&change);
-        Ok(config)
+    pub async fn configure(self: &Arc<Self>, engine: &Handle, change: Change) -> Result<Config, ConfigureError> {
+        let (server, engine) = (self.clone(), engine.clone());
+        // A task of its own: a change that the engine made is kept, even if whoever asked for it leaves meanwhile.
+        let done = tokio::spawn(async move {
+            let mut changed = server.changed.lock().await;
+            let config = engine.configure(change.clone()).await?;
+            *changed = changed.then(&change);
+            Ok(config)
+        });
+        done.await.unwrap_or(Err(ConfigureError::EngineLost))
     }
 
     /// Changes an engine's batching settings as those of the engines before it were.

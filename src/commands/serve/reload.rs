@@ -44,7 +44,7 @@ pub async fn on_hangup(
 }
 
 /// Changes all that can change, or nothing; the error says why nothing.
-async fn reload(server: &api::Server, written: &[Setting], pins: &[ConfiguredPrompt]) -> Result<(), String> {
+async fn reload(server: &Arc<api::Server>, written: &[Setting], pins: &[ConfiguredPrompt]) -> Result<(), String> {
     let invocation = config::parse(std::env::args_os()).map_err(|error| error.to_string())?;
     let Command::Serve(settings) = invocation.command else {
         return Err("this is not `serve`".into());
