@@ -44,7 +44,11 @@ fn quantized() -> &'static Decoder {
 }
 
 fn cache(blocks: usize) -> KvCache {
-    KvCache::new(decoder().config(), blocks, BLOCK_SIZE, DType::F32, &Device::Cpu).unwrap()
+    cache_as(blocks, DType::F32)
+}
+
+fn cache_as(blocks: usize, dtype: DType) -> KvCache {
+    KvCache::new(decoder().config(), blocks, BLOCK_SIZE, dtype, &Device::Cpu).unwrap()
 }
 
 /// A sequence in the pool: its blocks, and how many of its tokens have been run.
@@ -170,10 +174,11 @@ fn company(decoder: &Decoder) {
     }
 }
 
-/// The logits behind every token, each a row, in one step.
-fn all_logits(decoder: &Decoder, tokens: &[u32]) -> Vec<Vec<f32>> {
+/// The logits behind every token, each a row, in one step; keys and values are kept as `dtype`.
+fn all_logits(decoder: &Decoder, dtype: DType, tokens: &[u32]) -> Vec<Vec<f32>> {
     let blocks = tokens.len().div_ceil(BLOCK_SIZE);
-    let (mut cache, mut step, mut sequence) = (cache(blocks), Step::default(), Sequence::new(0, blocks));
+    let mut cache = cache_as(blocks, dtype);
+    let (mut step, mut sequence) = (Step::default(), Sequence::new(0, blocks));
     for token in tokens {
         sequence.push(&mut step, &[*token]);
     }
@@ -195,32 +200,56 @@ fn choice(logits: &[f32]) -> (u32, f32) {
     (best, logits[best as usize] - second)
 }
 
-#[test]
-fn quantized_weights_cost_little_perplexity() {
-    let prompts = reference();
-    let (mut losses, mut tokens) = (0.0, 0);
-    // Of the choices that no rounding can be blamed for: all, and those that are the same.
-    let (mut clear, mut same) = (0, 0);
-    for prompt in prompts.iter().filter(|prompt| prompt.prompt_tokens.len() < 350) {
-        let text = [&prompt.prompt_tokens[..], &prompt.tokens].concat();
-        let (exact, rounded) = (all_logits(decoder(), &text), all_logits(quantized(), &text));
-        for ((exact, rounded), &next) in exact.iter().zip(&rounded).zip(&text[1..]) {
-            losses += loss(rounded, next) - loss(exact, next);
-            tokens += 1;
+/// What became of the model's text where its numbers were rounded.
+#[derive(Default)]
+struct Rounded {
+    losses: f64,
+    tokens: u32,
+    /// Choices that no rounding can be blamed for, and how many of them are the same.
+    clear: usize,
+    same: usize,
+}
+
+impl Rounded {
+    fn compare(&mut self, exact: &[Vec<f32>], rounded: &[Vec<f32>], next: &[u32]) {
+        for ((exact, rounded), &next) in exact.iter().zip(rounded).zip(next) {
+            self.losses += loss(rounded, next) - loss(exact, next);
+            self.tokens += 1;
             let (best, ahead) = choice(exact);
             if ahead > 0.1 {
-                clear += 1;
-                same += usize::from(greedy(rounded) == best);
+                self.clear += 1;
+                self.same += usize::from(greedy(rounded) == best);
             }
         }
     }
-    let ratio = (losses / f64::from(tokens)).exp();
-    println!("perplexity {ratio:.4} times float32's; {same} of {clear} clear choices agree");
-    assert!((ratio - 1.0).abs() < 0.01, "perplexity is {ratio} times float32's");
-    assert!(
-        clear > 1000 && same * 100 >= clear * 97,
-        "{same} of {clear} choices agree"
-    );
+
+    fn check(&self, what: &str) {
+        let Self { clear, same, .. } = *self;
+        let ratio = (self.losses / f64::from(self.tokens)).exp();
+        println!("{what}: perplexity {ratio:.4} times float32's; {same} of {clear} clear choices agree");
+        assert!(
+            (ratio - 1.0).abs() < 0.01,
+            "{what}: perplexity is {ratio} times float32's"
+        );
+        assert!(
+            clear > 1000 && same * 100 >= clear * 97,
+            "{what}: {same} of {clear} choices agree"
+        );
+    }
+}
+
+#[test]
+fn rounded_numbers_cost_little_perplexity() {
+    let bf16 = Decoder::load(&common::default_model(), &Device::Cpu, DType::BF16).unwrap();
+    let (mut half, mut four_bits) = (Rounded::default(), Rounded::default());
+    for prompt in reference().iter().filter(|prompt| prompt.prompt_tokens.len() < 350) {
+        let text = [&prompt.prompt_tokens[..], &prompt.tokens].concat();
+        let exact = all_logits(decoder(), DType::F32, &text);
+        half.compare(&exact, &all_logits(&bf16, DType::BF16, &text), &text[1..]);
+        four_bits.compare(&exact, &all_logits(quantized(), DType::F32, &text), &text[1..]);
+    }
+    half.check("bfloat16");
+    four_bits.check("quantized");
 }
 
 #[test]

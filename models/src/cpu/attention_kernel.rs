@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use pulp::{Simd, WithSimd};
 
 use super::attention::{Attention, Queries};
-use super::tile::{for_row_tiles, multiply};
+use super::tile::{for_row_tiles, multiply, tile_rows};
 use super::{Stripes, math};
 
 /// Scores of a row are summed in this many interleaved sums, by position.
@@ -250,7 +250,7 @@ impl<T: Element> Tile<'_, T> {
             for within in (0..self.block_size).step_by(columns) {
                 let panel = &data[start + within..][..(dim - 1) * keys.stride + columns];
                 let column = positions.block + index * self.block_size + within - positions.origin;
-                for_row_tiles!(S, rows, |first, MR| {
+                for_row_tiles!(tile_rows::<S>(), rows, |first, MR| {
                     let a: [_; MR] = std::array::from_fn(|m| self.qkv[self.place(first + m).0..][..dim].as_ptr());
                     let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
                     // SAFETY: every query has `dim` floats; `panel` reaches to its last row's last vector.
@@ -304,7 +304,7 @@ impl<T: Element> Tile<'_, T> {
     ) {
         let (dim, columns) = (self.attention.head_dim, NV * S::F32_LANES);
         for column in (0..dim).step_by(columns) {
-            for_row_tiles!(S, scales.len(), |first, MR| {
+            for_row_tiles!(tile_rows::<S>(), scales.len(), |first, MR| {
                 let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
                 for (index, start) in values.starts.iter().enumerate() {
                     let position = positions.block + index * self.block_size;

@@ -6,17 +6,16 @@ use candle_core::{CpuStorage, CustomOp1, DType, InplaceOp2, Layout, Result, Shap
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::bfloat16::{self, PairPanels};
 use super::panels::{Aligned, Panels};
-use super::quantized::{Activations, QuantizedPanels, Rows, WIDTH};
-use super::tile::{for_row_tiles, multiply};
+use super::quantized::{self, QuantizedPanels, Rows};
+use super::tile::{for_row_tiles, multiply, tile_rows};
 use super::{Stripes, math, slice, slice_mut};
 
 /// Most inputs that are multiplied before the next rows' turn, so that a block of a panel stays in the first-level cache.
 const DEPTH_BLOCK: usize = 384;
 /// Activations, in floats, that a thread works on at a time: a quarter of a usual second-level cache.
 const ROW_BLOCK: usize = 32 * 1024;
-/// As many where weights are quantized, and activations a quarter as large.
-const QUANTIZED_ROW_BLOCK: usize = 4 * ROW_BLOCK;
 
 /// What becomes of a product.
 #[derive(Clone, Copy)]
@@ -32,13 +31,32 @@ enum Epilogue<'a> {
 /// Packed weights.
 enum Matrix {
     Dense(Panels),
+    /// In bfloat16, and multiplied so.
+    Pairs(PairPanels),
     Quantized(QuantizedPanels),
 }
 
 impl Matrix {
+    /// Packs row-major `weight` as `dtype`.
+    fn new(weight: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
+        Ok(match dtype {
+            DType::BF16 if PairPanels::are_fast() => Self::Pairs(PairPanels::pack(weight, inputs)),
+            _ => Self::Dense(Panels::pack(weight, inputs, dtype)?),
+        })
+    }
+
+    /// Packs row-major `gate` and `up` as `dtype`, a panel of one and a panel of the other in turn.
+    fn pairs(gate: &[f32], up: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
+        Ok(match dtype {
+            DType::BF16 if PairPanels::are_fast() => Self::Pairs(PairPanels::pack_pairs(gate, up, inputs)),
+            _ => Self::Dense(Panels::pack_pairs(gate, up, inputs, dtype)?),
+        })
+    }
+
     fn depth(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.depth,
+            Self::Pairs(panels) => panels.depth,
             Self::Quantized(panels) => panels.depth,
         }
     }
@@ -46,6 +64,7 @@ impl Matrix {
     fn outputs(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.outputs,
+            Self::Pairs(panels) => panels.outputs,
             Self::Quantized(panels) => panels.outputs,
         }
     }
@@ -54,7 +73,8 @@ impl Matrix {
     fn width(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.width,
-            Self::Quantized(_) => WIDTH,
+            Self::Pairs(_) => bfloat16::WIDTH,
+            Self::Quantized(_) => quantized::WIDTH,
         }
     }
 
@@ -62,6 +82,7 @@ impl Matrix {
     fn bytes(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.bytes(),
+            Self::Pairs(panels) => panels.bytes(),
             Self::Quantized(panels) => panels.bytes(),
         }
     }
@@ -77,7 +98,7 @@ impl Linear {
     /// Packs row-major `weight` (`[out, in]`) as `dtype`.
     pub fn new(weight: &[f32], inputs: usize, bias: Option<Vec<f32>>, dtype: DType) -> Result<Self> {
         Ok(Self {
-            matrix: Matrix::Dense(Panels::pack(weight, inputs, dtype)?),
+            matrix: Matrix::new(weight, inputs, dtype)?,
             bias,
         })
     }
@@ -112,6 +133,7 @@ impl Linear {
         for (row, &index) in rows.chunks_exact_mut(depth).zip(indices) {
             match &self.matrix {
                 Matrix::Dense(panels) => panels.gather(index as usize, row),
+                Matrix::Pairs(panels) => panels.gather(index as usize, row),
                 Matrix::Quantized(panels) => panels.gather(index as usize, row),
             }
         }
@@ -156,7 +178,7 @@ impl GateUp {
     /// Packs row-major `gate` and `up` (both `[out, in]`) as `dtype`.
     pub fn new(gate: &[f32], up: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
         Ok(Self {
-            matrix: Matrix::Dense(Panels::pack_pairs(gate, up, inputs, dtype)?),
+            matrix: Matrix::pairs(gate, up, inputs, dtype)?,
         })
     }
 
@@ -211,18 +233,21 @@ fn run(matrix: &Matrix, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Resul
     // Some tasks a thread, so that one that was held up does not hold up the rest.
     let tasks = (rayon::current_num_threads() * if rows < 16 { 4 } else { 8 }).min(units);
     let out = Stripes::new(out);
-    let rounded;
     let operands = match matrix {
         Matrix::Dense(panels) => Operands::Dense { panels, x },
-        Matrix::Quantized(panels) => {
-            rounded = Activations::round(x, depth);
-            Operands::Quantized { panels, x: &rounded }
-        }
+        Matrix::Pairs(panels) => Operands::Pairs {
+            panels,
+            x: bfloat16::Activations::round(x, depth),
+        },
+        Matrix::Quantized(panels) => Operands::Quantized {
+            panels,
+            x: quantized::Activations::round(x, depth),
+        },
     };
     (0..tasks).into_par_iter().for_each(|task| {
         let units = task * units / tasks..(task + 1) * units / tasks;
         Arch::new().dispatch(Stripe {
-            operands,
+            operands: &operands,
             depth,
             outputs,
             width,
@@ -236,21 +261,24 @@ fn run(matrix: &Matrix, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Resul
 }
 
 /// What is multiplied; `x` is `[rows, depth]`.
-#[derive(Clone, Copy)]
 enum Operands<'a> {
     Dense {
         panels: &'a Panels,
         x: &'a [f32],
     },
+    Pairs {
+        panels: &'a PairPanels,
+        x: bfloat16::Activations,
+    },
     Quantized {
         panels: &'a QuantizedPanels,
-        x: &'a Activations,
+        x: quantized::Activations,
     },
 }
 
 /// One task: all rows of some columns of the product.
 struct Stripe<'a> {
-    operands: Operands<'a>,
+    operands: &'a Operands<'a>,
     depth: usize,
     outputs: usize,
     /// Columns of a panel.
@@ -275,7 +303,9 @@ impl WithSimd for Stripe<'_> {
         };
         let activations = match self.operands {
             Operands::Dense { .. } => ROW_BLOCK,
-            Operands::Quantized { .. } => QUANTIZED_ROW_BLOCK,
+            // Activations are half as large, and a quarter.
+            Operands::Pairs { .. } => 2 * ROW_BLOCK,
+            Operands::Quantized { .. } => 4 * ROW_BLOCK,
         };
         let block = (activations / depth).clamp(24, 96).min(self.rows);
         // Vectors of sums that lie across two cache lines take longer.
@@ -298,6 +328,7 @@ impl WithSimd for Stripe<'_> {
                                 &mut buffer,
                             );
                         }
+                        Operands::Pairs { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
                         Operands::Quantized { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
                     }
                 }
@@ -327,7 +358,7 @@ fn accumulate<S: Simd>(simd: S, x: &[f32], depth: usize, k: usize, weights: &[f3
     assert!(k + block <= depth && rows * depth <= x.len());
     let (sums, _) = S::as_mut_simd_f32s(sums);
     let (sums, _) = sums.as_chunks_mut::<2>();
-    for_row_tiles!(S, rows, |first, MR| {
+    for_row_tiles!(tile_rows::<S>(), rows, |first, MR| {
         let mut acc = [[simd.splat_f32s(0.0); 2]; MR];
         if k > 0 {
             acc.copy_from_slice(&sums[first..first + MR]);

@@ -37,7 +37,7 @@ impl<T: Copy + Default> Aligned<T> {
         Self { data, start }
     }
 
-    fn get(&self) -> &[T] {
+    pub fn get(&self) -> &[T] {
         &self.data[self.start..]
     }
 

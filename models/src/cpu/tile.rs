@@ -39,14 +39,14 @@ pub unsafe fn multiply<S: Simd, const MR: usize, const NV: usize>(
     *acc = sums;
 }
 
-/// Splits `rows` into tiles of at most `tile_rows` and calls `$body` with the tile's first row and its size as a
+/// Splits `rows` into tiles of at most `$most` (to 12) and calls `$body` with the tile's first row and its size as a
 /// constant, so that every size has its own unrolled code.
 macro_rules! for_row_tiles {
-    ($simd:ty, $rows:expr, |$first:ident, $MR:ident| $body:expr) => {{
+    ($most:expr, $rows:expr, |$first:ident, $MR:ident| $body:expr) => {{
         let rows: usize = $rows;
         let mut $first = 0;
         while $first < rows {
-            let left = (rows - $first).min($crate::cpu::tile::tile_rows::<$simd>());
+            let left = (rows - $first).min($most);
             macro_rules! size {
                 ($n:literal) => {{
                     const $MR: usize = $n;

@@ -19,6 +19,8 @@ pub struct Group {
     pub scale: f32,
     /// The sum of the values times the scale, by which a block's minimum is multiplied.
     pub sum: f32,
+    /// The sum of the values.
+    pub whole: i32,
 }
 
 /// Rows of activations, block by block: `[blocks, rows]`.
@@ -35,6 +37,7 @@ impl Activations {
             values: [0; BLOCK],
             scale: 0.0,
             sum: 0.0,
+            whole: 0,
         };
         let mut groups = vec![empty; rows * blocks];
         let at_least = (ROWS_A_THREAD * blocks).div_ceil(rows.max(1));
@@ -84,14 +87,14 @@ fn round(x: &[f32; BLOCK], group: &mut Group) {
     let largest = x.iter().fold(0, |most: u32, x| most.max(x.to_bits() & 0x7FFF_FFFF));
     let largest = f32::from_bits(largest);
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-    let mut sum = 0;
+    group.whole = 0;
     for (value, x) in group.values.iter_mut().zip(x) {
         let whole = x.mul_add(inverse, ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
         *value = whole as i8;
-        sum += i32::from(*value);
+        group.whole += i32::from(*value);
     }
     group.scale = largest / 127.0;
-    group.sum = group.scale * sum as f32;
+    group.sum = group.scale * group.whole as f32;
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::panels::{EightBits, FourBits, LANES, STEP};
-use super::{Activations, BLOCK, WIDTH, activations::Group};
+use super::{Activations, BLOCK, WIDTH, activations::Group, for_tiles};
 
 /// Rows of a tile: so many sums of 16 outputs fit into the registers beside their factors.
 const ROWS: usize = 4;
@@ -23,27 +23,14 @@ pub fn is_there() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
-/// Calls `$tile` with as many rows at a time as there are, [`ROWS`] at most.
-macro_rules! for_tiles {
-    ($sums:expr, $groups:expr, $tile:ident($($argument:expr),*)) => {{
-        let ((tiles, rest), (groups, last)) = ($sums.as_chunks_mut::<ROWS>(), $groups.as_chunks::<ROWS>());
-        for (sums, groups) in tiles.iter_mut().zip(groups) {
-            $tile($($argument,)* sums, groups);
-        }
-        for (sums, group) in rest.iter_mut().zip(last) {
-            $tile($($argument,)* std::array::from_mut(sums), std::array::from_ref(group));
-        }
-    }};
-}
-
 /// As [`super::portable::multiply`].
 #[target_feature(enable = "avx2,fma,f16c")]
 pub fn four_bits(panel: &[FourBits], x: &Activations, rows: Range<usize>, sums: &mut [[f32; WIDTH]]) {
     let low = _mm256_set1_epi8(15);
     for (index, block) in panel.iter().enumerate() {
         let mut weights = [[low; 2]; 8];
-        for (half, vectors) in block.nibbles.iter().enumerate() {
-            for (i, vector) in vectors.iter().enumerate() {
+        for (i, halves) in block.nibbles.iter().enumerate() {
+            for (half, vector) in halves.iter().enumerate() {
                 let nibbles = load(vector);
                 weights[i][half] = _mm256_and_si256(nibbles, low);
                 weights[i + 4][half] = _mm256_and_si256(_mm256_srli_epi16::<4>(nibbles), low);
@@ -54,7 +41,7 @@ pub fn four_bits(panel: &[FourBits], x: &Activations, rows: Range<usize>, sums: 
             minima: Some([widen(&block.minima[0]), widen(&block.minima[1])]),
         };
         let groups = x.block(index, rows.clone());
-        for_tiles!(sums, groups, four_bit_tile(&weights, &scales));
+        for_tiles!(ROWS, sums, groups, four_bit_tile(&weights, &scales));
     }
 }
 
@@ -67,7 +54,7 @@ pub fn eight_bits(panel: &[EightBits], x: &Activations, rows: Range<usize>, sums
             minima: None,
         };
         let groups = x.block(index, rows.clone());
-        for_tiles!(sums, groups, eight_bit_tile(block, &scales));
+        for_tiles!(ROWS, sums, groups, eight_bit_tile(block, &scales));
     }
 }
 
@@ -104,7 +91,7 @@ fn eight_bit_tile<const M: usize>(
 ) {
     let mut wholes = [[_mm256_setzero_si256(); 2]; M];
     for i in 0..8 {
-        let weights = [load_signed(&block.values[0][i]), load_signed(&block.values[1][i])];
+        let weights = [load_signed(&block.values[i][0]), load_signed(&block.values[i][1])];
         let magnitudes = [_mm256_abs_epi8(weights[0]), _mm256_abs_epi8(weights[1])];
         for (wholes, group) in wholes.iter_mut().zip(groups) {
             let x = inputs(group, i);

@@ -10,27 +10,29 @@ use rayon::prelude::*;
 
 use super::rows::Bits;
 use super::{Activations, BLOCK, Rows, WIDTH, portable};
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 
 /// Outputs of a vector.
 pub const LANES: usize = 8;
 /// Inputs that are summed in a lane at once.
 pub const STEP: usize = 4;
 
-/// 32 inputs of 16 outputs, in halves of eight outputs. Vector `i` has the weights of inputs `4 i` on in its low nibbles,
-/// and of inputs `16 + 4 i` on in its high ones.
-#[repr(align(32))]
+/// 32 inputs of 16 outputs, in halves of eight outputs. Vectors `i` have the weights of inputs `4 i` on in their low
+/// nibbles, and of inputs `16 + 4 i` on in their high ones.
+#[repr(align(64))]
 #[derive(Clone, Copy)]
 pub struct FourBits {
-    pub nibbles: [[[u8; BLOCK]; 4]; 2],
+    pub nibbles: [[[u8; BLOCK]; 2]; 4],
     pub scales: [[f16; LANES]; 2],
     pub minima: [[f16; LANES]; 2],
 }
 
-/// 32 inputs of 16 outputs, in halves of eight outputs. Vector `i` has the weights of inputs `4 i` on.
+/// 32 inputs of 16 outputs, in halves of eight outputs. Vectors `i` have the weights of inputs `4 i` on.
 #[repr(align(32))]
 #[derive(Clone, Copy)]
 pub struct EightBits {
-    pub values: [[[i8; BLOCK]; 8]; 2],
+    pub values: [[[i8; BLOCK]; 2]; 8],
     pub scales: [[f16; LANES]; 2],
 }
 
@@ -52,18 +54,18 @@ pub trait Block: Copy + Send + Sync {
 
 impl Block for FourBits {
     const EMPTY: Self = Self {
-        nibbles: [[[0; BLOCK]; 4]; 2],
+        nibbles: [[[0; BLOCK]; 2]; 4],
         scales: [[f16::ZERO; LANES]; 2],
         minima: [[f16::ZERO; LANES]; 2],
     };
 
     fn set(&mut self, half: usize, output: usize, input: usize, value: i8) {
-        let byte = &mut self.nibbles[half][input % 16 / STEP][STEP * output + input % STEP];
+        let byte = &mut self.nibbles[input % 16 / STEP][half][STEP * output + input % STEP];
         *byte |= (value as u8 & 15) << if input < 16 { 0 } else { 4 };
     }
 
     fn value(&self, half: usize, output: usize, input: usize) -> i8 {
-        let byte = self.nibbles[half][input % 16 / STEP][STEP * output + input % STEP];
+        let byte = self.nibbles[input % 16 / STEP][half][STEP * output + input % STEP];
         (if input < 16 { byte & 15 } else { byte >> 4 }) as i8
     }
 
@@ -78,16 +80,16 @@ impl Block for FourBits {
 
 impl Block for EightBits {
     const EMPTY: Self = Self {
-        values: [[[0; BLOCK]; 8]; 2],
+        values: [[[0; BLOCK]; 2]; 8],
         scales: [[f16::ZERO; LANES]; 2],
     };
 
     fn set(&mut self, half: usize, output: usize, input: usize, value: i8) {
-        self.values[half][input / STEP][STEP * output + input % STEP] = value;
+        self.values[input / STEP][half][STEP * output + input % STEP] = value;
     }
 
     fn value(&self, half: usize, output: usize, input: usize) -> i8 {
-        self.values[half][input / STEP][STEP * output + input % STEP]
+        self.values[input / STEP][half][STEP * output + input % STEP]
     }
 
     fn set_scale(&mut self, half: usize, output: usize, scale: f16, _minimum: f16) {
@@ -119,6 +121,43 @@ fn build<'a, B: Block>(count: usize, source: impl Fn(usize) -> (&'a Rows, usize)
         block
     });
     blocks.collect()
+}
+
+/// What multiplies. All give the same sums.
+#[derive(Debug, Clone, Copy)]
+enum Kernel {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+impl Kernel {
+    /// The fastest first.
+    const ALL: &[Self] = &[
+        #[cfg(target_arch = "x86_64")]
+        Self::Avx512,
+        #[cfg(target_arch = "x86_64")]
+        Self::Avx2,
+        Self::Portable,
+    ];
+
+    /// Whether this processor runs it.
+    fn is_there(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => avx512::is_there(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2::is_there(),
+            Self::Portable => true,
+        }
+    }
+
+    fn best() -> Self {
+        let mut there = Self::ALL.iter().copied().filter(|kernel| kernel.is_there());
+        there.next().unwrap_or(Self::Portable)
+    }
 }
 
 enum Blocks {
@@ -184,23 +223,31 @@ impl QuantizedPanels {
 
     /// Panel `index` times some rows: `sums` becomes `[rows, WIDTH]`.
     pub fn multiply(&self, index: usize, x: &Activations, rows: Range<usize>, sums: &mut [f32]) {
+        self.multiply_by(Kernel::best(), index, x, rows, sums);
+    }
+
+    /// As [`Self::multiply`], by a kernel that is there.
+    fn multiply_by(&self, kernel: Kernel, index: usize, x: &Activations, rows: Range<usize>, sums: &mut [f32]) {
+        assert!(kernel.is_there());
         let (sums, _) = sums.as_chunks_mut::<WIDTH>();
         sums.fill([0.0; WIDTH]);
         let per_panel = self.depth / BLOCK;
         let range = index * per_panel..(index + 1) * per_panel;
-        #[cfg(target_arch = "x86_64")]
-        if super::avx2::is_there() {
-            match &self.blocks {
-                // SAFETY: the processor has what the function needs.
-                Blocks::Four(blocks) => unsafe { super::avx2::four_bits(&blocks[range], x, rows, sums) },
-                // SAFETY: as above.
-                Blocks::Eight(blocks) => unsafe { super::avx2::eight_bits(&blocks[range], x, rows, sums) },
-            }
-            return;
-        }
-        match &self.blocks {
-            Blocks::Four(blocks) => portable::multiply(&blocks[range], x, rows, sums),
-            Blocks::Eight(blocks) => portable::multiply(&blocks[range], x, rows, sums),
+        match (kernel, &self.blocks) {
+            (Kernel::Portable, Blocks::Four(blocks)) => portable::multiply(&blocks[range], x, rows, sums),
+            (Kernel::Portable, Blocks::Eight(blocks)) => portable::multiply(&blocks[range], x, rows, sums),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the processor has what the function needs, by the assertion; so in the other cases.
+            (Kernel::Avx512, Blocks::Four(blocks)) => unsafe { avx512::four_bits(&blocks[range], x, rows, sums) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Kernel::Avx512, Blocks::Eight(blocks)) => unsafe { avx512::eight_bits(&blocks[range], x, rows, sums) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Kernel::Avx2, Blocks::Four(blocks)) => unsafe { avx2::four_bits(&blocks[range], x, rows, sums) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Kernel::Avx2, Blocks::Eight(blocks)) => unsafe { avx2::eight_bits(&blocks[range], x, rows, sums) },
         }
     }
 
@@ -264,12 +311,9 @@ mod tests {
                 let panels = QuantizedPanels::pack(&rows);
                 let x = Activations::round(&numbers(count * depth, 5), depth);
                 for panel in 0..outputs.div_ceil(WIDTH) {
-                    let mut sums = vec![f32::NAN; count * WIDTH];
-                    panels.multiply(panel, &x, 0..count, &mut sums);
-                    assert_eq!(sums, plain(&panels, panel, &x, count));
-                    for (row, sums) in sums.chunks_exact(WIDTH).enumerate() {
-                        for (column, &sum) in sums.iter().enumerate() {
-                            let output = panel * WIDTH + column;
+                    for (kernel, sums) in by_all(&panels, panel, &x, count) {
+                        for (at, &sum) in sums.iter().enumerate() {
+                            let (row, output) = (at / WIDTH, panel * WIDTH + at % WIDTH);
                             let exact = if output < outputs {
                                 defined(&rows, &x, row, output)
                             } else {
@@ -277,7 +321,7 @@ mod tests {
                             };
                             assert_eq!(
                                 sum, exact,
-                                "row {row}, output {output} of {outputs} x {depth}, {dtype:?}"
+                                "{kernel:?}: row {row}, output {output} of {outputs} x {depth}, {dtype:?}"
                             );
                         }
                     }
@@ -286,16 +330,15 @@ mod tests {
         }
     }
 
-    /// What the kernel for any processor gives.
-    fn plain(panels: &QuantizedPanels, index: usize, x: &Activations, count: usize) -> Vec<f32> {
-        let mut sums = vec![[0.0; WIDTH]; count];
-        let per_panel = panels.depth / BLOCK;
-        let range = index * per_panel..(index + 1) * per_panel;
-        match &panels.blocks {
-            Blocks::Four(blocks) => portable::multiply(&blocks[range], x, 0..count, &mut sums),
-            Blocks::Eight(blocks) => portable::multiply(&blocks[range], x, 0..count, &mut sums),
-        }
-        sums.into_flattened()
+    /// What each kernel that this processor runs gives.
+    fn by_all(panels: &QuantizedPanels, index: usize, x: &Activations, count: usize) -> Vec<(Kernel, Vec<f32>)> {
+        let there = Kernel::ALL.iter().filter(|kernel| kernel.is_there());
+        let sums = there.map(|&kernel| {
+            let mut sums = vec![f32::NAN; count * WIDTH];
+            panels.multiply_by(kernel, index, x, 0..count, &mut sums);
+            (kernel, sums)
+        });
+        sums.collect()
     }
 
     fn defined(rows: &Rows, x: &Activations, row: usize, output: usize) -> f32 {
@@ -333,13 +376,12 @@ mod tests {
             for signs in [[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]] {
                 let x: Vec<f32> = signs.iter().cycle().take(3 * depth).copied().collect();
                 let x = Activations::round(&x, depth);
-                let mut sums = vec![0.0; 3 * WIDTH];
                 let panels = QuantizedPanels::pack(&rows);
-                panels.multiply(0, &x, 0..3, &mut sums);
-                assert_eq!(sums, plain(&panels, 0, &x, 3));
-                for (at, &sum) in sums.iter().enumerate() {
-                    let exact = defined(&rows, &x, at / WIDTH, at % WIDTH);
-                    assert_eq!(sum, exact, "{weights:?} {signs:?}");
+                for (kernel, sums) in by_all(&panels, 0, &x, 3) {
+                    for (at, &sum) in sums.iter().enumerate() {
+                        let exact = defined(&rows, &x, at / WIDTH, at % WIDTH);
+                        assert_eq!(sum, exact, "{kernel:?}: {weights:?} {signs:?}");
+                    }
                 }
             }
         }
