@@ -1,6 +1,11 @@
 //! A timeline of histograms: one of each kind for every second of a run, as HdrHistogram's log readers take them.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::{
+    panic::resume_unwind,
+    sync::mpsc,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant, SystemTime},
+};
 
 use hdrhistogram::{
     Histogram,
@@ -14,15 +19,30 @@ use crate::recorder::histogram;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// What the seconds that are over measured, written, and the second that goes on.
+/// What one second measured.
+struct Second {
+    /// Which of the run.
+    number: u32,
+    /// So much of it has passed.
+    passed: Duration,
+    values: Vec<(&'static str, u64)>,
+}
+
+/// The second that goes on, and a thread that writes those that are over: that takes milliseconds, in which nothing else
+/// could be sent.
 pub struct Intervals {
     start: Instant,
     /// The number of the second that goes on.
     second: u32,
-    /// By tag; emptied at the end of each second.
-    current: Vec<(&'static str, Histogram<u64>)>,
-    log: Vec<u8>,
-    serializer: V2DeflateSerializer,
+    /// What it measured, in the order in which it became known.
+    values: Vec<(&'static str, u64)>,
+    /// From the end of the first second on.
+    writer: Option<Writer>,
+}
+
+struct Writer {
+    seconds: mpsc::Sender<Second>,
+    thread: JoinHandle<Vec<u8>>,
 }
 
 impl Intervals {
@@ -31,9 +51,8 @@ impl Intervals {
         Self {
             start,
             second: 0,
-            current: Vec::new(),
-            log: Vec::new(),
-            serializer: V2DeflateSerializer::new(),
+            values: Vec::new(),
+            writer: None,
         }
     }
 
@@ -41,45 +60,74 @@ impl Intervals {
     pub fn record(&mut self, now: Instant, tag: &'static str, value: u64) {
         let second = now.saturating_duration_since(self.start).as_secs() as u32;
         if second > self.second {
-            self.write(INTERVAL);
+            self.hand_over(INTERVAL);
             self.second = second;
         }
-        let index = match self.current.iter().position(|(name, _)| *name == tag) {
-            Some(index) => index,
-            None => {
-                self.current.push((tag, histogram()));
-                self.current.len() - 1
-            }
-        };
-        self.current[index].1.saturating_record(value);
+        self.values.push((tag, value));
     }
 
-    /// Writes the second that goes on, of which so much has passed.
-    fn write(&mut self, passed: Duration) {
-        let began = INTERVAL * self.second;
-        let builder = IntervalLogWriterBuilder::new();
-        // Writing into memory does not fail.
-        if let Ok(mut writer) = builder.begin_log_with(&mut self.log, &mut self.serializer) {
-            for (tag, histogram) in self.current.iter_mut().filter(|(_, histogram)| !histogram.is_empty()) {
-                let _ = writer.write_histogram(histogram, began, passed, Tag::new(tag));
-                histogram.reset();
-            }
-        }
+    /// Gives the second that goes on, of which so much has passed, to the writer.
+    fn hand_over(&mut self, passed: Duration) {
+        let room = self.values.len();
+        let second = Second {
+            number: self.second,
+            passed,
+            values: std::mem::replace(&mut self.values, Vec::with_capacity(room)),
+        };
+        let writer = self.writer.get_or_insert_with(|| {
+            let (seconds, received) = mpsc::channel();
+            let thread = thread::spawn(move || write(&received));
+            Writer { seconds, thread }
+        });
+        // The writer takes seconds until there is nobody to send any.
+        let _ = writer.seconds.send(second);
     }
 
     /// The whole log of a run that began at `began` and was that long.
     pub fn log(mut self, comment: &str, began: SystemTime, length: Duration) -> String {
-        self.write(length.saturating_sub(INTERVAL * self.second).min(INTERVAL));
+        self.hand_over(length.saturating_sub(INTERVAL * self.second).min(INTERVAL));
         let mut log = Vec::new();
         // Writing into memory does not fail.
         let _ = IntervalLogWriterBuilder::new()
             .add_comment(comment)
             .with_start_time(began)
             .with_base_time(began)
-            .begin_log_with(&mut log, &mut self.serializer);
-        log.extend(self.log);
+            .begin_log_with(&mut log, &mut V2DeflateSerializer::new());
+        if let Some(Writer { seconds, thread }) = self.writer {
+            drop(seconds);
+            log.extend(thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        }
         String::from_utf8(log).unwrap_or_default()
     }
+}
+
+/// Writes seconds until there are no more.
+fn write(seconds: &mpsc::Receiver<Second>) -> Vec<u8> {
+    let (mut log, mut serializer) = (Vec::new(), V2DeflateSerializer::new());
+    // By tag; emptied after each second.
+    let mut histograms: Vec<(&'static str, Histogram<u64>)> = Vec::new();
+    for second in seconds {
+        for (tag, value) in second.values {
+            let index = match histograms.iter().position(|(name, _)| *name == tag) {
+                Some(index) => index,
+                None => {
+                    histograms.push((tag, histogram()));
+                    histograms.len() - 1
+                }
+            };
+            histograms[index].1.saturating_record(value);
+        }
+        // Writing into memory does not fail.
+        let Ok(mut writer) = IntervalLogWriterBuilder::new().begin_log_with(&mut log, &mut serializer) else {
+            continue;
+        };
+        let began = INTERVAL * second.number;
+        for (tag, histogram) in histograms.iter_mut().filter(|(_, histogram)| !histogram.is_empty()) {
+            let _ = writer.write_histogram(histogram, began, second.passed, Tag::new(tag));
+            histogram.reset();
+        }
+    }
+    log
 }
 
 impl std::fmt::Debug for Intervals {
