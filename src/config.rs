@@ -192,7 +192,8 @@ pub struct Model {
     /// beside them
     #[arg(long, value_name = "SHARE", default_value = "0.25", value_parser = values::share)]
     pub pin_memory: f64,
-    /// A step that runs longer than this is hung: its engine is given up and started again
+    /// A step that runs longer than this is hung: its engine is given up and started again, or on a GPU, where any other
+    /// engine would wait behind it, the server ends
     #[arg(long, value_name = "DURATION", default_value = "5m")]
     #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(100), Duration::from_secs(24 * 3600)))]
     pub step_timeout: Duration,

@@ -82,6 +82,9 @@ fn every_request_has_exactly_one_outcome_and_nothing_is_left_behind() {
         "4",
     ];
     let limits = [
+        // On a GPU a hang would end the server.
+        "--device",
+        "cpu",
         "--max-batch",
         "12",
         "--step-tokens",

@@ -147,7 +147,7 @@ fn short_memory_makes_smaller_steps_and_the_same_answers() {
 
 #[test]
 fn a_hung_step_is_given_up_and_the_engine_runs_again() {
-    let server = Server::start_quietly(&["--step-timeout", "3s", "--max-batch", "3"]);
+    let server = Server::start_quietly(&["--device", "cpu", "--step-timeout", "3s", "--max-batch", "3"]);
     let expected = expected(&server);
     let ask = &|(index, id): (usize, &str)| {
         let mut body = question(index);

@@ -220,6 +220,10 @@ impl Supervisor {
 
     /// An engine's thread has ended or hangs. One that was replaced is not missed; the serving one is started again.
     async fn ended(&mut self, number: u64, end: End) -> Result<(), ServeError> {
+        if end == End::Hung && self.current.as_ref().is_some_and(|current| current.weights.on_gpu()) {
+            // Whatever any engine asks of the device waits behind the step that hangs, even a replaced one's.
+            return Err(ServeError::DeviceLost("a step did not end".into()));
+        }
         let Some(current) = self.current.take_if(|current| current.number == number) else {
             tracing::info!(?end, "a replaced model's engine ended");
             return Ok(());
@@ -228,10 +232,6 @@ impl Supervisor {
         tracing::error!(?end, "the engine failed; everyone who waited for it was told");
         let cause = match end {
             End::DeviceLost(reason) => return Err(ServeError::DeviceLost(reason)),
-            // Whatever another engine asked of the device would wait behind the step that hangs.
-            End::Hung if current.weights.on_gpu() => {
-                return Err(ServeError::DeviceLost("a step did not end".into()));
-            }
             End::Hung => "hung",
             End::Panicked(_) | End::Finished => "panicked",
         };
