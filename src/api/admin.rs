@@ -192,6 +192,7 @@ mod tests {
 
     use super::super::testing;
     use super::*;
+    use crate::engine::{self, Engine, Weights};
 
     #[tokio::test]
     async fn is_unknown_unless_asked_for() {
@@ -200,6 +201,35 @@ mod tests {
         assert_eq!(status, 404);
         let (status, _) = testing::post(&server, "/admin/model", json!({"model": "other"})).await;
         assert_eq!(status, 404);
+    }
+
+    /// The engine changes whether or not its answer is heard, so those after it have to change as well.
+    #[tokio::test]
+    async fn a_change_is_kept_though_whoever_asked_has_left() {
+        let weights = Weights::load(&engine::tests::settings()).unwrap();
+        let start = || {
+            let engine = Engine::new(&weights, engine::tests::metrics()).unwrap();
+            engine.start(engine::tests::places(4)).unwrap()
+        };
+        let ((first, _guard), (second, _other)) = (start(), start());
+        let server = testing::impatient(Duration::from_secs(1));
+        let change = Change {
+            max_batch: Some(3),
+            ..Change::default()
+        };
+        // Polled once: it was asked for, and cannot have been answered.
+        let left = tokio::time::timeout(Duration::ZERO, server.configure(&first, change)).await;
+        assert!(left.is_err());
+        let caught_up = async {
+            loop {
+                server.catch_up(&second).await.unwrap();
+                if second.configure(Change::default()).await.unwrap().max_batch == 3 {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), caught_up).await.unwrap();
     }
 
     #[test]

@@ -250,4 +250,4 @@ fn run_to_the_end(mut runner: run::Runner, watch: &watch::Watch) -> End {
 #[cfg(test)]
 mod flight_tests;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -13,7 +13,7 @@ use crate::{
     request::{Event, Failure, FinishReason, Sampling, Tenant, TokenId},
 };
 
-pub(super) fn settings() -> Settings {
+pub(crate) fn settings() -> Settings {
     let path = model_files::resolve("smollm2-135m-instruct").expect("the default model can be had");
     let batching = Config {
         schedule: Schedule::Continuous,
@@ -112,7 +112,7 @@ fn mixed(count: u64) -> Vec<(Vec<TokenId>, Sampling)> {
 }
 
 /// No limit but this many requests that wait.
-pub(super) fn places(requests: usize) -> Limits {
+pub(crate) fn places(requests: usize) -> Limits {
     Limits {
         requests,
         tokens: None,
@@ -121,7 +121,7 @@ pub(super) fn places(requests: usize) -> Limits {
     }
 }
 
-pub(super) fn metrics() -> Arc<EngineMetrics> {
+pub(crate) fn metrics() -> Arc<EngineMetrics> {
     Arc::new(EngineMetrics::new(&Registry::new()).unwrap())
 }
 
