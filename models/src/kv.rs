@@ -5,6 +5,7 @@ use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 
 use crate::Config;
+use crate::cpu::bfloat16::Bfloat16Panels;
 
 /// Keys and values of all sequences, a pool of blocks in each layer.
 ///
@@ -31,10 +32,16 @@ pub(crate) struct Pools {
 }
 
 impl KvCache {
-    /// What [`Self::read_block`] gives of a pool on `device` and how decoders compute it. Another number whenever either
-    /// changes, so that blocks saved by another version, or of another kind of device, are not taken for this one's.
-    pub fn layout(device: &Device) -> u32 {
-        if device.is_cpu() { 1 } else { 2 }
+    /// What [`Self::read_block`] gives of a pool on `device` and how decoders with weights of `dtype` compute it. Another
+    /// number whenever either changes, so that blocks saved by another version, or of another kind of device, are not taken
+    /// for this one's.
+    pub fn layout(dtype: DType, device: &Device) -> u32 {
+        match device.is_cpu() {
+            false => 2,
+            // These processors round the activations, too.
+            true if dtype == DType::BF16 && Bfloat16Panels::are_fast() => 4,
+            true => 3,
+        }
     }
 
     /// A pool of `blocks` blocks of `block_size` positions, stored as `dtype` (f32, bf16 or f16). The memory is

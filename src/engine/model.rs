@@ -161,7 +161,7 @@ fn load_weights(settings: &Settings, dtype: DType) -> Result<(Decoder, Option<Ar
         dtype: dtype.as_str().to_string() + if settings.quantized { ", quantized" } else { "" },
         block_size: settings.block_size,
         block_bytes: KvCache::bytes_per_block(decoder.config(), settings.block_size, dtype),
-        layout: KvCache::layout(&settings.device),
+        layout: KvCache::layout(dtype, &settings.device),
     };
     Ok((decoder, Some(Arc::new(CacheFile { path, identity }))))
 }

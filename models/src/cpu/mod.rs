@@ -1,14 +1,15 @@
 //! Arithmetic on the CPU: candle custom operators over vectorised kernels that are chosen at run time.
 //!
 //! Activations are float32, whatever the weights and the KV cache are stored as; products with weights that stay
-//! quantized round them to eight bits, and those with bfloat16 weights to bfloat16 where the processor multiplies such. Every result is computed by a sequence of roundings that depends neither on the
-//! number of rows in the step nor on the number of threads.
+//! quantized round them to eight bits, and those with bfloat16 weights to bfloat16 where the processor multiplies such.
+//! Every result is computed by a sequence of roundings that depends neither on the number of rows in the step nor on the
+//! number of threads.
 
 pub mod attention;
 mod attention_kernel;
 #[cfg(test)]
 mod attention_reference;
-mod bfloat16;
+pub(crate) mod bfloat16;
 pub(crate) mod elementwise;
 pub(crate) mod linear;
 pub(crate) mod math;

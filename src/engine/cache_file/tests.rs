@@ -23,7 +23,7 @@ fn identity() -> Identity {
         dtype: "f32".into(),
         block_size: BLOCK_SIZE,
         block_bytes: BLOCK_BYTES,
-        layout: KvCache::layout(&Device::Cpu),
+        layout: KvCache::layout(DType::F32, &Device::Cpu),
     }
 }
 
