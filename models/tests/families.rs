@@ -333,6 +333,7 @@ fn gguf_tensors_of_several_types_stay_quantized() {
         "blk.0.attn_v.weight" => GgmlDType::Q6K,
         "blk.0.ffn_up.weight" => GgmlDType::Q8_0,
         "blk.0.attn_output.weight" => GgmlDType::F16,
+        "blk.0.ffn_down.weight" | "output.weight" => GgmlDType::Q4K,
         _ => GgmlDType::Q4_1,
     };
     write_gguf_of(&config, wide_tensors(), stored, &gguf, |_| {});

@@ -1,9 +1,10 @@
 //! Weights that stay quantized: matrices in blocks of 32 inputs, each with a scale of its own, multiplied in whole
 //! numbers by activations that are rounded to eight bits, likewise in blocks.
 //!
-//! Four-bit weights are kept as GGUF's Q4_0 and Q4_1 have them, eight-bit weights as Q8_0 has them; of any other type, the
-//! numbers it stands for are rounded to eight bits. The products of a block are summed exactly, and block by block in
-//! order, so a row's result depends neither on the rows beside it nor on the kernel.
+//! Four-bit weights are kept as GGUF's Q4_0, Q4_1 and Q4_K have them (of Q4_K, a block's scale and minimum are rounded),
+//! eight-bit weights as Q8_0 has them; of any other type, the numbers it stands for are rounded to eight bits. The
+//! products of a block are summed exactly, and block by block in order, so a row's result depends neither on the rows
+//! beside it nor on the kernel.
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -20,7 +21,7 @@ pub use rows::Rows;
 
 /// Inputs that share a scale.
 pub const BLOCK: usize = 32;
-/// Columns of a panel: two vectors of eight.
+/// Columns of a panel: two vectors of eight, or one of sixteen.
 pub const WIDTH: usize = 16;
 
 /// Calls `$tile` with `$rows` rows at a time, and with those that are left one by one.

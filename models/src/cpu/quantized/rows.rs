@@ -29,7 +29,7 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// A GGUF file's matrix on the CPU: Q4_0, Q4_1 and Q8_0 as they are, others rounded to eight bits.
+    /// A GGUF file's matrix on the CPU: Q4_0, Q4_1, Q4_K and Q8_0 in as many bits as they have, others rounded to eight.
     ///
     /// # Errors
     /// The tensor is no matrix, or its rows are no whole number of blocks.
@@ -47,6 +47,12 @@ impl Rows {
             GgmlDType::Q4_1 => tensor.data()?.as_chunks::<20>().0.iter().for_each(|block| {
                 rows.push_nibbles(number(block[0], block[1]), number(block[2], block[3]), &block[4..]);
             }),
+            GgmlDType::Q4K => tensor
+                .data()?
+                .as_chunks()
+                .0
+                .iter()
+                .for_each(|block| rows.push_q4_k(block)),
             GgmlDType::Q8_0 => {
                 rows.bits = Bits::Eight;
                 for block in tensor.data()?.as_chunks::<34>().0 {
@@ -85,6 +91,24 @@ impl Rows {
         self.minima.push(minimum);
         self.values.extend(nibbles.iter().map(|byte| (byte & 15) as i8));
         self.values.extend(nibbles.iter().map(|byte| (byte >> 4) as i8));
+    }
+
+    /// Eight blocks of GGUF's Q4_K: a scale and a minimum for them all, of which each block has its own multiples in six
+    /// bits; the products are rounded to float16. Two blocks share their bytes, one in the low nibbles, the next in the
+    /// high ones.
+    fn push_q4_k(&mut self, blocks: &[u8; 144]) {
+        let scale_of_all = number(blocks[0], blocks[1]).to_f32();
+        let minimum_of_all = number(blocks[2], blocks[3]).to_f32();
+        let (packed, nibbles) = blocks[4..].split_at(12);
+        for (pair, nibbles) in nibbles.chunks_exact(BLOCK).enumerate() {
+            for (index, shift) in [(2 * pair, 0), (2 * pair + 1, 4)] {
+                let (scale, minimum) = six_bits(packed, index);
+                self.scales.push(f16::from_f32(scale_of_all * f32::from(scale)));
+                self.minima.push(f16::from_f32(-minimum_of_all * f32::from(minimum)));
+                self.values
+                    .extend(nibbles.iter().map(|byte| (byte >> shift & 15) as i8));
+            }
+        }
     }
 
     /// Rounds weights to eight bits; `depth` is a whole number of blocks.
@@ -148,6 +172,17 @@ impl Rows {
     }
 }
 
+/// The multiples of scale and minimum that block `index` of eight has: of the first four in bytes of their own, of the
+/// others low bits in the last bytes and high bits on top of the first.
+fn six_bits(packed: &[u8], index: usize) -> (u8, u8) {
+    if index < 4 {
+        return (packed[index] & 63, packed[index + 4] & 63);
+    }
+    let low = packed[index + 4];
+    let high = |byte: u8| byte >> 6 << 4;
+    (low & 15 | high(packed[index - 4]), low >> 4 | high(packed[index]))
+}
+
 fn number(low: u8, high: u8) -> f16 {
     f16::from_le_bytes([low, high])
 }
@@ -172,6 +207,7 @@ mod tests {
         for (dtype, bits, within) in [
             (GgmlDType::Q4_0, Bits::Four, 0.0),
             (GgmlDType::Q4_1, Bits::Four, 0.0),
+            (GgmlDType::Q4K, Bits::Four, 1e-3),
             (GgmlDType::Q8_0, Bits::Eight, 0.0),
             (GgmlDType::Q5_1, Bits::Eight, 4.5e-3),
             (GgmlDType::Q6K, Bits::Eight, 4.5e-3),
