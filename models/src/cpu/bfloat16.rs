@@ -1,7 +1,7 @@
 //! Products of bfloat16 numbers, for processors that have an instruction for them (AVX512_BF16).
 //!
 //! Weights and activations lie in pairs of neighbouring inputs. `vdpbf16ps` multiplies the pairs of 16 outputs at once and
-//! adds both products to float32 sums; every sum is a chain of these in the order of the inputs, so a row's result does
+//! adds both products to float32 sums; every sum is a chain of these in the order of the pairs, so a row's result does
 //! not depend on the rows beside it.
 
 use std::ops::Range;
@@ -21,7 +21,7 @@ const ROWS_A_THREAD: usize = 16;
 type Pair = [bf16; 2];
 
 /// A packed matrix. The last panel is filled up with zeros, and so is an odd depth.
-pub struct PairPanels {
+pub struct Bfloat16Panels {
     /// `[panels, pairs, WIDTH]`
     data: Aligned<Pair>,
     /// Inputs.
@@ -30,7 +30,7 @@ pub struct PairPanels {
     pub outputs: usize,
 }
 
-impl PairPanels {
+impl Bfloat16Panels {
     /// Whether this processor has the instruction.
     pub fn are_fast() -> bool {
         #[cfg(target_arch = "x86_64")]
@@ -62,7 +62,7 @@ impl PairPanels {
     ) -> Self {
         let size = depth.div_ceil(2) * WIDTH;
         let mut data = Aligned::<Pair>::zeros(count * size);
-        let panels = data.get_mut().par_chunks_exact_mut(size).take(count);
+        let panels = data.get_mut().par_chunks_exact_mut(size);
         panels.enumerate().for_each(|(index, panel)| {
             let (rows, nth) = source(index);
             for (column, row) in rows.chunks_exact(depth).skip(nth * WIDTH).take(WIDTH).enumerate() {
@@ -76,7 +76,7 @@ impl PairPanels {
 
     /// Bytes of the weights.
     pub fn bytes(&self) -> usize {
-        2 * self.outputs * self.depth
+        size_of_val(self.data.get())
     }
 
     /// Writes the weights of output `index` to `row`, as an embedding lookup wants them.
@@ -89,20 +89,27 @@ impl PairPanels {
 
     /// Panel `index` times some rows: `sums` becomes `[rows, WIDTH]`.
     pub fn multiply(&self, index: usize, x: &Activations, rows: Range<usize>, sums: &mut [f32]) {
+        self.multiply_by(Self::are_fast(), index, x, rows, sums);
+    }
+
+    /// As [`Self::multiply`], by the instruction if `fast`, which has to be there.
+    fn multiply_by(&self, fast: bool, index: usize, x: &Activations, rows: Range<usize>, sums: &mut [f32]) {
+        assert!(!fast || Self::are_fast());
         let panel = self.panel(index);
-        let x = &x.pairs[rows.start * panel.len()..rows.end * panel.len()];
+        let pairs = panel.len();
+        let x = &x.pairs[rows.start * pairs..rows.end * pairs];
         let (sums, _) = sums.as_chunks_mut::<WIDTH>();
         sums.fill([0.0; WIDTH]);
-        assert_eq!(x.len(), sums.len() * panel.len());
-        for first in (0..panel.len()).step_by(DEPTH_BLOCK) {
-            let weights = &panel[first..(first + DEPTH_BLOCK).min(panel.len())];
+        assert_eq!(x.len(), sums.len() * pairs);
+        for first in (0..pairs).step_by(DEPTH_BLOCK) {
+            let weights = &panel[first..(first + DEPTH_BLOCK).min(pairs)];
             #[cfg(target_arch = "x86_64")]
-            if avx512::is_there() {
-                // SAFETY: the processor has what the function needs.
-                unsafe { avx512::accumulate(weights, x, panel.len(), first, sums) };
+            if fast {
+                // SAFETY: the processor has what the function needs, by the assertion.
+                unsafe { avx512::accumulate(weights, x, pairs, first, sums) };
                 continue;
             }
-            accumulate(weights, x, panel.len(), first, sums);
+            accumulate(weights, x, pairs, first, sums);
         }
     }
 
@@ -147,9 +154,10 @@ fn round(x: &[f32], numbers: &mut [bf16]) {
     }
 }
 
-/// `sums[row] += x[row][first..] * weights`, for any processor: `x` is `[rows, depth]` pairs.
-fn accumulate(weights: &[[Pair; WIDTH]], x: &[Pair], depth: usize, first: usize, sums: &mut [[f32; WIDTH]]) {
-    for (sums, x) in sums.iter_mut().zip(x.chunks_exact(depth)) {
+/// `sums[row] += x[row][first..] * weights`: `x` is `[rows, pairs]`. What the instruction computes, for processors without
+/// it; those multiply in float32 faster, so only tests come here.
+fn accumulate(weights: &[[Pair; WIDTH]], x: &[Pair], pairs: usize, first: usize, sums: &mut [[f32; WIDTH]]) {
+    for (sums, x) in sums.iter_mut().zip(x.chunks_exact(pairs)) {
         for (weights, x) in weights.iter().zip(&x[first..]) {
             for (sum, weight) in sums.iter_mut().zip(weights) {
                 // The instruction takes the second of a pair first. In float32 the products themselves are exact.
@@ -175,11 +183,13 @@ mod avx512 {
 
     /// Whether this processor runs it.
     pub fn is_there() -> bool {
-        is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512bf16")
     }
 
     /// As the one for any processor, but that numbers below the normal ones become zero.
-    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub fn round(x: &[f32], numbers: &mut [bf16]) {
         let ((x, last), (numbers, rest)) = (x.as_chunks::<LANES>(), numbers.as_chunks_mut::<LANES>());
         for (x, numbers) in x.iter().zip(numbers) {
@@ -192,11 +202,11 @@ mod avx512 {
         super::round(last, rest);
     }
 
-    /// As the one for any processor.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    pub fn accumulate(weights: &[[Pair; WIDTH]], x: &[Pair], depth: usize, first: usize, sums: &mut [[f32; WIDTH]]) {
+    /// As the one for any processor, but that numbers below the normal ones count as zero.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub fn accumulate(weights: &[[Pair; WIDTH]], x: &[Pair], pairs: usize, first: usize, sums: &mut [[f32; WIDTH]]) {
         for_row_tiles!(ROWS, sums.len(), |row, MR| {
-            let x = std::array::from_fn(|m| &x[(row + m) * depth + first..][..weights.len()]);
+            let x = std::array::from_fn(|m| &x[(row + m) * pairs + first..][..weights.len()]);
             let (sums, _) = sums[row..].as_chunks_mut::<MR>();
             tile(weights, &x, &mut sums[0]);
         });
@@ -204,7 +214,7 @@ mod avx512 {
 
     /// `sums[row] += x[row] * weights`.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn tile<const MR: usize>(weights: &[[Pair; WIDTH]], x: &[&[Pair]; MR], sums: &mut [[f32; WIDTH]; MR]) {
         let mut acc = [[_mm512_setzero_ps(); VECTORS]; MR];
         for (acc, sums) in acc.iter_mut().zip(&*sums) {
@@ -235,7 +245,7 @@ mod avx512 {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn as_pairs(bits: __m512i) -> __m512bh {
         // SAFETY: both are 512 bits of anything.
         unsafe { std::mem::transmute(bits) }
@@ -251,7 +261,7 @@ mod tests {
     fn every_output_is_found_again() {
         for (outputs, depth) in [(1, 1), (47, 3), (48, 5), (49, 2), (101, 7)] {
             let rows = numbers(outputs * depth, 31);
-            let panels = PairPanels::pack(&rows, depth);
+            let panels = Bfloat16Panels::pack(&rows, depth);
             for (output, exact) in rows.chunks_exact(depth).enumerate() {
                 let mut row = vec![0.0; depth];
                 panels.gather(output, &mut row);
@@ -266,22 +276,25 @@ mod tests {
     fn products_of_rounded_numbers_are_exact_to_rounding() {
         for (outputs, depth, count) in [(1, 1, 1), (48, 16, 2), (49, 17, 5), (97, 600, 25), (16, 257, 8)] {
             let (weights, x) = (numbers(outputs * depth, 32), numbers(count * depth, 33));
-            let panels = PairPanels::pack(&weights, depth);
+            let panels = Bfloat16Panels::pack(&weights, depth);
             let rounded = Activations::round(&x, depth);
             let exact = |row: usize, output: usize| {
                 let pairs = x[row * depth..][..depth].iter().zip(&weights[output * depth..]);
                 let products = pairs.map(|(&x, &w)| bf16::from_f32(x).to_f64() * bf16::from_f32(w).to_f64());
                 products.sum::<f64>()
             };
-            for panel in 0..outputs.div_ceil(WIDTH) {
+            let ways = [false, true]
+                .into_iter()
+                .filter(|&fast| !fast || Bfloat16Panels::are_fast());
+            for (panel, fast) in ways.flat_map(|fast| (0..outputs.div_ceil(WIDTH)).map(move |panel| (panel, fast))) {
                 let mut sums = vec![f32::NAN; count * WIDTH];
-                panels.multiply(panel, &rounded, 0..count, &mut sums);
+                panels.multiply_by(fast, panel, &rounded, 0..count, &mut sums);
                 for (at, &sum) in sums.iter().enumerate() {
                     let (row, output) = (at / WIDTH, panel * WIDTH + at % WIDTH);
                     let exact = if output < outputs { exact(row, output) } else { 0.0 };
                     assert!(
                         (f64::from(sum) - exact).abs() <= 1e-6 * depth as f64,
-                        "row {row}, output {output} of {outputs} x {depth}: {sum} is not {exact}"
+                        "row {row}, output {output} of {outputs} x {depth}, fast {fast}: {sum} is not {exact}"
                     );
                 }
             }
@@ -291,7 +304,7 @@ mod tests {
     #[test]
     fn a_row_is_the_same_in_any_batch() {
         let (depth, count) = (300, 33);
-        let panels = PairPanels::pack(&numbers(WIDTH * depth, 34), depth);
+        let panels = Bfloat16Panels::pack(&numbers(WIDTH * depth, 34), depth);
         let x = Activations::round(&numbers(count * depth, 35), depth);
         let product = |rows: Range<usize>| {
             let mut sums = vec![0.0; rows.len() * WIDTH];
@@ -309,7 +322,7 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY] {
             let mut x = numbers(3 * 8, 36);
             x[9] = bad;
-            let panels = PairPanels::pack(&numbers(WIDTH * 8, 37), 8);
+            let panels = Bfloat16Panels::pack(&numbers(WIDTH * 8, 37), 8);
             let mut sums = vec![0.0; 3 * WIDTH];
             panels.multiply(0, &Activations::round(&x, 8), 0..3, &mut sums);
             for (row, sums) in sums.chunks_exact(WIDTH).enumerate() {

@@ -6,10 +6,10 @@ use candle_core::{CpuStorage, CustomOp1, DType, InplaceOp2, Layout, Result, Shap
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::bfloat16::{self, PairPanels};
-use super::panels::{Aligned, Panels};
+use super::bfloat16::{self, Bfloat16Panels};
+use super::panels::{Aligned, Block, Panels};
 use super::quantized::{self, QuantizedPanels, Rows};
-use super::tile::{for_row_tiles, multiply, tile_rows};
+use super::tile::{Column, for_row_tiles, multiply, tile_rows};
 use super::{Stripes, math, slice, slice_mut};
 
 /// Most inputs that are multiplied before the next rows' turn, so that a block of a panel stays in the first-level cache.
@@ -31,8 +31,8 @@ enum Epilogue<'a> {
 /// Packed weights.
 enum Matrix {
     Dense(Panels),
-    /// In bfloat16, and multiplied so.
-    Pairs(PairPanels),
+    /// In bfloat16, and multiplied as such.
+    Bfloat16(Bfloat16Panels),
     Quantized(QuantizedPanels),
 }
 
@@ -40,15 +40,15 @@ impl Matrix {
     /// Packs row-major `weight` as `dtype`.
     fn new(weight: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
         Ok(match dtype {
-            DType::BF16 if PairPanels::are_fast() => Self::Pairs(PairPanels::pack(weight, inputs)),
+            DType::BF16 if Bfloat16Panels::are_fast() => Self::Bfloat16(Bfloat16Panels::pack(weight, inputs)),
             _ => Self::Dense(Panels::pack(weight, inputs, dtype)?),
         })
     }
 
     /// Packs row-major `gate` and `up` as `dtype`, a panel of one and a panel of the other in turn.
-    fn pairs(gate: &[f32], up: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
+    fn gate_up(gate: &[f32], up: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
         Ok(match dtype {
-            DType::BF16 if PairPanels::are_fast() => Self::Pairs(PairPanels::pack_pairs(gate, up, inputs)),
+            DType::BF16 if Bfloat16Panels::are_fast() => Self::Bfloat16(Bfloat16Panels::pack_pairs(gate, up, inputs)),
             _ => Self::Dense(Panels::pack_pairs(gate, up, inputs, dtype)?),
         })
     }
@@ -56,7 +56,7 @@ impl Matrix {
     fn depth(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.depth,
-            Self::Pairs(panels) => panels.depth,
+            Self::Bfloat16(panels) => panels.depth,
             Self::Quantized(panels) => panels.depth,
         }
     }
@@ -64,7 +64,7 @@ impl Matrix {
     fn outputs(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.outputs,
-            Self::Pairs(panels) => panels.outputs,
+            Self::Bfloat16(panels) => panels.outputs,
             Self::Quantized(panels) => panels.outputs,
         }
     }
@@ -73,7 +73,7 @@ impl Matrix {
     fn width(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.width,
-            Self::Pairs(_) => bfloat16::WIDTH,
+            Self::Bfloat16(_) => bfloat16::WIDTH,
             Self::Quantized(_) => quantized::WIDTH,
         }
     }
@@ -82,7 +82,7 @@ impl Matrix {
     fn bytes(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.bytes(),
-            Self::Pairs(panels) => panels.bytes(),
+            Self::Bfloat16(panels) => panels.bytes(),
             Self::Quantized(panels) => panels.bytes(),
         }
     }
@@ -133,7 +133,7 @@ impl Linear {
         for (row, &index) in rows.chunks_exact_mut(depth).zip(indices) {
             match &self.matrix {
                 Matrix::Dense(panels) => panels.gather(index as usize, row),
-                Matrix::Pairs(panels) => panels.gather(index as usize, row),
+                Matrix::Bfloat16(panels) => panels.gather(index as usize, row),
                 Matrix::Quantized(panels) => panels.gather(index as usize, row),
             }
         }
@@ -178,7 +178,7 @@ impl GateUp {
     /// Packs row-major `gate` and `up` (both `[out, in]`) as `dtype`.
     pub fn new(gate: &[f32], up: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
         Ok(Self {
-            matrix: Matrix::pairs(gate, up, inputs, dtype)?,
+            matrix: Matrix::gate_up(gate, up, inputs, dtype)?,
         })
     }
 
@@ -235,7 +235,7 @@ fn run(matrix: &Matrix, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Resul
     let out = Stripes::new(out);
     let operands = match matrix {
         Matrix::Dense(panels) => Operands::Dense { panels, x },
-        Matrix::Pairs(panels) => Operands::Pairs {
+        Matrix::Bfloat16(panels) => Operands::Bfloat16 {
             panels,
             x: bfloat16::Activations::round(x, depth),
         },
@@ -266,8 +266,8 @@ enum Operands<'a> {
         panels: &'a Panels,
         x: &'a [f32],
     },
-    Pairs {
-        panels: &'a PairPanels,
+    Bfloat16 {
+        panels: &'a Bfloat16Panels,
         x: bfloat16::Activations,
     },
     Quantized {
@@ -304,13 +304,13 @@ impl WithSimd for Stripe<'_> {
         let activations = match self.operands {
             Operands::Dense { .. } => ROW_BLOCK,
             // Activations are half as large, and a quarter.
-            Operands::Pairs { .. } => 2 * ROW_BLOCK,
+            Operands::Bfloat16 { .. } => 2 * ROW_BLOCK,
             Operands::Quantized { .. } => 4 * ROW_BLOCK,
         };
         let block = (activations / depth).clamp(24, 96).min(self.rows);
         // Vectors of sums that lie across two cache lines take longer.
         let mut sums = Aligned::zeros(per_unit * block * width);
-        let sums = &mut sums.get_mut()[..per_unit * block * width];
+        let sums = sums.get_mut();
         let mut buffer = Vec::new();
         for first in (0..self.rows).step_by(block) {
             let rows = block.min(self.rows - first);
@@ -328,7 +328,7 @@ impl WithSimd for Stripe<'_> {
                                 &mut buffer,
                             );
                         }
-                        Operands::Pairs { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
+                        Operands::Bfloat16 { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
                         Operands::Quantized { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
                     }
                 }
@@ -344,15 +344,19 @@ fn dense<S: Simd>(simd: S, panels: &Panels, index: usize, x: &[f32], sums: &mut 
     let depth = panels.depth;
     // Blocks of nearly equal depth, so that none is hardly worth its overhead.
     let depth_block = depth.div_ceil(depth.div_ceil(DEPTH_BLOCK));
+    let few = sums.len() <= 2 * tile_rows::<S>() * panels.width;
     for k in (0..depth).step_by(depth_block) {
-        let weights = panels.block(index, k, depth_block.min(depth - k), buffer);
-        accumulate(simd, x, depth, k, weights, sums);
+        match panels.block(index, k, depth_block.min(depth - k)) {
+            // Each weight is used once or twice: converting it each time is less work than writing it somewhere.
+            Block::Bf16(weights) if few => accumulate(simd, x, depth, k, weights, sums),
+            block => accumulate(simd, x, depth, k, block.widened(buffer), sums),
+        }
     }
 }
 
 /// `sums[row] (+)= x[row][k..] * weights`, from zero where `k` is 0: `sums` `[rows, width]`, `x` `[rows, depth]`.
 #[inline(always)]
-fn accumulate<S: Simd>(simd: S, x: &[f32], depth: usize, k: usize, weights: &[f32], sums: &mut [f32]) {
+fn accumulate<S: Simd, W: Column>(simd: S, x: &[f32], depth: usize, k: usize, weights: &[W], sums: &mut [f32]) {
     let width = 2 * S::F32_LANES;
     let (rows, block) = (sums.len() / width, weights.len() / width);
     assert!(k + block <= depth && rows * depth <= x.len());
@@ -489,28 +493,86 @@ mod tests {
             };
             let ((weight, exact), (up, exact_up)) = (stored(21), stored(22));
             let (x, bias) = (numbers(rows * inputs, 23), numbers(outputs, 24));
-            let input = Tensor::from_vec(x.clone(), (rows, inputs), &Device::Cpu).unwrap();
-            let linear = Linear::quantized(&weight, None);
+            // Of activations to one, rounded to 1 / 127, each is off by half of that at most, one way or the other.
+            let within = 6.0 / 254.0 * (inputs as f64 / 9.0).sqrt();
+            Near {
+                x,
+                exact,
+                exact_up,
+                bias: bias.clone(),
+                inputs,
+                within,
+            }
+            .check(
+                Linear::quantized(&weight, None),
+                Linear::quantized(&weight, Some(bias)),
+                GateUp::quantized(&weight, &up).unwrap(),
+            );
+        }
+    }
+
+    /// Whether this processor would choose them or not.
+    #[test]
+    fn bfloat16_products_of_odd_sizes_are_near() {
+        for (rows, inputs, outputs) in [(1, 1, 1), (3, 15, 47), (5, 64, 48), (9, 257, 49), (97, 300, 101)] {
+            let (weight, up) = (numbers(outputs * inputs, 25), numbers(outputs * inputs, 26));
+            let (x, bias) = (numbers(rows * inputs, 27), numbers(outputs, 28));
+            let linear = |bias| Linear {
+                matrix: Matrix::Bfloat16(Bfloat16Panels::pack(&weight, inputs)),
+                bias,
+            };
+            let gate_up = GateUp {
+                matrix: Matrix::Bfloat16(Bfloat16Panels::pack_pairs(&weight, &up, inputs)),
+            };
+            // Each of two factors to one is off by 1 / 512 at most, one way or the other.
+            let within = 6.0 * 2.0 / 512.0 * (inputs as f64 / 9.0).sqrt();
+            let (linear, biased) = (linear(None), linear(Some(bias.clone())));
+            Near {
+                x,
+                exact: weight.clone(),
+                exact_up: up.clone(),
+                bias,
+                inputs,
+                within,
+            }
+            .check(linear, biased, gate_up);
+        }
+    }
+
+    /// What products are near to, and how near.
+    struct Near {
+        /// `[rows, inputs]`
+        x: Vec<f32>,
+        /// `[outputs, inputs]`
+        exact: Vec<f32>,
+        exact_up: Vec<f32>,
+        /// `[outputs]`
+        bias: Vec<f32>,
+        inputs: usize,
+        within: f64,
+    }
+
+    impl Near {
+        fn check(self, linear: Linear, biased: Linear, gate_up: GateUp) {
+            let Self { inputs, within, .. } = self;
+            let (rows, outputs) = (self.x.len() / inputs, self.bias.len());
+            let input = Tensor::from_vec(self.x.clone(), (rows, inputs), &Device::Cpu).unwrap();
             let product: Vec<Vec<f32>> = linear.forward(&input).unwrap().to_vec2().unwrap();
             let sum = Tensor::ones((rows, outputs), DType::F32, &Device::Cpu).unwrap();
             linear.add_to(&sum, &input).unwrap();
             let sum: Vec<Vec<f32>> = sum.to_vec2().unwrap();
-            let biased = Linear::quantized(&weight, Some(bias.clone())).forward(&input).unwrap();
-            let biased: Vec<Vec<f32>> = biased.to_vec2().unwrap();
-            let gate_up = GateUp::quantized(&weight, &up).unwrap();
+            let biased: Vec<Vec<f32>> = biased.forward(&input).unwrap().to_vec2().unwrap();
             let gated: Vec<Vec<f32>> = gate_up.forward(&input).unwrap().to_vec2().unwrap();
-            // Of activations to one, rounded to 1 / 127, each is off by half of that at most, one way or the other.
-            let within = 6.0 / 254.0 * (inputs as f64 / 9.0).sqrt();
             for row in 0..rows {
-                let x = &x[row * inputs..][..inputs];
+                let x = &self.x[row * inputs..][..inputs];
                 for output in 0..outputs {
-                    let exact = dot(x, &exact[output * inputs..][..inputs]);
-                    let up = dot(x, &exact_up[output * inputs..][..inputs]);
+                    let exact = dot(x, &self.exact[output * inputs..][..inputs]);
+                    let up = dot(x, &self.exact_up[output * inputs..][..inputs]);
                     let silu = exact / (1.0 + (-exact).exp());
                     for (found, exact, within) in [
                         (product[row][output], exact, within),
                         (sum[row][output], exact + 1.0, within),
-                        (biased[row][output], exact + bias[output] as f64, within),
+                        (biased[row][output], exact + self.bias[output] as f64, within),
                         (
                             gated[row][output],
                             silu * up,

@@ -24,25 +24,54 @@ enum Elements {
     F16(Aligned<f16>),
 }
 
-/// A vector whose elements begin at a cache line; some more than were asked for.
+/// Part of a panel, as it is stored.
+pub enum Block<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+impl<'a> Block<'a> {
+    /// The weights in float32: themselves, or converted into `buffer`.
+    #[inline(always)]
+    pub fn widened(self, buffer: &'a mut Vec<f32>) -> &'a [f32] {
+        match self {
+            Self::F32(weights) => return weights,
+            Self::Bf16(weights) => {
+                buffer.resize(weights.len(), 0.0);
+                for (to, from) in buffer.iter_mut().zip(weights) {
+                    *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+                }
+            }
+            Self::F16(weights) => {
+                buffer.resize(weights.len(), 0.0);
+                weights.convert_to_f32_slice(buffer);
+            }
+        }
+        buffer
+    }
+}
+
+/// A vector whose elements begin at a cache line.
 pub struct Aligned<T> {
     data: Vec<T>,
     start: usize,
+    len: usize,
 }
 
 impl<T: Copy + Default> Aligned<T> {
     pub fn zeros(len: usize) -> Self {
         let data = vec![T::default(); len + 64];
         let start = data.as_ptr().align_offset(64).min(64);
-        Self { data, start }
+        Self { data, start, len }
     }
 
     pub fn get(&self) -> &[T] {
-        &self.data[self.start..]
+        &self.data[self.start..][..self.len]
     }
 
     pub fn get_mut(&mut self) -> &mut [T] {
-        &mut self.data[self.start..]
+        &mut self.data[self.start..][..self.len]
     }
 }
 
@@ -94,7 +123,6 @@ impl Panels {
             let mut data = Aligned::zeros(count * depth * width);
             data.get_mut()
                 .par_chunks_exact_mut(depth * width)
-                .take(count)
                 .enumerate()
                 .for_each(|(index, panel)| {
                     let (rows, nth) = source(index);
@@ -121,31 +149,23 @@ impl Panels {
         })
     }
 
-    /// Rows `first..first + depth` of panel `index` in float32: the weights themselves, or converted into `buffer`.
+    /// Rows `first..first + depth` of panel `index`.
     #[inline(always)]
-    pub fn block<'a>(&'a self, index: usize, first: usize, depth: usize, buffer: &'a mut Vec<f32>) -> &'a [f32] {
+    pub fn block(&self, index: usize, first: usize, depth: usize) -> Block<'_> {
         let range = (index * self.depth + first) * self.width..(index * self.depth + first + depth) * self.width;
-        if !matches!(self.data, Elements::F32(_)) {
-            buffer.resize(range.len(), 0.0);
-        }
         match &self.data {
-            Elements::F32(data) => return &data.get()[range],
-            Elements::Bf16(data) => {
-                for (to, from) in buffer.iter_mut().zip(&data.get()[range]) {
-                    *to = f32::from_bits((from.to_bits() as u32) << 16);
-                }
-            }
-            Elements::F16(data) => data.get()[range].convert_to_f32_slice(buffer),
+            Elements::F32(data) => Block::F32(&data.get()[range]),
+            Elements::Bf16(data) => Block::Bf16(&data.get()[range]),
+            Elements::F16(data) => Block::F16(&data.get()[range]),
         }
-        buffer
     }
 
     /// Bytes of the weights.
     pub fn bytes(&self) -> usize {
-        let weights = self.outputs * self.depth;
         match &self.data {
-            Elements::F32(_) => 4 * weights,
-            Elements::Bf16(_) | Elements::F16(_) => 2 * weights,
+            Elements::F32(data) => size_of_val(data.get()),
+            Elements::Bf16(data) => size_of_val(data.get()),
+            Elements::F16(data) => size_of_val(data.get()),
         }
     }
 
@@ -192,7 +212,7 @@ mod tests {
                 let last = outputs / panels.width;
                 if outputs % panels.width != 0 {
                     let mut buffer = Vec::new();
-                    let block = panels.block(last, 0, depth, &mut buffer);
+                    let block = panels.block(last, 0, depth).widened(&mut buffer);
                     assert!(
                         block
                             .chunks(panels.width)

@@ -1,7 +1,39 @@
 //! The one inner loop: a small tile of a matrix product held in registers. The projections and both products of
 //! attention run through it.
 
+use half::bf16;
 use pulp::Simd;
+
+/// What columns of a product may be stored as.
+pub trait Column: Copy {
+    /// One vector, in float32.
+    ///
+    /// # Safety
+    /// `at` must be readable for `S::F32_LANES` elements; it need not be aligned.
+    unsafe fn load<S: Simd>(at: *const Self) -> S::f32s;
+}
+
+impl Column for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(at: *const Self) -> S::f32s {
+        // SAFETY: in bounds by this function's contract; the read needs no alignment.
+        unsafe { at.cast::<S::f32s>().read_unaligned() }
+    }
+}
+
+impl Column for bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(at: *const Self) -> S::f32s {
+        // As many as the longest vector has; the compiler makes them one of the right length.
+        let mut wide = [0.0; 16];
+        for (lane, wide) in wide[..S::F32_LANES].iter_mut().enumerate() {
+            // SAFETY: in bounds by this function's contract; the read needs no alignment.
+            let narrow = unsafe { at.add(lane).read_unaligned() };
+            *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
+        }
+        S::as_simd_f32s(&wide[..S::F32_LANES]).0[0]
+    }
+}
 
 /// Rows of the largest tile, by the number of vector registers.
 pub const fn tile_rows<S: Simd>() -> usize {
@@ -13,21 +45,21 @@ pub const fn tile_rows<S: Simd>() -> usize {
 /// Every element is a chain of fused multiply-adds in the order of `k`, so its value does not depend on `MR` or `NV`.
 ///
 /// # Safety
-/// `a[m]` must be readable for `depth` floats, and `b` for `NV` vectors at each of `depth` rows of `stride` floats.
+/// `a[m]` must be readable for `depth` floats, and `b` for `NV` vectors at each of `depth` rows of `stride` elements.
 #[inline(always)]
-pub unsafe fn multiply<S: Simd, const MR: usize, const NV: usize>(
+pub unsafe fn multiply<S: Simd, W: Column, const MR: usize, const NV: usize>(
     simd: S,
     depth: usize,
     a: &[*const f32; MR],
-    b: *const f32,
+    b: *const W,
     stride: usize,
     acc: &mut [[S::f32s; NV]; MR],
 ) {
     let mut sums = *acc;
     for k in 0..depth {
-        // SAFETY: in bounds by this function's contract; the read needs no alignment.
+        // SAFETY: in bounds by this function's contract.
         let columns: [S::f32s; NV] =
-            std::array::from_fn(|v| unsafe { b.add(k * stride + v * S::F32_LANES).cast::<S::f32s>().read_unaligned() });
+            std::array::from_fn(|v| unsafe { W::load::<S>(b.add(k * stride + v * S::F32_LANES)) });
         for m in 0..MR {
             // SAFETY: in bounds by this function's contract.
             let factor = simd.splat_f32s(unsafe { *a[m].add(k) });
