@@ -188,6 +188,9 @@ pub(super) async fn change_model(
 
 #[cfg(test)]
 mod tests {
+    use std::future::{Future, poll_fn};
+    use std::task::Poll;
+
     use serde_json::json;
 
     use super::super::testing;
@@ -217,9 +220,10 @@ mod tests {
             max_batch: Some(3),
             ..Change::default()
         };
-        // Polled once: it was asked for, and cannot have been answered.
-        let left = tokio::time::timeout(Duration::ZERO, server.configure(&first, change)).await;
-        assert!(left.is_err());
+        // Polled once, it is asked for, and cannot have been answered: this thread has not run anything else.
+        let mut asked = Box::pin(server.configure(&first, change));
+        assert!(poll_fn(|context| Poll::Ready(asked.as_mut().poll(context).is_pending())).await);
+        drop(asked);
         let caught_up = async {
             loop {
                 server.catch_up(&second).await.unwrap();
