@@ -14,6 +14,8 @@ pub trait Column: Copy {
 }
 
 impl Column for f32 {
+    /// # Safety
+    /// The trait's.
     #[inline(always)]
     unsafe fn load<S: Simd>(at: *const Self) -> S::f32s {
         // SAFETY: in bounds by this function's contract; the read needs no alignment.
@@ -22,6 +24,8 @@ impl Column for f32 {
 }
 
 impl Column for bf16 {
+    /// # Safety
+    /// The trait's.
     #[inline(always)]
     unsafe fn load<S: Simd>(at: *const Self) -> S::f32s {
         // As many as the longest vector has; the compiler makes them one of the right length.
