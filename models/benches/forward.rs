@@ -1,4 +1,5 @@
-//! The default model's forward pass: prefills of several lengths, and decodes of several batch sizes at position 128.
+//! The default model's forward pass in float32, in bfloat16 and quantized: prefills of several lengths, and decodes of
+//! several batch sizes at position 128.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -31,18 +32,25 @@ fn step(sequences: usize, start: usize, len: usize) -> Step {
 }
 
 fn forward(c: &mut Criterion) {
-    let decoder = Decoder::load(&common::default_model(), &Device::Cpu, DType::F32).unwrap();
-    let mut cache = KvCache::new(decoder.config(), 64 * BLOCKS, BLOCK_SIZE, DType::F32, &Device::Cpu).unwrap();
-    let mut group = c.benchmark_group("forward");
-    group.sample_size(10);
     let prefills =
         [(1, 32), (1, 128), (4, 128), (1, 512)].map(|(n, len)| (format!("prefill {n} x {len}"), step(n, 0, len)));
     let decodes = [1, 8, 64].map(|n| (format!("decode {n}"), step(n, 128, 1)));
-    for (name, step) in prefills.iter().chain(&decodes) {
-        group.throughput(Throughput::Elements(step.tokens.len() as u64));
-        group.bench_function(BenchmarkId::from_parameter(name), |b| {
-            b.iter(|| decoder.forward(step, &mut cache).unwrap());
-        });
+    let (path, device) = (common::default_model(), Device::Cpu);
+    for (kind, dtype, decoder) in [
+        ("float32", DType::F32, Decoder::load(&path, &device, DType::F32)),
+        ("bfloat16", DType::BF16, Decoder::load(&path, &device, DType::BF16)),
+        ("quantized", DType::F32, Decoder::load_quantized(&path, &device, DType::F32)),
+    ] {
+        let decoder = decoder.unwrap();
+        let mut cache = KvCache::new(decoder.config(), 64 * BLOCKS, BLOCK_SIZE, dtype, &device).unwrap();
+        let mut group = c.benchmark_group(kind);
+        group.sample_size(10);
+        for (name, step) in prefills.iter().chain(&decodes) {
+            group.throughput(Throughput::Elements(step.tokens.len() as u64));
+            group.bench_function(BenchmarkId::from_parameter(name), |b| {
+                b.iter(|| decoder.forward(step, &mut cache).unwrap());
+            });
+        }
     }
 }
 

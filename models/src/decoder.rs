@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use crate::cpu::attention::{Attention, Queries};
 use crate::cpu::elementwise::{Half, RmsNorm, Rotate, Store};
 use crate::cpu::linear::{GateUp, Linear};
+use crate::cpu::panels::stored_as;
 use crate::cpu::quantized::Rows;
 use crate::kv::Pools;
 use crate::rope::{cos_sin, inverse_frequencies};
@@ -48,7 +49,8 @@ struct Pass<'a> {
 }
 
 impl CpuDecoder {
-    /// Packs a model's weights as `dtype`: f32, bf16 or f16; if `quantized`, quantized matrices stay quantized.
+    /// Packs a model's weights to be multiplied as `dtype` (f32, bf16 or f16); if `quantized`, quantized matrices stay
+    /// quantized.
     pub fn load(weights: &Weights, config: Config, dtype: DType, quantized: bool) -> Result<Self, ModelError> {
         let device = &Device::Cpu;
         let loader = Loader {
@@ -231,9 +233,10 @@ impl Loader<'_> {
         if self.config.tie_word_embeddings {
             return Ok((None, projection(EMBEDDING)?));
         }
-        let table = Tensor::from_vec(self.weights.read(EMBEDDING, &shape)?, shape.as_slice(), device);
-        let table = table
-            .and_then(|table| table.to_dtype(self.dtype))
+        let table = self.weights.read(EMBEDDING, &shape)?;
+        let dtype = stored_as(self.dtype, &[&table]);
+        let table = Tensor::from_vec(table, shape.as_slice(), device)
+            .and_then(|table| table.to_dtype(dtype))
             .map_err(built(EMBEDDING))?;
         Ok((Some(table), projection(OUTPUT)?))
     }

@@ -7,7 +7,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::bfloat16::{self, Bfloat16Panels};
-use super::panels::{Aligned, Block, Panels};
+use super::panels::{Aligned, Block, Panels, stored_as};
 use super::quantized::{self, QuantizedPanels, Rows};
 use super::tile::{Column, for_row_tiles, multiply, tile_rows};
 use super::{Stripes, math, slice, slice_mut};
@@ -37,19 +37,19 @@ enum Matrix {
 }
 
 impl Matrix {
-    /// Packs row-major `weight` as `dtype`.
+    /// Packs row-major `weight` to be multiplied as `dtype`.
     fn new(weight: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
         Ok(match dtype {
             DType::BF16 if Bfloat16Panels::are_fast() => Self::Bfloat16(Bfloat16Panels::pack(weight, inputs)),
-            _ => Self::Dense(Panels::pack(weight, inputs, dtype)?),
+            _ => Self::Dense(Panels::pack(weight, inputs, stored_as(dtype, &[weight]))?),
         })
     }
 
-    /// Packs row-major `gate` and `up` as `dtype`, a panel of one and a panel of the other in turn.
+    /// Packs row-major `gate` and `up` to be multiplied as `dtype`, a panel of one and a panel of the other in turn.
     fn gate_up(gate: &[f32], up: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
         Ok(match dtype {
             DType::BF16 if Bfloat16Panels::are_fast() => Self::Bfloat16(Bfloat16Panels::pack_pairs(gate, up, inputs)),
-            _ => Self::Dense(Panels::pack_pairs(gate, up, inputs, dtype)?),
+            _ => Self::Dense(Panels::pack_pairs(gate, up, inputs, stored_as(dtype, &[gate, up]))?),
         })
     }
 
@@ -95,7 +95,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Packs row-major `weight` (`[out, in]`) as `dtype`.
+    /// Packs row-major `weight` (`[out, in]`) to be multiplied as `dtype`.
     pub fn new(weight: &[f32], inputs: usize, bias: Option<Vec<f32>>, dtype: DType) -> Result<Self> {
         Ok(Self {
             matrix: Matrix::new(weight, inputs, dtype)?,
@@ -175,7 +175,7 @@ pub struct GateUp {
 }
 
 impl GateUp {
-    /// Packs row-major `gate` and `up` (both `[out, in]`) as `dtype`.
+    /// Packs row-major `gate` and `up` (both `[out, in]`) to be multiplied as `dtype`.
     pub fn new(gate: &[f32], up: &[f32], inputs: usize, dtype: DType) -> Result<Self> {
         Ok(Self {
             matrix: Matrix::gate_up(gate, up, inputs, dtype)?,
@@ -607,6 +607,43 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// What a file stores in bfloat16 takes no more memory in float32, and multiplies as if it did.
+    #[test]
+    fn weights_that_are_bfloat16_stay_so_and_give_float32s_products() {
+        let (inputs, outputs) = (300, 83);
+        let narrow = |seed| -> Vec<f32> {
+            let numbers = numbers(outputs * inputs, seed).into_iter();
+            numbers.map(|number| half::bf16::from_f32(number).to_f32()).collect()
+        };
+        let (weight, up) = (narrow(8), narrow(9));
+        let linear = Linear::new(&weight, inputs, None, DType::F32).unwrap();
+        let gate_up = GateUp::new(&weight, &up, inputs, DType::F32).unwrap();
+        let wide = |panels: Result<Panels>| Matrix::Dense(panels.unwrap());
+        let wide_linear = Linear {
+            matrix: wide(Panels::pack(&weight, inputs, DType::F32)),
+            bias: None,
+        };
+        let wide_gate_up = GateUp {
+            matrix: wide(Panels::pack_pairs(&weight, &up, inputs, DType::F32)),
+        };
+        assert_eq!(
+            (2 * linear.bytes(), 2 * gate_up.bytes()),
+            (wide_linear.bytes(), wide_gate_up.bytes())
+        );
+        for rows in [1, 11, 40] {
+            let x = Tensor::from_vec(numbers(rows * inputs, 10), (rows, inputs), &Device::Cpu).unwrap();
+            let vec = |product: Result<Tensor>| product.unwrap().to_vec2::<f32>().unwrap();
+            assert!(vec(linear.forward(&x)) == vec(wide_linear.forward(&x)), "{rows} rows");
+            assert!(vec(gate_up.forward(&x)) == vec(wide_gate_up.forward(&x)), "{rows} rows");
+        }
+        let mut one_wide = weight;
+        one_wide[17] = 0.3;
+        assert_eq!(
+            Linear::new(&one_wide, inputs, None, DType::F32).unwrap().bytes(),
+            wide_linear.bytes()
+        );
     }
 
     #[test]

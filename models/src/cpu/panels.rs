@@ -88,6 +88,16 @@ pub fn panel_width() -> usize {
     Arch::new().dispatch(Width)
 }
 
+/// What `weights` are stored as to stand for what they are in `dtype`: float32 numbers that are bfloat16 numbers as well, as
+/// those of most files are, are kept as such. They take half the memory and time to read, and their products are the same.
+pub fn stored_as(dtype: DType, weights: &[&[f32]]) -> DType {
+    let is_bfloat16 = |weight: &f32| weight.to_bits() & 0xFFFF == 0;
+    match dtype {
+        DType::F32 if weights.iter().all(|part| part.iter().all(is_bfloat16)) => DType::BF16,
+        dtype => dtype,
+    }
+}
+
 impl Panels {
     /// Packs rows of `depth` inputs, one an output, stored as `dtype` (f32, bf16 or f16).
     pub fn pack(rows: &[f32], depth: usize, dtype: DType) -> Result<Self> {
