@@ -39,7 +39,11 @@ fn forward(c: &mut Criterion) {
     for (kind, dtype, decoder) in [
         ("float32", DType::F32, Decoder::load(&path, &device, DType::F32)),
         ("bfloat16", DType::BF16, Decoder::load(&path, &device, DType::BF16)),
-        ("quantized", DType::F32, Decoder::load_quantized(&path, &device, DType::F32)),
+        (
+            "quantized",
+            DType::F32,
+            Decoder::load_quantized(&path, &device, DType::F32),
+        ),
     ] {
         let decoder = decoder.unwrap();
         let mut cache = KvCache::new(decoder.config(), 64 * BLOCKS, BLOCK_SIZE, dtype, &device).unwrap();
