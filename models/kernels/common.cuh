@@ -20,6 +20,8 @@ constexpr unsigned ALL = 0xffffffffu;
 constexpr float LOWEST = -1e30f;
 /// No slot: the token is padding, and nothing of it is stored.
 constexpr unsigned NO_SLOT = 0xffffffffu;
+/// Set in a token that the step before chose; the rest is its row there.
+constexpr unsigned CARRIED = 0x80000000u;
 
 struct bf16 {
     unsigned short bits;

@@ -1,9 +1,6 @@
 // Rows in and out: embedding lookup, rotary angles, residual add with RMSNorm, SiLU times up.
 #include "common.cuh"
 
-/// Set in a token that the step before chose; the rest is its row there.
-constexpr unsigned CARRIED = 0x80000000u;
-
 /// x[t] = table[tokens[t]]: `[tokens, hidden]` in float32, from `[vocabulary, hidden]`. A token that the step before failed
 /// to choose counts as 0: what comes of it is thrown away. Grid: tokens.
 template <class T>

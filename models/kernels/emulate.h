@@ -110,6 +110,7 @@ template <class T> T atomicAdd(T *to, T v) {
     *to += v;
     return before;
 }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline unsigned atomicOr(unsigned *to, unsigned v) { return std::exchange(*to, *to | v); }
 
 /// A launch's arguments as they came: a buffer, nothing, or four bytes.

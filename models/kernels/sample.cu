@@ -7,7 +7,7 @@ typedef unsigned long long u64;
 constexpr int THREADS = 1024;
 constexpr unsigned INVALID = 0xffffffffu;
 
-/// How one row's token is chosen; 32 bytes.
+/// How one row's token is chosen; 40 bytes.
 struct Draw {
     /// 0 takes the largest logit.
     float temperature;
@@ -21,25 +21,50 @@ struct Draw {
     float point;
     /// The row's edits, from `edits_begin` to before `edits_end`.
     unsigned edits_begin, edits_end;
-    unsigned unused;
+    /// Logits of tokens in the prompt and of generated ones are divided by it where positive, else multiplied; 1 is off.
+    float repetition;
+    /// Are taken from logits of generated tokens, once and for each time; 0 is off.
+    float presence, frequency;
 };
 
-/// A change to one token's logit: divided (where positive, else multiplied) by `repetition`, less `subtract`, plus `add`.
+/// Why a token's logit changes.
 struct Edit {
-    unsigned token;
-    float repetition, subtract, add;
+    unsigned token, in_prompt, generated;
+    /// Is added, behind the penalties.
+    float bias;
 };
 
-/// Applies each row's edits; no row names a token twice. Grid: rows.
-KERNEL(128) edit_logits(float *logits, const Draw *draws, const Edit *edits, int vocabulary) {
+/// Products are rounded, as on the host, and not fused with the sums.
+__device__ inline void apply(const Draw &draw, Edit edit, float *row) {
+    float v = row[edit.token];
+    if (edit.in_prompt || edit.generated) v = v > 0.f ? v / draw.repetition : __fmul_rn(v, draw.repetition);
+    if (edit.generated) v -= draw.presence + __fmul_rn(draw.frequency, (float)edit.generated);
+    row[edit.token] = v + edit.bias;
+}
+
+/// Applies each row's edits; no row names a token twice. Row b goes on from `tokens[rows[b]]`: where the step before chose
+/// that, and `sampled` still has it, the edits do not count it yet, and it is one more that was generated. A token that the
+/// step before failed to choose counts as none. Grid: rows.
+KERNEL(128)
+edit_logits(float *logits, const Draw *draws, const Edit *edits, const unsigned *tokens, const unsigned *rows,
+            const unsigned *sampled, int vocabulary) {
+    __shared__ bool listed;
     Draw draw = draws[blockIdx.x];
+    float *row = logits + (size_t)blockIdx.x * vocabulary;
+    unsigned last = tokens[rows[blockIdx.x]];
+    unsigned carried = last & CARRIED ? sampled[last & ~CARRIED] : INVALID;
+    if (threadIdx.x == 0) listed = carried >= (unsigned)vocabulary;
+    __syncthreads();
     for (unsigned e = draw.edits_begin + threadIdx.x; e < draw.edits_end; e += blockDim.x) {
         Edit edit = edits[e];
-        float *logit = logits + (size_t)blockIdx.x * vocabulary + edit.token;
-        float v = *logit;
-        if (edit.repetition != 1.f) v = v > 0.f ? v / edit.repetition : v * edit.repetition;
-        *logit = v - edit.subtract + edit.add;
+        if (edit.token == carried) {
+            edit.generated++;
+            listed = true;
+        }
+        apply(draw, edit, row);
     }
+    __syncthreads();
+    if (threadIdx.x == 0 && !listed) apply(draw, Edit{carried, 0, 1, 0.f}, row);
 }
 REGISTER(edit_logits)
 

@@ -13,7 +13,14 @@ pub struct Draw {
     pub min_p: f32,
     /// The row's random number, 0 to 1: where in the kept probability the draw falls.
     pub point: f32,
-    /// What is done to logits before, at most once for each token.
+    /// Logits of tokens in the prompt and of generated ones are divided by it where positive, else multiplied; 1 is off.
+    pub repetition: f32,
+    /// Is taken from logits of generated tokens; 0 is off.
+    pub presence: f32,
+    /// Is taken from logits of generated tokens for each time that they were generated; 0 is off.
+    pub frequency: f32,
+    /// The tokens whose logits change, each once. A row that goes on from a token which the step before chooses counts that
+    /// token as generated once more, whether it is among these or not.
     pub edits: Vec<Edit>,
 }
 
@@ -26,16 +33,21 @@ impl Draw {
             top_p: 1.0,
             min_p: 0.0,
             point: 0.0,
+            repetition: 1.0,
+            presence: 0.0,
+            frequency: 0.0,
             edits: Vec::new(),
         }
     }
 }
 
-/// A change to one token's logit: divided where positive, else multiplied, by `repetition`; less `subtract`; plus `add`.
+/// Why a token's logit changes: it is divided or multiplied, then taken from, as [`Draw`] says; then comes the bias.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Edit {
     pub token: u32,
-    pub repetition: f32,
-    pub subtract: f32,
-    pub add: f32,
+    pub in_prompt: bool,
+    /// How often the token was generated.
+    pub generated: u32,
+    /// Is added.
+    pub bias: f32,
 }

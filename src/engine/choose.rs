@@ -44,13 +44,6 @@ impl Runner {
         plan.rows.iter().filter(|row| row.samples).map(draw).collect()
     }
 
-    /// Whether the step after this one can be enqueued before the host has this one's tokens.
-    pub(super) fn goes_ahead(&self, plan: &Plan) -> bool {
-        let mut sampling = plan.rows.iter().filter(|row| row.samples);
-        self.model.samples()
-            && sampling.all(|row| (self.clients.get(&row.id)).is_some_and(|client| client.sampler.goes_ahead()))
-    }
-
     /// The tokens that the device chose, by sequence; what it chose for one that has ended since, or lost its blocks, is
     /// void.
     pub(super) fn chosen(

@@ -2,15 +2,15 @@
 //!
 //! The host learns a step's tokens when that step lands, and by then the next one is enqueued: its plan took for granted
 //! that every sequence goes on whose end cannot be known before, and where it goes on from an unknown token, the device
-//! takes that from the step before. What it computes for a sequence that has ended meanwhile, or that was preempted, is
-//! void. Such a sequence's blocks are given to others at once: the device runs all steps in the order in which they were
-//! enqueued, so whoever gets a block writes into it after the last step that knew it as the other's. A block that is kept
-//! for its tokens is full and written by nobody, so it may be shared and copied meanwhile; it is kept when its step has
-//! landed.
+//! takes that from the step before, and counts it where penalties do. What it computes for a sequence that has ended
+//! meanwhile, or that was preempted, is void. Such a sequence's blocks are given to others at once: the device runs all
+//! steps in the order in which they were enqueued, so whoever gets a block writes into it after the last step that knew it
+//! as the other's. A block that is kept for its tokens is full and written by nobody, so it may be shared and copied
+//! meanwhile; it is kept when its step has landed.
 //!
-//! Where the next choice needs what the host makes of this one (penalties, log-probabilities), or where the device's memory
-//! for a step is short, a step runs to its end before the next one is enqueued, as every step does on a device that leaves
-//! sampling to the host.
+//! Where someone wants log-probabilities, for which logits come to the host, or where the device's memory for a step is
+//! short, a step runs to its end before the next one is enqueued, as every step does on a device that leaves sampling to the
+//! host.
 
 use std::time::Instant;
 
@@ -48,7 +48,7 @@ impl Runner {
         }
         let step = self.planned(plan, now);
         let whole = self.budget.passes(&step.plan.rows).len() == 1;
-        let ahead = self.model.overlap && whole && self.goes_ahead(&step.plan);
+        let ahead = self.model.overlap && whole;
         let Some(draws) = ahead.then(|| self.draws(&step.plan)).flatten() else {
             self.land(before)?;
             return self.run_step(step);

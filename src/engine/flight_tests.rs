@@ -92,25 +92,39 @@ fn run(weights: &Weights, late: Option<Late>, asks: &[Ask]) -> Vec<Answer> {
     answers
 }
 
-/// Prompts that begin alike, to different lengths; greedy and seeded, some with penalties or log-probabilities, which do
-/// not go ahead, and some with stop tokens, which nobody can foresee.
+/// Penalties, each with and without effect, and a bias.
+fn penalties() -> impl Strategy<Value = Sampling> {
+    let repetition = prop_oneof![Just(1.0f32), 0.7f32..2.0];
+    let penalty = || prop_oneof![Just(0.0f32), -1f32..1.5];
+    (repetition, penalty(), penalty(), 0..VOCABULARY).prop_map(
+        |(repetition_penalty, presence_penalty, frequency_penalty, token)| Sampling {
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            logit_bias: vec![(token, 1.0)],
+            ..Sampling::default()
+        },
+    )
+}
+
+/// Prompts that begin alike, to different lengths; greedy and seeded, some with penalties, some with log-probabilities,
+/// which do not go ahead, and some with stop tokens, which nobody can foresee.
 fn ask() -> impl Strategy<Value = Ask> {
     let prompt = (0u32..12, prop::collection::vec(0..VOCABULARY, 1..12))
         .prop_map(|(shared, tail)| (0..shared).chain(tail).collect::<Vec<_>>());
     let rules = (any::<bool>(), any::<bool>(), prop::option::weighted(0.05, 0usize..3));
-    let penalised = prop::bool::weighted(0.1);
+    let penalties = prop::option::of(penalties());
     let leaves = prop::option::weighted(0.15, 0usize..12);
-    (prompt, rules, penalised, any::<u64>(), 1usize..40, leaves).prop_map(
-        |(prompt, (greedy, stops, logprobs), penalised, seed, max_tokens, leaves)| Ask {
+    (prompt, rules, penalties, any::<u64>(), 1usize..40, leaves).prop_map(
+        |(prompt, (greedy, stops, logprobs), penalties, seed, max_tokens, leaves)| Ask {
             prompt,
             sampling: Sampling {
                 temperature: if greedy { 0.0 } else { 1.0 },
-                frequency_penalty: if penalised { 0.7 } else { 0.0 },
                 stop_token_ids: if stops { (0..6).collect() } else { Vec::new() },
                 logprobs,
                 seed,
                 max_tokens,
-                ..Sampling::default()
+                ..penalties.unwrap_or_default()
             },
             leaves,
             id: "test",
@@ -181,6 +195,44 @@ fn a_step_is_enqueued_while_the_one_before_runs() {
     assert_eq!(answers[0].tokens.len(), 20);
     assert_eq!(answers[0].end, Some(Event::Finished(FinishReason::Length)));
     // All but the first, and none for a token behind the last.
+    assert_eq!(overlapped.load(Relaxed), 19);
+}
+
+#[test]
+fn penalties_do_not_keep_a_step_from_being_enqueued_ahead() {
+    let folder = tempfile::tempdir().unwrap();
+    let penalised = |first, temperature, penalties: Sampling| {
+        let mut ask = greedy(vec![first, 2, 3], 20, "test");
+        ask.sampling = Sampling {
+            temperature,
+            max_tokens: 20,
+            seed: 5,
+            ..penalties
+        };
+        ask
+    };
+    let frequency = Sampling {
+        frequency_penalty: 0.9,
+        ..Sampling::default()
+    };
+    let all = Sampling {
+        repetition_penalty: 1.5,
+        presence_penalty: 0.5,
+        logit_bias: vec![(7, 0.5)],
+        ..frequency.clone()
+    };
+    let asks = [
+        penalised(1, 0.0, frequency.clone()),
+        penalised(2, 0.0, all.clone()),
+        penalised(3, 1.0, frequency),
+        penalised(4, 1.0, all),
+    ];
+    let expected = run(&weights(folder.path(), 256, true, false), None, &asks);
+    let (late, overlapped) = overlapping();
+    assert_eq!(
+        run(&weights(folder.path(), 256, true, true), Some(late), &asks),
+        expected
+    );
     assert_eq!(overlapped.load(Relaxed), 19);
 }
 

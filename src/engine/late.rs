@@ -1,13 +1,16 @@
 //! Stands in for a device that chooses tokens itself: a step is computed when it is enqueued, with what the step before
 //! has chosen, which the host is told only when it waits for it.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering::Relaxed},
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use candle_core::bail;
-use sconce_models::{Decoder, Draw, KvCache, Step};
+use sconce_models::{Decoder, Draw, Edit, KvCache, Step};
 
 use super::{
     model::Awaited,
@@ -53,17 +56,29 @@ impl Late {
         carried: Vec<(usize, usize)>,
         before: Option<&Awaited>,
     ) -> candle_core::Result<Awaited> {
+        // By where the span ends whose last token it is.
+        let mut taken = HashMap::new();
         for (index, row) in carried {
             let Some(Awaited::Late(before)) = before else {
                 bail!("no step is under way")
             };
             step.tokens[index] = before.chosen[row].unwrap_or(0);
+            taken.insert(index + 1, before.chosen[row]);
         }
+        let mut end = 0;
+        let spans = step.sequences.iter().map(|span| {
+            end += span.len;
+            (span.logits, taken.get(&end).copied().flatten())
+        });
+        let carried: Vec<_> = spans.filter(|(logits, _)| *logits).map(|(_, token)| token).collect();
         let logits = decoder.forward(&step, cache)?.to_vec2::<f32>()?;
-        assert_eq!(logits.len(), draws.len());
+        assert_eq!((logits.len(), carried.len()), (draws.len(), draws.len()));
         let failed = self.failing.contains(&self.enqueued);
-        let rows = logits.into_iter().zip(draws);
-        let chosen = rows.map(|(logits, draw)| choose(logits, draw).filter(|_| !failed));
+        let rows = logits.into_iter().zip(draws).zip(carried);
+        let chosen = rows.map(|((mut logits, draw), carried)| {
+            edit(&mut logits, draw, carried);
+            choose(&logits, draw).filter(|_| !failed)
+        });
         let tokens = Tokens {
             chosen: chosen.collect(),
             failed,
@@ -87,24 +102,39 @@ impl Tokens {
     }
 }
 
-/// As the host's sampler chooses, without its cuts.
-fn choose(mut logits: Vec<f32>, draw: &Draw) -> Option<TokenId> {
-    for edit in &draw.edits {
+/// Does what a draw says to the logits that follow the token `carried`, where the step before chose that.
+pub fn edit(logits: &mut [f32], draw: &Draw, carried: Option<TokenId>) {
+    let listed = draw.edits.iter().any(|edit| Some(edit.token) == carried);
+    let unlisted = carried.filter(|_| !listed).map(|token| Edit {
+        token,
+        in_prompt: false,
+        generated: 0,
+        bias: 0.0,
+    });
+    for &edit in draw.edits.iter().chain(&unlisted) {
         let logit = &mut logits[edit.token as usize];
-        if edit.repetition != 1.0 {
+        let generated = edit.generated + u32::from(Some(edit.token) == carried);
+        if edit.in_prompt || generated > 0 {
             *logit = if *logit > 0.0 {
-                *logit / edit.repetition
+                *logit / draw.repetition
             } else {
-                *logit * edit.repetition
+                *logit * draw.repetition
             };
         }
-        *logit += edit.add - edit.subtract;
+        if generated > 0 {
+            *logit -= draw.presence + draw.frequency * generated as f32;
+        }
+        *logit += edit.bias;
     }
+}
+
+/// As the host's sampler chooses from logits that are edited, without its cuts.
+pub fn choose(logits: &[f32], draw: &Draw) -> Option<TokenId> {
     if !logits.iter().all(|logit| logit.is_finite()) {
         return None;
     }
     if draw.temperature == 0.0 {
-        return Some(greedy(&logits));
+        return Some(greedy(logits));
     }
     let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weights = logits.iter().map(|logit| ((logit - highest) / draw.temperature).exp());

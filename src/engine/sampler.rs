@@ -84,29 +84,18 @@ impl Sampler {
         Ok(Sample { token, logprobs })
     }
 
-    /// Whether a device that samples can choose the token after the next one before the host knows the next one: not
-    /// where penalties count it, nor where the host is to have the logits.
-    pub fn goes_ahead(&self) -> bool {
-        let Sampling {
-            repetition_penalty,
-            presence_penalty,
-            frequency_penalty,
-            logprobs,
-            ..
-        } = self.sampling;
-        let penalties = repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0;
-        !penalties && logprobs.is_none()
-    }
-
     /// A token's rules and random number for a device that samples, whose choice [`Self::chose`] must then be told: the
-    /// next token's, or with `ahead` the one's so many tokens later. `None` where log-probabilities are wanted, for which
-    /// the logits must come to the host.
+    /// next token's, or with `ahead` 1 the one's after that, for which the device counts the next one itself. `None` where
+    /// log-probabilities are wanted, for which the logits must come to the host.
     pub fn draw_for(&mut self, ahead: usize, vocabulary: usize) -> Option<Draw> {
         let Sampling {
             temperature,
             top_k,
             top_p,
             min_p,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
             logprobs: None,
             ..
         } = self.sampling
@@ -121,6 +110,9 @@ impl Sampler {
             top_p,
             min_p,
             point,
+            repetition: repetition_penalty,
+            presence: presence_penalty,
+            frequency: frequency_penalty,
             edits: self.edits(vocabulary),
         })
     }
@@ -138,7 +130,7 @@ impl Sampler {
         self.points[ahead]
     }
 
-    /// What [`Self::penalise`] does, as a list of changes.
+    /// The tokens whose logits [`Self::penalise`] changes, and why.
     fn edits(&self, vocabulary: usize) -> Vec<Edit> {
         let Sampling {
             repetition_penalty,
@@ -149,23 +141,20 @@ impl Sampler {
         let mut edits = BTreeMap::new();
         let unchanged = |token| Edit {
             token,
-            repetition: 1.0,
-            subtract: 0.0,
-            add: 0.0,
+            in_prompt: false,
+            generated: 0,
+            bias: 0.0,
         };
-        if repetition_penalty != 1.0 {
-            for &token in self.prompt.iter().chain(self.generated.keys()) {
-                edits.entry(token).or_insert_with(|| unchanged(token)).repetition = repetition_penalty;
-            }
+        for &token in &self.prompt {
+            edits.entry(token).or_insert_with(|| unchanged(token)).in_prompt = true;
         }
-        if presence_penalty != 0.0 || frequency_penalty != 0.0 {
+        if repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0 {
             for (&token, &count) in &self.generated {
-                let edit = edits.entry(token).or_insert_with(|| unchanged(token));
-                edit.subtract = presence_penalty + frequency_penalty * count as f32;
+                edits.entry(token).or_insert_with(|| unchanged(token)).generated = count;
             }
         }
         for &(token, bias) in &self.sampling.logit_bias {
-            edits.entry(token).or_insert_with(|| unchanged(token)).add += bias;
+            edits.entry(token).or_insert_with(|| unchanged(token)).bias += bias;
         }
         edits.retain(|&token, _| (token as usize) < vocabulary);
         edits.into_values().collect()
@@ -302,6 +291,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::engine::late::{choose, edit};
 
     fn sampler(sampling: Sampling) -> Sampler {
         Sampler::new(sampling, &[])
@@ -465,40 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn a_devices_draw_does_what_the_host_would() {
-        let sampling = Sampling {
-            seed: 7,
-            repetition_penalty: 1.5,
-            presence_penalty: 0.25,
-            frequency_penalty: 0.5,
-            logit_bias: vec![(2, 1.0), (99, 1.0)],
-            ..Sampling::default()
-        };
-        let mut on_device = Sampler::new(sampling.clone(), &[0, 3]);
-        let mut on_host = Sampler::new(sampling, &[0, 3]);
-        for _ in 0..20 {
-            let mut logits = [1.0, 2.0, -0.5, 0.75];
-            let expected = on_host.sample(&mut logits).unwrap().token;
-            let draw = on_device.draw_for(0, 4).unwrap();
-            let mut edited = [1.0f32, 2.0, -0.5, 0.75];
-            for edit in &draw.edits {
-                let logit = &mut edited[edit.token as usize];
-                let scaled = if *logit > 0.0 {
-                    *logit / edit.repetition
-                } else {
-                    *logit * edit.repetition
-                };
-                *logit = scaled - edit.subtract + edit.add;
-            }
-            assert_eq!(edited, logits);
-            let weights = edited.map(f32::exp);
-            let token = pick(
-                weights.into_iter().enumerate(),
-                draw.point * weights.iter().sum::<f32>(),
-            );
-            assert_eq!(token, expected);
-            on_device.chose(token);
-        }
+    fn no_device_draws_where_log_probabilities_are_wanted() {
         let mut wants_logprobs = sampler(Sampling {
             logprobs: Some(0),
             ..Sampling::default()
@@ -506,11 +463,54 @@ mod tests {
         assert_eq!(wants_logprobs.draw_for(0, 4), None);
     }
 
+    /// Rules of every kind, each with and without effect.
+    fn rules() -> impl Strategy<Value = Sampling> {
+        let repetition = prop_oneof![Just(1.0f32), 0.5f32..3.0];
+        let penalty = || prop_oneof![Just(0.0f32), -2f32..2.0];
+        let bias = prop::collection::btree_map(0u32..20, -3f32..3.0, 0..4);
+        (any::<bool>(), repetition, penalty(), penalty(), bias, any::<u64>()).prop_map(
+            |(greedy, repetition_penalty, presence_penalty, frequency_penalty, bias, seed)| Sampling {
+                temperature: if greedy { 0.0 } else { 1.0 },
+                repetition_penalty,
+                presence_penalty,
+                frequency_penalty,
+                logit_bias: bias.into_iter().collect(),
+                seed,
+                ..Sampling::default()
+            },
+        )
+    }
+
     proptest! {
         #[test]
         fn the_same_seed_draws_the_same(seed in any::<u64>(), logits in prop::collection::vec(-5f32..5.0, 2..300)) {
             let sampling = Sampling { seed, top_p: 0.95, ..Sampling::default() };
             prop_assert_eq!(draws(sampling.clone(), &logits, 20), draws(sampling, &logits, 20));
+        }
+
+        /// Whether the device is told of the token before, or counts it itself because the host does not know it yet.
+        #[test]
+        fn a_devices_draw_does_what_the_host_would(
+            sampling in rules(),
+            prompt in prop::collection::vec(0u32..16, 0..4),
+            rows in prop::collection::vec((prop::collection::vec(-3f32..3.0, 12), any::<bool>()), 1..20),
+        ) {
+            let mut on_host = Sampler::new(sampling.clone(), &prompt);
+            let mut on_device = Sampler::new(sampling, &prompt);
+            let mut under_way = None;
+            for (logits, ahead) in rows {
+                let mut expected = logits.clone();
+                let token = on_host.sample(&mut expected).unwrap().token;
+                let known = under_way.take_if(|_| !ahead);
+                known.into_iter().for_each(|token| on_device.chose(token));
+                let draw = on_device.draw_for(usize::from(under_way.is_some()), logits.len()).unwrap();
+                let mut edited = logits;
+                edit(&mut edited, &draw, under_way);
+                prop_assert_eq!(&edited, &expected);
+                prop_assert_eq!(choose(&edited, &draw), Some(token));
+                under_way.into_iter().for_each(|token| on_device.chose(token));
+                under_way = Some(token);
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use super::blas::{Blas, Matrix};
 use super::device_error;
 use super::draw::DRAW_WORDS;
-use super::kernels::{Address, Decodes, HEAD_DIMS, Kernels, Pool, Sizes, Tiles};
+use super::kernels::{Address, Choices, Decodes, HEAD_DIMS, Kernels, Pool, Sizes, Tiles};
 use super::metadata::{Metadata, Packing, Shape};
 use super::quantized::Activations;
 use super::weights::{Held, Layer, ModelWeights, Projection, address};
@@ -30,7 +30,7 @@ const MOST_SPLITS: usize = 64;
 /// Words that a workspace holds for lists at least.
 const WORDS: usize = 1 << 17;
 /// Words of lists that a token may have: its own, its decode's, its row's and its draw's.
-const LIST_WORDS: usize = 16;
+const LIST_WORDS: usize = 18;
 /// Floats of a row that fit beside sums into a block's shared memory.
 const MOST_HIDDEN: usize = 12_000;
 /// The largest batch that runs as a graph, a multiple of 8; beyond it launches cost little beside the step.
@@ -448,8 +448,14 @@ impl CudaDecoder {
     /// Puts the choice of the rows' tokens on the stream. Edits are numbered from the lists' beginning.
     fn choose(&self, run: &Run) -> Result<()> {
         let at = &run.at;
-        self.kernels
-            .sample(&self.sizes, run.shape.rows, at.logits, run.draws, at.words, at.sampled)
+        let choices = Choices {
+            count: run.shape.rows,
+            tokens: run.ids,
+            rows: run.rows,
+            draws: run.draws,
+            edits: at.words,
+        };
+        self.kernels.sample(&self.sizes, choices, at.logits, at.sampled)
     }
 }
 
@@ -513,7 +519,7 @@ fn sizes(config: &Config, dtype: DType) -> std::result::Result<Sizes, ModelError
     })
 }
 
-const _: () = assert!(DRAW_WORDS == 8, "kernels/sample.cu reads 8 words a row");
+const _: () = assert!(DRAW_WORDS == 10, "kernels/sample.cu reads 10 words a row");
 
 #[cfg(test)]
 mod tests {

@@ -3,7 +3,7 @@
 use crate::Draw;
 
 /// Words that one row's draw takes.
-pub const DRAW_WORDS: usize = 8;
+pub const DRAW_WORDS: usize = 10;
 /// Words that an edit takes.
 pub const EDIT_WORDS: usize = 4;
 
@@ -15,13 +15,13 @@ pub fn pack(draws: &[Draw], first: usize) -> (Vec<u32>, Vec<u32>) {
     for draw in draws {
         let begin = first + edits.len() / EDIT_WORDS;
         for edit in &draw.edits {
-            edits.push(edit.token);
-            edits.extend([edit.repetition, edit.subtract, edit.add].map(f32::to_bits));
+            edits.extend([edit.token, edit.in_prompt.into(), edit.generated, edit.bias.to_bits()]);
         }
         let end = first + edits.len() / EDIT_WORDS;
         packed.extend([draw.temperature.to_bits(), draw.top_k]);
         packed.extend([draw.top_p, draw.min_p, draw.point].map(f32::to_bits));
-        packed.extend([begin as u32, end as u32, 0]);
+        packed.extend([begin as u32, end as u32]);
+        packed.extend([draw.repetition, draw.presence, draw.frequency].map(f32::to_bits));
     }
     (packed, edits)
 }

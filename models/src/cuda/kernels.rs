@@ -148,6 +148,17 @@ pub struct Tiles {
     pub tables: Address,
 }
 
+/// The lists by which rows of logits get their tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct Choices {
+    pub count: usize,
+    /// The step's tokens, and which of them each row goes on from.
+    pub tokens: Address,
+    pub rows: Address,
+    pub draws: Address,
+    pub edits: Address,
+}
+
 impl Kernels {
     pub fn load(stream: &Arc<CudaStream>, dtype: DType, sizes: &Sizes) -> Result<Self> {
         let suffix = match dtype {
@@ -396,23 +407,17 @@ impl Kernels {
         unsafe { self.launch(function, (tiles.count, s.kv_heads, 1), 128, shared, arguments) }
     }
 
-    /// Applies the rows' edits to their logits and chooses a token for each.
-    pub fn sample(
-        &self,
-        s: &Sizes,
-        rows: usize,
-        logits: Address,
-        draws: Address,
-        edits: Address,
-        sampled: Address,
-    ) -> Result<()> {
-        // SAFETY: `logits` is [rows, vocabulary], `draws` has 8 words a row, its edits lie behind `edits` and name tokens
-        // of the vocabulary; `sampled` is [rows].
+    /// Applies the rows' edits to their logits and chooses a token for each into `sampled`, in place of what the step before
+    /// chose.
+    pub fn sample(&self, s: &Sizes, c: Choices, logits: Address, sampled: Address) -> Result<()> {
+        // SAFETY: `logits` is [count, vocabulary], `rows` names tokens of the step, `draws` has `DRAW_WORDS` a row, its edits
+        // lie behind `edits` and name tokens of the vocabulary; `sampled` is [count] and holds the rows of the step before
+        // that are carried.
         unsafe {
-            let edit = arguments![logits, draws, edits, s.vocabulary];
-            self.launch(&self.edit_logits, (rows, 1, 1), 128, 0, edit)?;
-            let choose = arguments![logits, draws, sampled, s.vocabulary];
-            self.launch(&self.sample, (rows, 1, 1), 1024, 0, choose)
+            let edit = arguments![logits, c.draws, c.edits, c.tokens, c.rows, sampled, s.vocabulary];
+            self.launch(&self.edit_logits, (c.count, 1, 1), 128, 0, edit)?;
+            let choose = arguments![logits, c.draws, sampled, s.vocabulary];
+            self.launch(&self.sample, (c.count, 1, 1), 1024, 0, choose)
         }
     }
 }

@@ -7,8 +7,8 @@ use candle_core::{Result, bail};
 use super::draw::{DRAW_WORDS, EDIT_WORDS, pack};
 use crate::{Draw, Span, Step};
 
-/// Set in a token that the step before chose; the rest is its row there (`kernels/elementwise.cu`).
-const CARRIED: u32 = 1 << 31;
+/// Set in a token that the step before chose; the rest is its row there (`kernels/common.cuh`).
+pub const CARRIED: u32 = 1 << 31;
 /// The slot of a token that is padding.
 const NO_SLOT: u32 = u32::MAX;
 /// Rows of a tile of queries in `kernels/attention_prefill.cu`.
@@ -117,9 +117,12 @@ impl Packing {
             token = range.end;
             self.span(span, range, &mut lists);
         }
-        // Padding writes its zeros into its own rows.
+        // Padding writes its zeros into its own rows, and goes on from its own token, which is never carried.
         for row in lists.decodes..shape.decodes {
             lists.words[places.decode_rows + row] = row as u32;
+        }
+        for row in lists.rows..shape.rows {
+            lists.words[places.rows + row] = row as u32;
         }
         lists.draws(draws);
         Metadata {
@@ -233,17 +236,16 @@ mod tests {
         };
         let edit = Edit {
             token: 3,
-            repetition: 1.0,
-            subtract: 0.5,
-            add: 0.0,
+            in_prompt: true,
+            generated: 2,
+            bias: -0.5,
         };
         let draw = |edits| Draw {
             temperature: 0.5,
             top_k: 4,
-            top_p: 1.0,
-            min_p: 0.0,
-            point: 0.25,
+            frequency: 0.25,
             edits,
+            ..Draw::greedy()
         };
         let metadata = packing.pack(&step, &[draw(vec![]), draw(vec![edit])]);
         let shape = Shape {
@@ -264,7 +266,8 @@ mod tests {
         assert_eq!(list(&metadata, table, 3), [7, 0, 1]);
         let second = list(&metadata, places.draws + DRAW_WORDS, DRAW_WORDS);
         let edits = &metadata.words[second[5] as usize * EDIT_WORDS..second[6] as usize * EDIT_WORDS];
-        assert_eq!(edits, [3, 1f32.to_bits(), 0.5f32.to_bits(), 0]);
+        assert_eq!(edits, [3, 1, 2, (-0.5f32).to_bits()]);
+        assert_eq!(second[7..], [1f32, 0.0, 0.25].map(f32::to_bits));
     }
 
     #[test]
@@ -287,6 +290,7 @@ mod tests {
         assert!(metadata.carry(&[(1, 7)], 7).is_err());
         assert_eq!(list(&metadata, places.slots, 4), [24, 9, NO_SLOT, NO_SLOT]);
         assert_eq!(list(&metadata, places.decode_rows, 4), [0, 1, 2, 3]);
+        assert_eq!(list(&metadata, places.rows, 4), [0, 1, 2, 3]);
         assert_eq!(list(&metadata, places.decode_lengths, 4), [1, 10, 0, 0]);
     }
 }

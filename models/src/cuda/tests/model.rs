@@ -1,8 +1,10 @@
 //! The whole decoder on the first GPU against the CPU's; run where `SCONCE_TEST_DEVICE=cuda` says that there is one.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device};
 
-use crate::{Carried, Decoder, Draw, KvCache, Span, Step};
+use crate::{Carried, Decoder, Draw, Edit, KvCache, Span, Step};
 
 const BLOCK: usize = 16;
 const BLOCKS: usize = 12;
@@ -88,6 +90,25 @@ fn logits_are_the_cpus() {
     }
 }
 
+/// A draw that counts the tokens of a row as far as they are known.
+fn penalised(known: impl Iterator<Item = u32>) -> Draw {
+    let mut counts = BTreeMap::new();
+    known.for_each(|token| *counts.entry(token).or_default() += 1);
+    let edit = |(token, generated)| Edit {
+        token,
+        in_prompt: false,
+        generated,
+        bias: 0.0,
+    };
+    Draw {
+        repetition: 1.5,
+        presence: 0.2,
+        frequency: 0.4,
+        edits: counts.into_iter().map(edit).collect(),
+        ..Draw::greedy()
+    }
+}
+
 #[test]
 fn a_step_goes_on_from_tokens_that_the_host_has_not_seen() {
     if !there_is_a_gpu() {
@@ -96,10 +117,14 @@ fn a_step_goes_on_from_tokens_that_the_host_has_not_seen() {
     let folder = config("qwen3");
     let device = Device::new_cuda_with_stream(0).unwrap();
     let decoder = Decoder::dummy(&folder.path().join("config.json"), &device, DType::BF16).unwrap();
-    let draws = vec![Draw::greedy(); 2];
     let first = step(vec![span(0, 0, 70), span(1, 0, 33)]);
     // The other way round than before, and then as before.
     let next = |number| step(vec![span(1, 33 + number, 1), span(0, 70 + number, 1)]);
+    let place = |number: usize, row: usize| if number == 0 { 1 - row } else { row };
+    let draws = |known: &[Vec<Option<u32>>]| {
+        let tokens = |row| (0..).zip(known).map(move |(n, tokens)| tokens[place(n, row)].unwrap());
+        [0, 1].map(|row| penalised(tokens(row)))
+    };
     for graphs in [false, true] {
         let cache = || {
             let mut cache = KvCache::new(decoder.config(), 2 * BLOCKS, BLOCK, DType::BF16, &device).unwrap();
@@ -107,20 +132,21 @@ fn a_step_goes_on_from_tokens_that_the_host_has_not_seen() {
             cache
         };
         let (mut waited, mut ahead) = (cache(), cache());
-        let mut expected = vec![decoder.sample(&first, &mut waited, &draws).unwrap()];
-        let mut pending = decoder.enqueue(&first, &mut ahead, &draws, None).unwrap();
+        let mut expected = vec![decoder.sample(&first, &mut waited, &draws(&[])).unwrap()];
+        let mut pending = decoder.enqueue(&first, &mut ahead, &draws(&[]), None).unwrap();
         let mut found = Vec::new();
         for number in 0..5 {
-            let rows = if number == 0 { [1, 0] } else { [0, 1] };
+            let rows = [0, 1].map(|row| place(number, row));
             let mut known = next(number);
             known.tokens = rows.map(|row| expected[number][row].unwrap()).to_vec();
-            expected.push(decoder.sample(&known, &mut waited, &draws).unwrap());
+            let (all, but_last) = (draws(&expected), draws(&expected[..number]));
+            expected.push(decoder.sample(&known, &mut waited, &all).unwrap());
             let carried = Carried {
                 from: &pending,
                 tokens: rows.into_iter().enumerate().collect(),
             };
             let later = decoder
-                .enqueue(&next(number), &mut ahead, &draws, Some(carried))
+                .enqueue(&next(number), &mut ahead, &but_last, Some(carried))
                 .unwrap();
             found.push(decoder.wait(pending, &mut ahead).unwrap());
             pending = later;
