@@ -24,6 +24,21 @@ pub struct Carried<'a> {
     pub tokens: Vec<(usize, usize)>,
 }
 
+/// A GPU's memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuMemory {
+    pub total: u64,
+    /// Taken by weights, by what the largest step needs, and by other programs.
+    pub taken: u64,
+}
+
+impl GpuMemory {
+    /// What is left of a share of it.
+    pub fn left(&self, share: f64) -> u64 {
+        ((self.total as f64 * share) as u64).saturating_sub(self.taken)
+    }
+}
+
 enum On {
     Cpu(Box<CpuDecoder>),
     #[cfg(feature = "cuda")]
@@ -176,14 +191,14 @@ impl Decoder {
         }
     }
 
-    /// Bytes that a KV cache may take so that, beside weights and the largest step, `share` of the device's memory is used.
-    /// Runs such a step: `tokens` tokens, of which `rows` want logits. `None` for the CPU, whose memory is not ours alone.
+    /// How much of a GPU's memory is taken by all but a KV cache. Runs the largest step to find out: `tokens` tokens, of which
+    /// `rows` want logits. `None` for the CPU, whose memory is not ours alone.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "they concern GPUs alone"))]
-    pub fn room_for_kv(&self, share: f64, tokens: usize, rows: usize) -> Result<Option<u64>> {
+    pub fn memory_beside_kv(&self, tokens: usize, rows: usize) -> Result<Option<GpuMemory>> {
         match &self.0 {
             On::Cpu(_) => Ok(None),
             #[cfg(feature = "cuda")]
-            On::Cuda(decoder) => decoder.room_for_kv(share, tokens, rows).map(Some),
+            On::Cuda(decoder) => decoder.memory_beside_kv(tokens, rows).map(Some),
         }
     }
 }
@@ -215,7 +230,7 @@ mod tests {
                 sequences: vec![span],
             };
             assert!(!decoder.samples() && decoder.sample(&step, &mut cache, &[]).is_err());
-            assert_eq!(decoder.room_for_kv(0.9, 3, 1).unwrap(), None);
+            assert_eq!(decoder.memory_beside_kv(3, 1).unwrap(), None);
             decoder.forward(&step, &mut cache).unwrap().to_vec2::<f32>().unwrap()
         };
         let first = logits();

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::model_files::{self, SMOLLM2};
 use crate::config::{Doctor, Setting};
+use crate::engine::readable;
 use machine::Machine;
 
 #[derive(Debug, Serialize)]
@@ -101,7 +102,7 @@ impl Report {
         row("memory", &optional_size(machine.memory.total));
         row("  available", &optional_size(machine.memory.available));
         if let Some(limit) = machine.memory.limit {
-            row("  limit", &size(limit));
+            row("  limit", &readable(limit));
         }
         row("GPU", &or_none(machine.gpus.join("; ")));
         text.push_str("\nModels\n");
@@ -133,7 +134,7 @@ impl Cache {
             if self.entries.is_empty() { ": none" } else { "" }
         );
         for entry in &self.entries {
-            let _ = writeln!(text, "    {}, {}", entry.name, size(entry.bytes));
+            let _ = writeln!(text, "    {}, {}", entry.name, readable(entry.bytes));
         }
     }
 }
@@ -191,14 +192,7 @@ fn or_none(text: String) -> String {
 }
 
 fn optional_size(bytes: Option<u64>) -> String {
-    bytes.map_or("unknown".to_owned(), size)
-}
-
-fn size(bytes: u64) -> String {
-    if bytes < 1 << 30 {
-        return format!("{:.1} MiB", bytes as f64 / (1u64 << 20) as f64);
-    }
-    format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64)
+    bytes.map_or("unknown".to_owned(), readable)
 }
 
 #[cfg(test)]
@@ -226,11 +220,5 @@ mod tests {
         );
         assert_eq!(found(hub_models(folder.path())), [("org/a--b".to_owned(), 30)]);
         assert!(gguf_files(&folder.path().join("nowhere")).is_empty());
-    }
-
-    #[test]
-    fn sizes_are_written_for_people() {
-        assert_eq!(size(98_362_432), "93.8 MiB");
-        assert_eq!(size(3 << 30), "3.0 GiB");
     }
 }

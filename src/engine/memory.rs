@@ -61,9 +61,23 @@ impl Memory {
     }
 }
 
+/// Bytes, for people.
+pub fn readable(bytes: u64) -> String {
+    if bytes < 1 << 30 {
+        return format!("{:.1} MiB", bytes as f64 / (1u64 << 20) as f64);
+    }
+    format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_written_for_people() {
+        assert_eq!(readable(98_362_432), "93.8 MiB");
+        assert_eq!(readable(3 << 30), "3.0 GiB");
+    }
 
     #[test]
     fn reads_the_kernels_table() {

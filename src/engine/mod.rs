@@ -9,6 +9,7 @@ mod fault;
 mod flight;
 #[cfg(any(test, feature = "fault-injection"))]
 mod inject;
+mod kv_room;
 #[cfg(test)]
 mod late;
 mod memory;
@@ -32,7 +33,7 @@ use admission::{Place, SharedGate};
 
 pub use cache::{CacheReport, PinFailed, PinInfo, PinRequest};
 pub use cache_file::{SaveError, Saved};
-pub use memory::Memory;
+pub use memory::{Memory, readable};
 pub use model::{LoadError, Settings, Weights, default_dtype};
 pub use watch::{End, Guard};
 

@@ -8,6 +8,7 @@ use sconce_models::{Carried, Decoder, Draw, KvCache, ModelError, Pending, Span, 
 use super::{
     Memory,
     cache_file::{self, CacheFile, Identity},
+    kv_room::{KvRoom, KvTooSmall},
 };
 use crate::{
     batching::{BlockPool, CacheScope, Config, ConfigError, Namespace, Plan, Scheduler, SequenceId},
@@ -62,14 +63,18 @@ pub fn default_dtype(device: &Device) -> DType {
 pub enum LoadError {
     #[error(transparent)]
     Model(#[from] ModelError),
-    #[error("cannot allocate a KV cache of {blocks} blocks: {source}; lower kv-memory")]
-    KvCache { blocks: usize, source: candle_core::Error },
+    #[error("cannot allocate a KV cache of {blocks} blocks: {source}; lower {setting}")]
+    KvCache {
+        blocks: usize,
+        source: Box<candle_core::Error>,
+        setting: &'static str,
+    },
     #[error("the largest step does not fit the GPU's memory: {0}; lower step-tokens or max-batch")]
     LargestStep(candle_core::Error),
     #[error("decode steps cannot be captured as CUDA graphs: {0}; try `--cuda-graphs=false`, or a lower gpu-memory")]
     Prepare(candle_core::Error),
-    #[error("kv-memory of {bytes} bytes holds no block ({block_bytes} bytes each); raise kv-memory")]
-    NoBlocks { bytes: u64, block_bytes: usize },
+    #[error(transparent)]
+    KvTooSmall(#[from] KvTooSmall),
     #[error("max-model-len is {asked}, but the model was made for {limit} tokens")]
     BeyondModel { asked: usize, limit: usize },
     #[error(transparent)]
@@ -92,44 +97,32 @@ impl Settings {
         }
     }
 
-    /// How many blocks of `block_bytes` bytes the KV cache has.
-    fn blocks(&self, decoder: &Decoder, block_bytes: usize) -> Result<usize, LoadError> {
-        let bytes = match self.kv_memory {
-            Some(bytes) => bytes,
-            None => self.default_kv_memory(decoder, block_bytes)?,
-        };
-        match bytes / block_bytes as u64 {
-            0 => Err(LoadError::NoBlocks { bytes, block_bytes }),
-            blocks => Ok(blocks as usize),
+    /// What there is for the KV cache, in blocks of `block_bytes`: on a GPU, where nothing was asked for, what weights and
+    /// the largest step leave.
+    fn kv_room(&self, decoder: &Decoder, block_bytes: usize) -> Result<KvRoom, LoadError> {
+        if let Some(bytes) = self.kv_memory {
+            return Ok(KvRoom::Asked(bytes));
         }
-    }
-
-    /// What the KV cache gets where nothing else is asked for: on a GPU, what weights and the largest step leave.
-    fn default_kv_memory(&self, decoder: &Decoder, block_bytes: usize) -> Result<u64, LoadError> {
         let (tokens, rows) = largest_step(&self.batching);
-        let room = decoder.room_for_kv(self.gpu_memory, tokens, rows);
-        let room = room.map_err(|error| LoadError::LargestStep(without_backtrace(error)))?;
-        Ok(room.unwrap_or_else(|| {
-            let asked = self.max_model_len.unwrap_or(0).div_ceil(self.block_size);
-            Memory::look().for_kv_cache(asked as u64 * block_bytes as u64)
-        }))
+        let memory = decoder.memory_beside_kv(tokens, rows);
+        let memory = memory.map_err(|error| LoadError::LargestStep(without_backtrace(error)))?;
+        Ok(match memory {
+            Some(memory) => KvRoom::Gpu {
+                share: self.gpu_memory,
+                memory,
+            },
+            None => {
+                let asked = self.max_model_len.unwrap_or(0).div_ceil(self.block_size);
+                KvRoom::Main(Memory::look().for_kv_cache(asked as u64 * block_bytes as u64))
+            }
+        })
     }
 
-    /// The longest sequence, of a model made for `limit` tokens and a KV cache of `kv_tokens`.
-    fn context(&self, limit: usize, kv_tokens: usize) -> Result<usize, LoadError> {
+    /// The longest sequence that was asked for, of a model made for `limit` tokens.
+    fn asked_context(&self, limit: usize) -> Result<Option<usize>, LoadError> {
         match self.max_model_len {
             Some(asked) if asked > limit => Err(LoadError::BeyondModel { asked, limit }),
-            Some(asked) => Ok(asked),
-            None => {
-                if kv_tokens < limit {
-                    tracing::warn!(
-                        limit,
-                        kv_tokens,
-                        "max-model-len is what the KV cache holds; raise kv-memory for more"
-                    );
-                }
-                Ok(limit.min(kv_tokens))
-            }
+            asked => Ok(asked),
         }
     }
 }
@@ -237,9 +230,13 @@ impl Model {
             settings,
         } = weights;
         let (config, dtype) = (decoder.config(), settings.dtype());
-        let blocks = settings.blocks(decoder, KvCache::bytes_per_block(config, settings.block_size, dtype))?;
+        let limit = config.max_position_embeddings;
+        let asked = settings.asked_context(limit)?;
+        let block_bytes = KvCache::bytes_per_block(config, settings.block_size, dtype);
+        let room = settings.kv_room(decoder, block_bytes)?;
+        let max_model_len = room.context(asked, limit, settings.block_size, block_bytes)?;
+        let blocks = (room.bytes() / block_bytes as u64) as usize;
         let kv_tokens = blocks * settings.block_size;
-        let max_model_len = settings.context(config.max_position_embeddings, kv_tokens)?;
         let batching = Config {
             max_model_len,
             ..settings.batching.clone()
@@ -251,7 +248,8 @@ impl Model {
             KvCache::new(config, blocks, settings.block_size, dtype, &settings.device).map_err(|error| {
                 LoadError::KvCache {
                     blocks,
-                    source: without_backtrace(error),
+                    source: Box::new(without_backtrace(error)),
+                    setting: room.setting(),
                 }
             })?;
         if let Some(file) = &cache_file {

@@ -21,7 +21,7 @@ use super::weights::{Held, Layer, ModelWeights, Projection, address};
 use super::workspace::{Addresses, Capacity, Sampled, Workspace};
 use crate::decoder::built;
 use crate::weights::Weights;
-use crate::{Config, Draw, KvCache, ModelError, Span, Step};
+use crate::{Config, Draw, GpuMemory, KvCache, ModelError, Span, Step};
 
 /// Blocks that keep a multiprocessor busy while the decode kernel reads keys and values.
 const BLOCKS_PER_PROCESSOR: usize = 4;
@@ -202,8 +202,8 @@ impl CudaDecoder {
         Ok(())
     }
 
-    /// See [`crate::Decoder::room_for_kv`].
-    pub fn room_for_kv(&self, share: f64, tokens: usize, rows: usize) -> Result<u64> {
+    /// See [`crate::Decoder::memory_beside_kv`].
+    pub fn memory_beside_kv(&self, tokens: usize, rows: usize) -> Result<GpuMemory> {
         const BLOCK: usize = 16;
         let tokens = tokens.max(rows).max(1);
         let longest = tokens.min(self.config.max_position_embeddings);
@@ -237,7 +237,10 @@ impl CudaDecoder {
         let (free, total) = self.stream.context().mem_get_info().map_err(device_error)?;
         let trial_bytes = blocks * KvCache::bytes_per_block(&self.config, BLOCK, self.dtype);
         let taken = total - free - trial_bytes + self.temporaries(tokens, rows.max(1));
-        Ok((total as f64 * share - taken as f64).max(0.0) as u64)
+        Ok(GpuMemory {
+            total: total as u64,
+            taken: taken as u64,
+        })
     }
 
     /// Bytes that candle allocates for the largest of a step's products with quantized matrices, and gives back: the

@@ -84,7 +84,7 @@ pub enum ConfigError {
     StepBelowBatch { step_tokens: usize, max_batch: usize },
     #[error(
         "the KV cache holds {capacity} tokens, one sequence may have {max_model_len}; \
-         raise kv-memory or lower max-model-len"
+         enlarge the cache or lower max-model-len"
     )]
     CacheBelowContext { capacity: usize, max_model_len: usize },
 }

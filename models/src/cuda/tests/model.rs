@@ -212,7 +212,8 @@ fn a_share_of_the_memory_is_left_for_the_cache() {
     let folder = config("llama");
     let device = Device::new_cuda_with_stream(0).unwrap();
     let decoder = Decoder::dummy(&folder.path().join("config.json"), &device, DType::BF16).unwrap();
-    let room = |share| decoder.room_for_kv(share, 512, 100).unwrap().unwrap();
-    assert!(room(0.5) > 1 << 30);
-    assert!(room(0.5) < room(0.6));
+    let memory = decoder.memory_beside_kv(512, 100).unwrap().unwrap();
+    assert!(0 < memory.taken && memory.taken < memory.total);
+    assert!(memory.left(0.5) > 1 << 30);
+    assert!(memory.left(0.5) < memory.left(0.6));
 }
