@@ -24,5 +24,5 @@ pub use config::{Config, Rope, RopeScaling};
 pub use draw::{Draw, Edit};
 pub use error::{ModelError, without_backtrace};
 pub use kv::KvCache;
-pub use model::{Carried, Decoder, GpuMemory, Pending};
+pub use model::{Carried, Decoder, GpuMemory, Pending, pci_bus_id};
 pub use step::{Span, Step};

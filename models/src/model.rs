@@ -39,6 +39,20 @@ impl GpuMemory {
     }
 }
 
+/// Where on the PCI bus the GPU of this ordinal is, `domain:bus:device.function` as NVIDIA's tools write it: their own
+/// ordinals are others where `CUDA_VISIBLE_DEVICES` or `CUDA_DEVICE_ORDER` say so. `None` where there is no such GPU, or
+/// no CUDA.
+#[cfg_attr(
+    not(feature = "cuda"),
+    expect(unused_variables, reason = "there is no GPU to ask for")
+)]
+pub fn pci_bus_id(ordinal: usize) -> Option<String> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::pci_bus_id(ordinal);
+    #[cfg(not(feature = "cuda"))]
+    None
+}
+
 enum On {
     Cpu(Box<CpuDecoder>),
     #[cfg(feature = "cuda")]

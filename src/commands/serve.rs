@@ -84,10 +84,13 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
     let keys = keys(&settings.http, local)?;
     let patience = patience(&settings.http);
     let (registry, metrics, observer) = metrics()?;
-    match settings.model.device {
-        config::Device::Cuda(ordinal) => telemetry::register_gpu(&registry, ordinal)?,
-        config::Device::Auto => telemetry::register_gpu(&registry, 0)?,
-        config::Device::Cpu => {}
+    let ordinal = match settings.model.device {
+        config::Device::Cuda(ordinal) => Some(ordinal),
+        config::Device::Auto => Some(0),
+        config::Device::Cpu => None,
+    };
+    if let Some(bus_id) = ordinal.and_then(sconce_models::pci_bus_id) {
+        telemetry::register_gpu(&registry, bus_id)?;
     }
     let server = api::Server::new(api_settings(&settings, local), observer, move || {
         telemetry::exposition(&registry)

@@ -45,27 +45,24 @@ pub fn described() -> impl Iterator<Item = (&'static str, &'static str)> {
     GAUGES.iter().map(|&(name, meaning, _)| (name, meaning))
 }
 
-/// Adds the load of the GPU with this ordinal to what the registry gathers, read whenever it is asked for. Without the
-/// library or the GPU nothing is added; what a GPU does not tell is left out.
+/// Adds the load of the GPU at this place on the PCI bus ([`sconce_models::pci_bus_id`]) to what the registry gathers, read
+/// whenever it is asked for. Without the library or the GPU nothing is added; what a GPU does not tell is left out.
 ///
 /// # Errors
 /// When metrics of these names are there already.
-pub fn register(registry: &Registry, ordinal: usize) -> Result<(), prometheus::Error> {
+pub fn register(registry: &Registry, bus_id: String) -> Result<(), prometheus::Error> {
     let Ok(nvml) = Nvml::init() else { return Ok(()) };
-    let Ok(ordinal) = u32::try_from(ordinal) else {
-        return Ok(());
-    };
-    if nvml.device_by_index(ordinal).is_err() {
+    if nvml.device_by_pci_bus_id(&*bus_id).is_err() {
         return Ok(());
     }
     let gauges = GAUGES.map(|(name, help, read)| Gauge::new(name, help).map(|gauge| (gauge, read)));
     let gauges = gauges.into_iter().collect::<Result<_, _>>()?;
-    registry.register(Box::new(Gpu { nvml, ordinal, gauges }))
+    registry.register(Box::new(Gpu { nvml, bus_id, gauges }))
 }
 
 struct Gpu {
     nvml: Nvml,
-    ordinal: u32,
+    bus_id: String,
     gauges: Vec<(Gauge, Read)>,
 }
 
@@ -75,7 +72,7 @@ impl Collector for Gpu {
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        let Ok(device) = self.nvml.device_by_index(self.ordinal) else {
+        let Ok(device) = self.nvml.device_by_pci_bus_id(&*self.bus_id) else {
             return Vec::new();
         };
         let read = self.gauges.iter().filter_map(|(gauge, read)| {
@@ -83,5 +80,18 @@ impl Collector for Gpu {
             Some(gauge.collect())
         });
         read.flatten().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_the_gpu_or_the_library_nothing_is_said() {
+        let registry = Registry::new();
+        // No bus has such a number, whatever this machine has.
+        register(&registry, "0000ffff:ff:1f.0".to_owned()).unwrap();
+        assert!(registry.gather().is_empty());
     }
 }

@@ -154,7 +154,11 @@ async fn watch(target: Target, process: Option<Process>, gpu: Option<Gpu>, seen:
             .and_then(Process::memory)
             .or(now.page.memory())
             .unwrap_or(0);
-        let device = gpu.as_ref().and_then(Gpu::read);
+        let device = if now.page.is_sconces() {
+            now.page.gpu()
+        } else {
+            gpu.as_ref().and_then(Gpu::read)
+        };
         let mut seen = lock(&seen);
         seen.gauges.push(now.page.gauges());
         seen.memory = seen.memory.max(memory);
@@ -220,5 +224,31 @@ pub async fn settle(target: &Target, most: Duration) -> bool {
         if left == 0.0 || tokio::time::Instant::now() > deadline {
             return left == 0.0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_gpu_does_not_tell_is_absent() {
+        let page = |cpu| Moment {
+            at: tokio::time::Instant::now(),
+            page: Page::read("sconce_running 1\n"),
+            cpu: Some(cpu),
+        };
+        let fields = |gpu| {
+            let seen = Seen {
+                first: Some(page(1.0)),
+                last: Some(page(2.0)),
+                gpu,
+                ..Seen::default()
+            };
+            let report = serde_json::to_value(seen.sum_up()).unwrap();
+            ["cpu_cores", "gpu", "gpu_memory_max_bytes"].map(|field| report.get(field).is_some())
+        };
+        assert_eq!(fields(vec![(0.5, 10), (1.0, 30)]), [true; 3]);
+        assert_eq!(fields(Vec::new()), [true, false, false]);
     }
 }

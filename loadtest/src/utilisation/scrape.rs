@@ -77,6 +77,17 @@ impl Page {
         self.get("process_resident_memory_bytes").map(|bytes| bytes as u64)
     }
 
+    /// Whether sconce wrote it, which tells of its GPU if it has one.
+    pub fn is_sconces(&self) -> bool {
+        self.get("sconce_running").is_some()
+    }
+
+    /// What sconce tells of its GPU: the share of recent time in which a kernel ran, and the bytes in use.
+    pub fn gpu(&self) -> Option<(f64, u64)> {
+        let used = self.get("sconce_gpu_memory_used_bytes")?;
+        Some((self.get("sconce_gpu_utilisation_ratio")?, used as u64))
+    }
+
     pub fn gauges(&self) -> Gauges {
         let running = self.any(&[
             "sconce_running",
@@ -175,6 +186,13 @@ mod tests {
         let gauges = last.gauges();
         assert_eq!((gauges.waiting, gauges.running), (Some(3.0), Some(4.0)));
         assert_eq!((gauges.occupancy, gauges.kv_use), (Some(0.4), Some(0.3)));
+        assert!(last.is_sconces() && last.gpu().is_none(), "it has no GPU");
+    }
+
+    #[test]
+    fn a_server_tells_of_its_own_gpu() {
+        let text = "sconce_running 1\nsconce_gpu_utilisation_ratio 0.75\nsconce_gpu_memory_used_bytes 3e9\n";
+        assert_eq!(Page::read(text).gpu(), Some((0.75, 3_000_000_000)));
     }
 
     #[test]
@@ -183,6 +201,7 @@ mod tests {
             "vllm:num_requests_running{engine=\"0\",model_name=\"a b\"} 7.0\nvllm:num_requests_waiting{engine=\"0\"} 2\n\
              vllm:kv_cache_usage_perc{engine=\"0\"} 0.5\nnonsense\n",
         );
+        assert!(!page.is_sconces());
         let gauges = page.gauges();
         assert_eq!(
             (gauges.running, gauges.waiting, gauges.kv_use),
