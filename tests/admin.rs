@@ -14,7 +14,7 @@ fn error(response: reqwest::blocking::Response) -> (u16, Value) {
 
 #[test]
 fn batching_settings_change_under_a_running_engine() {
-    let server = Server::start(&["--admin", "--max-batch", "4"]);
+    let server = Server::start(&["--admin", "--max-batch", "4", "--device", "cpu"]);
     let shown: Value = server.get("/admin/batching").json().expect("JSON");
     assert_eq!((&shown["max_batch"], &shown["step_tokens"]), (&json!(4), &json!(512)));
     let changed = server.ask(
@@ -42,7 +42,8 @@ fn batching_settings_change_under_a_running_engine() {
 #[test]
 fn a_model_is_swapped_while_the_one_before_it_finishes_and_back_again() {
     let folder = tiny::model();
-    let server = Server::start(&["--admin"]);
+    // The small model's heads are too narrow for a GPU.
+    let server = Server::start(&["--admin", "--device", "cpu"]);
     let question = chat("What is the capital of France?", 16);
     let expected = text(&server.ask("/v1/chat/completions", &question));
     let mut long = completion(&[300, 301, 302], 100);

@@ -12,7 +12,8 @@ fn a_shape_is_served_without_weights() {
     let folder = tempfile::tempdir().unwrap();
     let shape = json!({
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 400, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 256,
     });
     std::fs::write(folder.path().join("config.json"), shape.to_string()).unwrap();
     let path = folder.path().to_str().unwrap();

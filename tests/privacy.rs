@@ -64,6 +64,7 @@ fn no_log_has_what_was_asked() {
             "--max-model-len",
             "512",
         ])
+        .envs(common::device())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

@@ -1,5 +1,5 @@
 //! The default model against tokens that PyTorch computed in float32 from the same file, and against itself in other
-//! company.
+//! company. With `SCONCE_TEST_DEVICE=cuda` it runs on the first GPU, where logits may depend on company in their last bits.
 
 mod common;
 
@@ -32,15 +32,33 @@ fn reference() -> Vec<Prompt> {
     serde_json::from_str::<Reference>(text).unwrap().prompts
 }
 
+/// What all of the tests run on: a GPU's weights and cache have to share a stream.
+fn device() -> &'static Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    DEVICE.get_or_init(common::device)
+}
+
+/// Whether a test that compares to the last bit is left out, as on a GPU it cannot be held to that.
+fn not_to_the_last_bit(test: &str) -> bool {
+    if !device().is_cpu() {
+        println!("{test}: left out on a GPU");
+    }
+    !device().is_cpu()
+}
+
+fn load(dtype: DType) -> Decoder {
+    Decoder::load(&common::default_model(), device(), dtype).unwrap()
+}
+
 fn decoder() -> &'static Decoder {
     static DECODER: OnceLock<Decoder> = OnceLock::new();
-    DECODER.get_or_init(|| Decoder::load(&common::default_model(), &Device::Cpu, DType::F32).unwrap())
+    DECODER.get_or_init(|| load(DType::F32))
 }
 
 /// The same with its weights as the file has them, in four and eight bits.
 fn quantized() -> &'static Decoder {
     static DECODER: OnceLock<Decoder> = OnceLock::new();
-    DECODER.get_or_init(|| Decoder::load_quantized(&common::default_model(), &Device::Cpu, DType::F32).unwrap())
+    DECODER.get_or_init(|| Decoder::load_quantized(&common::default_model(), device(), DType::F32).unwrap())
 }
 
 fn cache(blocks: usize) -> KvCache {
@@ -48,7 +66,7 @@ fn cache(blocks: usize) -> KvCache {
 }
 
 fn cache_as(blocks: usize, dtype: DType) -> KvCache {
-    KvCache::new(decoder().config(), blocks, BLOCK_SIZE, dtype, &Device::Cpu).unwrap()
+    KvCache::new(decoder().config(), blocks, BLOCK_SIZE, dtype, device()).unwrap()
 }
 
 /// A sequence in the pool: its blocks, and how many of its tokens have been run.
@@ -101,13 +119,13 @@ fn logits(decoder: &Decoder, tokens: &[u32], chunk: usize) -> Vec<f32> {
     last
 }
 
-#[test]
-fn greedy_tokens_equal_pytorchs() {
+/// How many tokens were compared with PyTorch's, and which of them are others. Each goes on from PyTorch's.
+fn agreement(decoder: &Decoder, dtype: DType) -> (usize, Vec<String>) {
     let prompts = reference();
-    let mut cache = cache(BLOCKS * prompts.len());
+    let mut cache = cache_as(BLOCKS * prompts.len(), dtype);
     let mut sequences: Vec<_> = (0..prompts.len()).map(|i| Sequence::new(i * BLOCKS, BLOCKS)).collect();
     let mut next: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.prompt_tokens.clone()).collect();
-    let mut compared = 0;
+    let (mut compared, mut others) = (0, Vec::new());
     for index in 0..64 {
         // A sequence stays in the batch until its answer ends or a near-tie makes the rest incomparable.
         let active: Vec<_> = (0..prompts.len())
@@ -120,18 +138,38 @@ fn greedy_tokens_equal_pytorchs() {
         for &i in &active {
             sequences[i].push(&mut step, &next[i]);
         }
-        for (&i, logits) in active.iter().zip(rows(&decoder().forward(&step, &mut cache).unwrap())) {
-            let token = greedy(&logits);
-            assert_eq!(token, prompts[i].tokens[index], "{}, token {index}", prompts[i].name);
+        for (&i, logits) in active.iter().zip(rows(&decoder.forward(&step, &mut cache).unwrap())) {
+            let token = prompts[i].tokens[index];
+            if greedy(&logits) != token {
+                others.push(format!("{}, token {index}", prompts[i].name));
+            }
             next[i] = vec![token];
             compared += 1;
         }
     }
+    println!(
+        "{dtype:?}: {} of {compared} tokens are PyTorch's",
+        compared - others.len()
+    );
+    (compared, others)
+}
+
+#[test]
+fn greedy_tokens_equal_pytorchs() {
+    let (compared, others) = agreement(decoder(), DType::F32);
     assert!(compared > 500, "only {compared} tokens were compared");
+    assert!(others.is_empty(), "{others:?}");
+    // What a GPU computes in where nothing else is asked for: a figure, as rounding may choose another token.
+    if !device().is_cpu() {
+        agreement(&load(DType::BF16), DType::BF16);
+    }
 }
 
 #[test]
 fn logits_do_not_depend_on_chunks() {
+    if not_to_the_last_bit("logits_do_not_depend_on_chunks") {
+        return;
+    }
     let prompt = &reference()[2].prompt_tokens;
     for decoder in [decoder(), quantized()] {
         let whole = logits(decoder, prompt, prompt.len());
@@ -143,6 +181,9 @@ fn logits_do_not_depend_on_chunks() {
 
 #[test]
 fn logits_do_not_depend_on_company() {
+    if not_to_the_last_bit("logits_do_not_depend_on_company") {
+        return;
+    }
     for decoder in [decoder(), quantized()] {
         company(decoder);
     }
@@ -241,7 +282,7 @@ impl Rounded {
 
 #[test]
 fn rounded_numbers_cost_little_perplexity() {
-    let bf16 = Decoder::load(&common::default_model(), &Device::Cpu, DType::BF16).unwrap();
+    let bf16 = load(DType::BF16);
     let (mut half, mut four_bits) = (Rounded::default(), Rounded::default());
     for prompt in reference().iter().filter(|prompt| prompt.prompt_tokens.len() < 350) {
         let text = [&prompt.prompt_tokens[..], &prompt.tokens].concat();
@@ -249,12 +290,16 @@ fn rounded_numbers_cost_little_perplexity() {
         half.compare(&exact, &all_logits(&bf16, DType::BF16, &text), &text[1..]);
         four_bits.compare(&exact, &all_logits(quantized(), DType::F32, &text), &text[1..]);
     }
-    half.check("bfloat16", 99);
+    // A GPU rounds what passes between the layers to bfloat16 too.
+    half.check("bfloat16", if device().is_cpu() { 99 } else { 95 });
     four_bits.check("quantized", 97);
 }
 
 #[test]
 fn recomputed_in_other_blocks_a_decode_is_the_same() {
+    if not_to_the_last_bit("recomputed_in_other_blocks_a_decode_is_the_same") {
+        return;
+    }
     let prompt = &reference()[0];
     let (last, before) = prompt.tokens.split_last().unwrap();
     let tokens = [&prompt.prompt_tokens[..], before, &[*last]].concat();

@@ -14,6 +14,20 @@ use std::{
 use reqwest::blocking::{Client, Response};
 use serde_json::{Value, json};
 
+/// Where the tests' servers run, as variables for `sconce`: on the CPU, or where `SCONCE_TEST_DEVICE` says. Arguments
+/// outrank them. A GPU computes in float32 then, as the answers that are expected were, and the servers that run beside
+/// each other take as much of its memory as they would of the machine's.
+pub fn device() -> Vec<(&'static str, String)> {
+    let device = std::env::var("SCONCE_TEST_DEVICE").unwrap_or("cpu".to_owned());
+    let mut variables = Vec::new();
+    if device != "cpu" {
+        variables.push(("SCONCE_DTYPE", "f32".to_owned()));
+        variables.push(("SCONCE_KV_MEMORY", "640MiB".to_owned()));
+    }
+    variables.push(("SCONCE_DEVICE", device));
+    variables
+}
+
 /// A server process on a free port, with the default model unless the arguments say otherwise. Killed when dropped.
 pub struct Server {
     child: Child,
@@ -40,6 +54,7 @@ impl Server {
             .stdout(Stdio::piped())
             .stderr(log)
             .env("RUST_BACKTRACE", "0")
+            .envs(device())
             .spawn()
             .expect("the program starts");
         let mut lines = BufReader::new(child.stdout.take().expect("stdout is a pipe")).lines();

