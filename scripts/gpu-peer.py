@@ -8,12 +8,18 @@ import sys
 import time
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.from_pretrained(sys.argv[1])
-torch.set_default_dtype(torch.bfloat16)
 with torch.device("cuda"):
-    model = AutoModelForCausalLM.from_config(config).eval()
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except TypeError:  # transformers before 4.56
+        model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.bfloat16)
+model.eval()
+if model.dtype != torch.bfloat16:
+    sys.exit(f"gpu-peer: the model is {model.dtype}")
 
 
 @torch.inference_mode()
@@ -43,4 +49,5 @@ for phase, batch, context, tokens in [
     steps.append({"phase": phase, "batch": batch, "tokens": batch * tokens, "seconds": took})
     print(f"{phase:<8} {batch:>5} x {tokens:<5} {took * 1e3:9.2f} ms {batch * tokens / took:10.0f} tokens/s")
 with open(sys.argv[2], "w") as file:
-    json.dump({"torch": torch.__version__, "steps": steps}, file)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    json.dump({**versions, "dtype": str(model.dtype), "steps": steps}, file)
