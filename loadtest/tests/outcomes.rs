@@ -2,7 +2,7 @@
 
 mod mock;
 
-use std::{collections::BTreeMap, net::TcpListener, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use mock::{END, Mock, Reply, drive, token};
 use sconce_loadtest::{
@@ -13,8 +13,14 @@ use sconce_loadtest::{
     slo::Metric,
     workload::Lengths,
 };
+use tokio::net::TcpSocket;
 
 const BURST: Arrivals = Arrivals::Burst;
+/// Where nothing is to time out.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Where something is: far more than an answer takes, and far less than the stall.
+const TIMEOUT: Duration = Duration::from_secs(3);
+const STALL: Duration = Duration::from_secs(20);
 
 fn errors(pairs: &[(&str, u64)]) -> BTreeMap<String, u64> {
     pairs.iter().map(|&(kind, count)| (kind.to_owned(), count)).collect()
@@ -40,14 +46,11 @@ fn failures_are_counted_by_kind_and_kept_out_of_the_latencies() {
         ),
         5 => Reply::status(503),
         6 => Reply::status(429),
-        7 => Reply::after(Duration::from_secs(3)),
-        8 => Reply::stream(
-            now,
-            vec![(now, token(" slow")), (Duration::from_secs(3), END.to_owned())],
-        ),
+        7 => Reply::after(STALL),
+        8 => Reply::stream(now, vec![(now, token(" slow")), (STALL, END.to_owned())]),
         _ => Reply::after(now),
     });
-    let measured = drive(&server.asked(Duration::from_millis(700)), BURST, 12);
+    let measured = drive(&server.asked(TIMEOUT), BURST, 12);
     let run = Run::of("mixed", None, measured, None);
     let expected = errors(&[
         ("bad_json", 2),
@@ -62,75 +65,71 @@ fn failures_are_counted_by_kind_and_kept_out_of_the_latencies() {
         (run.requests.sent, run.requests.answered, run.requests.failed),
         (12, 3, 9)
     );
-    assert!(
-        run.latency_ms
-            .values()
-            .all(|summary| summary.count <= 3 && summary.max < 600.0)
-    );
+    assert!(run.latency_ms.values().all(|summary| summary.count <= 3));
 }
 
+// A busy machine may make anything later, so there are lower bounds only. One that sees the first token late sees the
+// second that much sooner after it.
 #[test]
 fn a_slow_first_token_is_a_ttft_and_a_slow_stream_a_tpot() {
     let ms = Duration::from_millis;
     let server = Mock::start(move |_| {
-        let parts = vec![(ms(0), token(" a")), (ms(120), token(" b") + END)];
+        let parts = vec![(ms(0), token(" a")), (ms(1500), token(" b") + END)];
         Reply::stream(ms(250), parts)
     });
-    let run = Run::of(
-        "slow",
-        None,
-        drive(&server.asked(Duration::from_secs(9)), BURST, 3),
-        None,
-    );
-    let p50 = |metric| run.latency_ms[&metric].p50;
-    assert!((245.0..350.0).contains(&p50(Metric::Ttft)), "{}", p50(Metric::Ttft));
-    assert!((110.0..220.0).contains(&p50(Metric::Tpot)), "{}", p50(Metric::Tpot));
-    assert!((110.0..220.0).contains(&p50(Metric::Itl)), "{}", p50(Metric::Itl));
-    assert!((365.0..520.0).contains(&p50(Metric::E2e)), "{}", p50(Metric::E2e));
+    let run = Run::of("slow", None, drive(&server.asked(PATIENCE), BURST, 3), None);
+    let mean = |metric| run.latency_ms[&metric].mean;
+    let (ttft, tpot, e2e) = (mean(Metric::Ttft), mean(Metric::Tpot), mean(Metric::E2e));
+    assert!(ttft >= 245.0, "{ttft}");
+    assert!(tpot >= 500.0, "{tpot}");
+    assert!(e2e >= 1740.0, "{e2e}");
+    // The histograms keep three digits.
+    assert!(ttft + tpot <= e2e * 1.01, "{ttft} and {tpot} make more than {e2e}");
+    assert!((mean(Metric::Itl) - tpot).abs() <= tpot * 0.01, "{}", mean(Metric::Itl));
     assert_eq!((run.tokens.prompt, run.tokens.output), (15, 6));
 }
 
 #[test]
 fn nobody_listening_is_a_refusal() {
     let server = Mock::start(|_| Reply::after(Duration::ZERO));
-    let mut asked = server.asked(Duration::from_secs(1));
-    asked.target = Target::new(&free_url(), None, Duration::from_secs(1)).unwrap();
+    let mut asked = server.asked(PATIENCE);
+    let nobody = Nobody::new();
+    asked.target = Target::new(&nobody.url(), None, PATIENCE).unwrap();
     let run = Run::of("gone", None, drive(&asked, BURST, 4), None);
     assert_eq!(run.requests.errors, errors(&[("refused", 4)]));
 }
 
+/// A run whose requests took less than half a second, since only a connection that breaks so soon has been closed before
+/// the request reached it. Made again where the machine was busy; gives the requests that reached the server too.
+fn at_once(reply: fn(usize) -> Reply, requests: u64) -> (Run, usize) {
+    for _ in 0..50 {
+        let server = Mock::start(reply);
+        let run = Run::of("closed", None, drive(&server.asked(PATIENCE), BURST, requests), None);
+        if run.seconds < 0.5 {
+            return (run, server.bodies.lock().unwrap().len());
+        }
+    }
+    panic!("the machine never has half a second");
+}
+
 #[test]
 fn a_connection_that_ends_before_an_answer_is_given_a_second_chance_and_no_third() {
-    let now = Duration::ZERO;
-    let server = Mock::start(move |index| {
-        if index % 2 == 0 {
-            Reply::none()
-        } else {
-            Reply::after(now)
-        }
-    });
-    let asked = server.asked(Duration::from_secs(5));
-    for number in 1..=3 {
-        let run = Run::of("closed", None, drive(&asked, BURST, 1), None);
-        assert_eq!((run.requests.answered, run.requests.failed), (1, 0));
-        assert_eq!(server.bodies.lock().unwrap().len(), 2 * number);
+    let second = |index| match index % 2 {
+        0 => Reply::none(),
+        _ => Reply::after(Duration::ZERO),
+    };
+    for _ in 0..3 {
+        let (run, bodies) = at_once(second, 1);
+        assert_eq!((run.requests.answered, run.requests.failed, bodies), (1, 0, 2));
     }
-
-    let server = Mock::start(|_| Reply::none());
-    let run = Run::of(
-        "gone",
-        None,
-        drive(&server.asked(Duration::from_secs(5)), BURST, 2),
-        None,
-    );
-    assert_eq!(run.requests.errors, errors(&[("connection", 2)]));
-    assert_eq!(server.bodies.lock().unwrap().len(), 4);
+    let (run, bodies) = at_once(|_| Reply::none(), 2);
+    assert_eq!((run.requests.errors, bodies), (errors(&[("connection", 2)]), 4));
 }
 
 #[test]
 fn a_session_carries_the_servers_answers() {
     let server = Mock::start(|_| Reply::after(Duration::ZERO));
-    let mut asked = server.asked(Duration::from_secs(5));
+    let mut asked = server.asked(PATIENCE);
     let mut workload = (*asked.workload).clone();
     workload.api = Api::Chat;
     workload.turns = Lengths::Fixed(3);
@@ -160,7 +159,7 @@ fn a_session_carries_the_servers_answers() {
 #[test]
 fn https_needs_a_believed_certificate() {
     let server = Mock::start_secret(|_| Reply::after(Duration::ZERO));
-    let strict = server.asked(Duration::from_secs(5));
+    let strict = server.asked(PATIENCE);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -173,10 +172,19 @@ fn https_needs_a_believed_certificate() {
     assert_eq!((run.requests.answered, run.tokens.output), (5, 10));
 }
 
-/// An address where nobody listens.
-fn free_url() -> String {
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    format!("http://{address}")
+/// A port that is taken by a socket that never listens: no other program can get it and answer.
+struct Nobody(TcpSocket);
+
+impl Nobody {
+    fn new() -> Self {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+        Self(socket)
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.0.local_addr().unwrap())
+    }
 }
 
 #[test]
@@ -187,7 +195,7 @@ fn an_unreachable_server_and_a_missing_model_are_refused() {
         .build()
         .unwrap();
     runtime.block_on(async {
-        let asked = server.asked(Duration::from_secs(1));
+        let asked = server.asked(PATIENCE);
         assert_eq!(check::model(&asked.target, None).await.unwrap(), "mock");
         assert_eq!(check::model(&asked.target, Some("mock")).await.unwrap(), "mock");
         let missing = check::model(&asked.target, Some("other")).await.unwrap_err();
@@ -197,8 +205,9 @@ fn an_unreachable_server_and_a_missing_model_are_refused() {
         );
         let probe = check::probe(&asked.target, Api::Chat, &asked.form).await.unwrap_err();
         assert!(probe.to_string().contains("status_500"), "{probe}");
-        let nobody = Target::new(&free_url(), None, Duration::from_secs(1)).unwrap();
-        let error = check::model(&nobody, None).await.unwrap_err();
+        let nobody = Nobody::new();
+        let target = Target::new(&nobody.url(), None, PATIENCE).unwrap();
+        let error = check::model(&target, None).await.unwrap_err();
         assert!(matches!(error, CheckError::Unreachable { .. }), "{error}");
     });
     for bad in ["", "localhost:8080", "ftp://x", "http://"] {

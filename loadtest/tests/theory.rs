@@ -3,40 +3,85 @@
 mod mock;
 
 use std::{
-    sync::Mutex,
+    ops::Range,
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use mock::{Mock, Queue, Reply, drive};
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, Exp};
-use sconce_loadtest::{arrivals::Arrivals, report::Run};
+use sconce_loadtest::{
+    arrivals::Arrivals,
+    report::{Run, Summary},
+    slo::Metric,
+};
 
-/// Mean service time in seconds and load of the queues.
-const SERVICE: f64 = 0.006;
+/// Mean service time of the queues in milliseconds, and their load.
+const SERVICE: f64 = 4.0;
 const LOAD: f64 = 0.5;
+/// A millisecond.
 const RATE: f64 = LOAD / SERVICE;
 const REQUESTS: u64 = 1500;
-/// What HTTP, threads and a busy machine add to a latency, in seconds.
-const OVERHEAD: f64 = 0.0015;
+/// What HTTP and threads add to a latency on a machine that does nothing else, in milliseconds.
+const OVERHEAD: f64 = 1.5;
+/// Nothing else holds a request up for as long on such a machine, in milliseconds.
+const HELD_UP: f64 = 3.0;
+/// How often a run is made that the machine holds up.
+const TRIES: usize = 3;
 
-/// Mean and 99th percentile of E2E in seconds.
-fn measure(queue: Queue) -> (f64, f64) {
-    let server = Mock::start(move |index| queue.reply(index));
-    let measured = drive(
-        &server.asked(Duration::from_secs(10)),
-        Arrivals::Poisson { rate: RATE },
-        REQUESTS,
-    );
-    let run = Run::of("queue", Some(RATE), measured, None);
-    assert_eq!((run.requests.answered, run.requests.failed), (REQUESTS, 0));
-    let e2e = &run.latency_ms[&sconce_loadtest::slo::Metric::E2e];
-    (e2e.mean / 1e3, e2e.p99 / 1e3)
+/// A figure in milliseconds, and where it is to lie.
+struct Expected {
+    what: &'static str,
+    found: f64,
+    range: Range<f64>,
 }
 
-fn near(what: &str, found: f64, theory: f64, sampling_error: f64) {
-    let (low, high) = (theory - sampling_error, theory + sampling_error + OVERHEAD);
-    assert!((low..high).contains(&found), "{what}: {found} is not in {low}..{high}");
+/// What theory says, as far as the sample tells and HTTP lets it.
+fn near(what: &'static str, found: f64, theory: f64, sampling_error: f64) -> Expected {
+    let range = theory - sampling_error..theory + sampling_error + OVERHEAD;
+    Expected { what, found, range }
+}
+
+/// Holds the E2E of `requests` requests against what is expected of it. Nothing makes a request faster than it is to
+/// be, so the lower bounds hold in every run. A machine that is busy with other things makes requests slower: a run
+/// whose own sender was held up is made again, and a machine that never has the time is held to the lower bounds only.
+fn judge(arrivals: &Arrivals, requests: u64, server: impl Fn() -> Mock, expected: impl Fn(&Summary) -> Vec<Expected>) {
+    // The tests of this file would hold each other's threads up, and each counts milliseconds.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    for _ in 0..TRIES {
+        let measured = drive(&server().asked(Duration::from_secs(60)), arrivals.clone(), requests);
+        let run = Run::of("theory", None, measured, None);
+        assert_eq!((run.requests.answered, run.requests.failed), (requests, 0));
+        let latest = run.lateness_ms.as_ref().unwrap().max;
+        let mut slow = false;
+        for Expected { what, found, range } in expected(&run.latency_ms[&Metric::E2e]) {
+            assert!(found >= range.start, "{what}: {found} is not in {range:?}");
+            assert!(
+                found < range.end || latest > HELD_UP,
+                "{what}: {found} is not in {range:?}; a request went out {latest} ms late at most"
+            );
+            slow |= found >= range.end;
+        }
+        if !slow {
+            return;
+        }
+    }
+    println!("the machine held every run up");
+}
+
+fn judge_queue(queue: impl Fn() -> Queue, expected: impl Fn(&Summary) -> Vec<Expected>) {
+    let server = || {
+        let queue = queue();
+        Mock::start(move |index| queue.reply(index))
+    };
+    let rate = RATE * 1e3;
+    judge(&Arrivals::Poisson { rate }, REQUESTS, server, expected);
+}
+
+fn milliseconds(ms: f64) -> Duration {
+    Duration::from_secs_f64(ms / 1e3)
 }
 
 // M/M/1: the time in the system is exponential with rate (1 - load) / service. The variance of the mean over n requests
@@ -44,31 +89,42 @@ fn near(what: &str, found: f64, theory: f64, sampling_error: f64) {
 // service adds a little. A 99th percentile of correlated values varies about four times as much as the mean.
 #[test]
 fn exponential_service_gives_what_theory_says_of_m_m_1() {
-    let random = Mutex::new(Xoshiro256PlusPlus::seed_from_u64(5));
-    let times = Exp::new(1.0 / SERVICE).unwrap();
-    let queue = Queue::new(move |_| Duration::from_secs_f64(times.sample(&mut *random.lock().unwrap())));
-    let (mean, p99) = measure(queue);
+    let queue = || {
+        let random = Mutex::new(Xoshiro256PlusPlus::seed_from_u64(5));
+        let times = Exp::new(1.0 / SERVICE).unwrap();
+        Queue::new(move |_| milliseconds(times.sample(&mut *random.lock().unwrap())))
+    };
     let theory = SERVICE / (1.0 - LOAD);
     let wait = LOAD * (2.0 + 5.0 * LOAD - 4.0 * LOAD.powi(2) + LOAD.powi(3)) / (1.0 - LOAD).powi(4);
     let deviation = SERVICE * ((wait + 1.0) / REQUESTS as f64).sqrt();
-    near("mean", mean, theory, 3.0 * deviation);
-    near("P99", p99, theory * 100f64.ln(), 3.0 * 4.0 * deviation);
+    judge_queue(queue, |e2e| {
+        vec![
+            near("mean", e2e.mean, theory, 3.0 * deviation),
+            near("P99", e2e.p99, theory * 100f64.ln(), 3.0 * 4.0 * deviation),
+        ]
+    });
 }
 
 // M/D/1: the mean wait is load / (2 (1 - load)) service times (Pollaczek and Khinchine); the distribution of the wait is
 // Erlang's series.
 #[test]
 fn constant_service_gives_what_theory_says_of_m_d_1() {
-    let (mean, p99) = measure(Queue::new(|_| Duration::from_secs_f64(SERVICE)));
     let theory = SERVICE * (1.0 + LOAD / (2.0 * (1.0 - LOAD)));
     // The wait of M/D/1 varies less than half as much as that of M/M/1.
     let deviation = SERVICE * (15.0 / REQUESTS as f64).sqrt();
-    near("mean", mean, theory, 3.0 * deviation);
     let quantile = (0..10_000)
         .map(|step| f64::from(step) * SERVICE / 1000.0)
         .find(|&wait| waits_at_most(wait) >= 0.99)
         .unwrap();
-    near("P99", p99, quantile + SERVICE, 3.0 * 3.0 * deviation);
+    judge_queue(
+        || Queue::new(|_| milliseconds(SERVICE)),
+        |e2e| {
+            vec![
+                near("mean", e2e.mean, theory, 3.0 * deviation),
+                near("P99", e2e.p99, quantile + SERVICE, 3.0 * 3.0 * deviation),
+            ]
+        },
+    );
 }
 
 /// The share of requests of M/D/1 that wait at most this long (Erlang 1909).
@@ -87,26 +143,25 @@ fn waits_at_most(wait: f64) -> f64 {
 // 150 requests of the frozen second wait for what is left of it: of 600, the worst 1 % wait for over 0.96 s.
 #[test]
 fn a_freeze_shows_in_the_latencies_of_all_who_came_meanwhile() {
-    let begin = Mutex::new(None::<Instant>);
-    let server = Mock::start(move |_| {
-        let began = *begin.lock().unwrap().get_or_insert_with(Instant::now);
-        let at = began.elapsed();
-        let frozen = Duration::from_secs(1)..Duration::from_secs(2);
-        Reply::after(if frozen.contains(&at) {
-            frozen.end - at
-        } else {
-            Duration::ZERO
+    let server = || {
+        let begin = Mutex::new(None::<Instant>);
+        Mock::start(move |_| {
+            let began = *begin.lock().unwrap().get_or_insert_with(Instant::now);
+            let at = began.elapsed();
+            let frozen = Duration::from_secs(1)..Duration::from_secs(2);
+            Reply::after(if frozen.contains(&at) {
+                frozen.end - at
+            } else {
+                Duration::ZERO
+            })
         })
+    };
+    let expected = |what, found, range| Expected { what, found, range };
+    judge(&Arrivals::Constant { rate: 150.0 }, 600, server, |e2e| {
+        vec![
+            expected("P99", e2e.p99, 950.0..1100.0),
+            expected("P90", e2e.p90, 560.0..720.0),
+            expected("P50", e2e.p50, 0.0..50.0),
+        ]
     });
-    let arrivals = Arrivals::Constant { rate: 150.0 };
-    let run = Run::of(
-        "freeze",
-        None,
-        drive(&server.asked(Duration::from_secs(10)), arrivals, 600),
-        None,
-    );
-    let e2e = &run.latency_ms[&sconce_loadtest::slo::Metric::E2e];
-    assert!((950.0..1100.0).contains(&e2e.p99), "{e2e:?}");
-    assert!((560.0..720.0).contains(&e2e.p90), "{e2e:?}");
-    assert!(e2e.p50 < 50.0, "{e2e:?}");
 }
