@@ -24,6 +24,9 @@ use crate::{
 };
 use supervisor::Supervisor;
 
+/// For clients to take the answers that tell them that the engine is lost.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
 /// Why the server could not start, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -100,6 +103,13 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
 
     let (closing, closed) = oneshot::channel();
     let drained = drain::drained(server.clone(), signals, settings.life.drain_timeout, closing);
+    let (losing, lost) = oneshot::channel::<()>();
+    let ending = async {
+        tokio::select! {
+            () = drained => {}
+            _ = lost => {}
+        }
+    };
     tokio::spawn(reload::on_hangup(
         hangups,
         server.clone(),
@@ -112,15 +122,17 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
     }
     let supervisor = Supervisor::new(settings, metrics, server.clone());
     let mut engine = std::pin::pin!(supervisor.run(models, |name| print_example(local, name)));
+    let mut listening = std::pin::pin!(listen::serve(listener, server.clone(), patience, ending));
     tokio::select! {
-        () = listen::serve(listener, server.clone(), patience, drained) => {}
+        () = &mut listening => {}
         () = drain::closed_late(closed) => {}
         ended = &mut engine => {
             server.stop_accepting();
             // Those of replaced models' engines, too.
             server.cut_off();
-            // Whoever waits is told by the end of their events; the answers need a moment to go out.
-            tokio::time::sleep(Duration::from_millis(300)).await;
+            // Whoever waits is told by the end of their events. Each connection is closed when its answer is out.
+            drop(losing);
+            let _ = tokio::time::timeout(LAST_WORDS, listening).await;
             return ended;
         }
     }
