@@ -50,7 +50,7 @@ fn what_runs_is_finished_and_nothing_new_begins() {
     used.read_exact(&mut [0; 12]).expect("an answer");
     let unused = TcpStream::connect(server.address()).expect("connects");
 
-    let mut events = streaming(&server, 120);
+    let mut events = streaming(&server, 400);
     told_to_end(&server);
     let refused = server.post("/v1/completions", &long(1));
     assert_eq!(refused.status(), 503);

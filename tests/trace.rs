@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, thread, time::Duration};
 
 use common::{Server, all_at_once, chat};
 use serde_json::{Value, json};
@@ -26,24 +26,48 @@ fn a_recording_is_well_formed_and_agrees_with_the_answers() {
         });
         (header("x-request-id"), Costs::from(costs))
     };
-    let trace = |path: &str| server.get(path).text().expect("the trace");
-    let (recorded, answers) = std::thread::scope(|scope| {
-        let recording = scope.spawn(|| trace("/debug/trace?seconds=3"));
-        std::thread::sleep(Duration::from_millis(300));
-        assert_eq!(
-            server.get("/debug/trace?seconds=1").status(),
-            409,
-            "one recording at a time"
-        );
-        let answers = all_at_once((0..6).map(|index| move || asked(index)).collect());
-        (recording.join().expect("a trace"), answers)
+    // How long six answers take depends on the machine.
+    for seconds in [3, 12, 48] {
+        let (recorded, answers) = std::thread::scope(|scope| {
+            let recording = scope.spawn(|| record(&server, seconds));
+            one_at_a_time(&server);
+            let answers = all_at_once((0..6).map(|index| move || asked(index)).collect());
+            (recording.join().expect("a trace"), answers)
+        });
+        if told_the_same(&recorded, answers) == 6 {
+            return;
+        }
+    }
+    panic!("six requests took more than 48 s");
+}
+
+/// A recording of so long. Another one that is under way comes first.
+fn record(server: &Server, seconds: u64) -> String {
+    loop {
+        let response = server.get(&format!("/debug/trace?seconds={seconds}"));
+        if response.status() != 409 {
+            return response.text().expect("the trace");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Returns once another's recording is under way, which refuses this one.
+fn one_at_a_time(server: &Server) {
+    server.wait_until("it records", Duration::from_secs(60), || {
+        // The other one may begin after this and wait for its end.
+        thread::sleep(Duration::from_millis(100));
+        server.get("/debug/trace?seconds=0.1").status() == 409
     });
-    let trace: Value = serde_json::from_str(&recorded).expect("JSON");
+}
+
+/// That a recording is well formed and agrees with the answers of the requests that ended in it; gives how many did.
+fn told_the_same(recorded: &str, answers: Vec<(String, Costs)>) -> usize {
+    let trace: Value = serde_json::from_str(recorded).expect("JSON");
     assert_eq!(trace["otherData"]["lost_notes"], 0);
     assert!(!recorded.contains("poem"), "no text of a prompt");
     let events = trace["traceEvents"].as_array().expect("events");
     steps_follow_one_another(events);
-    counters_count(events);
     assert!(
         slices(events, "batch")
             .values()
@@ -55,14 +79,19 @@ fn a_recording_is_well_formed_and_agrees_with_the_answers() {
         let request = requests
             .values()
             .find(|slices| slices[0].args["request_id"] == id.as_str());
-        let request = request.unwrap_or_else(|| panic!("{id} is not in the trace"));
+        // A slow machine may not be done with all of them when the recording ends, or have begun with all.
+        let Some(request) = request else { continue };
         if request[0].args["outcome"] != "running" {
             agrees(request, &costs);
             ended += 1;
         }
     }
-    // A slow machine may not be done with all of them when the recording ends.
-    assert!(ended >= 2, "{ended} requests ended");
+    if ended == 6 {
+        let steps = events.iter().filter(|event| event["ph"] == "X").count();
+        assert!(steps >= 7, "{steps} steps");
+        counters_count(events);
+    }
+    ended
 }
 
 /// A nestable slice, opened and closed.
@@ -114,7 +143,6 @@ fn slices<'a>(events: &'a [Value], category: &str) -> HashMap<&'a str, Vec<Slice
 
 fn steps_follow_one_another(events: &[Value]) {
     let steps: Vec<_> = events.iter().filter(|event| event["ph"] == "X").collect();
-    assert!(steps.len() >= 7, "{} steps", steps.len());
     let mut end = 0.0;
     for step in steps {
         let (ts, duration) = (

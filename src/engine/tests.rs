@@ -271,6 +271,7 @@ fn whoever_leaves_frees_its_place_within_a_step() {
     let metrics = metrics();
     let mut settings = settings();
     (settings.batching.max_batch, settings.batching.step_tokens) = (1, 8);
+    settings.max_model_len = Some(8192);
     let engine = Engine::new(&Weights::load(&settings).unwrap(), metrics.clone()).unwrap();
     let (handle, guard) = engine.start(places(4)).unwrap();
     let wait_until = |condition: &dyn Fn() -> bool| {
@@ -281,11 +282,12 @@ fn whoever_leaves_frees_its_place_within_a_step() {
         }
     };
     let held = || metrics.kv_blocks.with_label_values(&["held"]).get();
-    // In its prefill of 30 steps, and in its decode, each with another that waits behind it.
-    for (prompt, decodes) in [(vec![300; 240], 0), (vec![300; 4], 3)] {
+    // In its prefill of a thousand steps, and in its decode of several, each with another that waits behind it. Neither
+    // is done before it is looked at.
+    for (prompt, decodes) in [(vec![300; 8000], 0), (vec![300; 4], 3)] {
         let ignoring = Sampling {
             ignore_eos: true,
-            ..greedy(1000)
+            ..greedy(8000)
         };
         let (runs, running) = request(prompt.clone(), ignoring);
         let (waits, waiting) = request(prompt, greedy(1));

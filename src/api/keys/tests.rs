@@ -192,9 +192,15 @@ async fn the_file_is_followed() {
     let Fixture { file, keys, .. } = fixture("");
     let following = tokio::spawn(keys.clone().follow_file());
     std::fs::write(file.path(), lines("ann", "sk-ann", "")).unwrap();
-    while keys.find("sk-ann").is_none() {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    let found = async {
+        while keys.find("sk-ann").is_none() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let limit = Duration::from_secs(60);
+    tokio::time::timeout(limit, found)
+        .await
+        .expect("the file is read again");
     following.abort();
 }
 
