@@ -4,6 +4,8 @@
 //! here, and with it the response that was being written, whose request is thereby cancelled. Bodies have their own
 //! limit, in `limits`.
 
+mod turn;
+
 use std::error::Error as _;
 use std::future::poll_fn;
 use std::io;
@@ -24,6 +26,7 @@ use tokio_io_timeout::TimeoutStream;
 use super::Server;
 use super::error::ApiError;
 use super::limits::HEAD_BUFFER;
+use turn::Noting;
 
 /// What a connection may cost.
 #[derive(Debug, Clone, Copy)]
@@ -93,14 +96,18 @@ async fn converse(
     let _ = stream.set_nodelay(true);
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(patience.stall));
+    let (stream, turn) = Noting::new(Box::pin(stream));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(patience.head)
         .max_buf_size(HEAD_BUFFER)
-        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     if let Err(error) = watcher.watch(connection).await {
         if is_stall(&error) {
             server.observer.connection_cut("stalled");
+        } else if error.is_timeout() && turn.is_the_clients() {
+            // One that said nothing was idle, and is closed without being missed.
+            server.observer.connection_cut("slow_head");
         }
         // Errors of a connection hold nothing of what was sent on it.
         tracing::debug!("a connection ended: {error}");

@@ -6,7 +6,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Regi
 
 /// Causes of [`Observer::refused`] that stand at zero from the start: an error's code, where it has one. Any other
 /// error's code joins them when it first happens.
-const REFUSALS: [&str; 18] = [
+const REFUSALS: [&str; 19] = [
     "queue_full",
     "queue_tokens",
     "in_flight",
@@ -14,6 +14,7 @@ const REFUSALS: [&str; 18] = [
     "deadline",
     "model_loading",
     "shutting_down",
+    "engine_lost",
     "invalid_request",
     "unsupported_value",
     "context_length_exceeded",
@@ -27,12 +28,14 @@ const REFUSALS: [&str; 18] = [
     "rate_limit_exceeded",
 ];
 /// Causes of [`Observer::cut`] that stand at zero from the start.
-const CUTS: [&str; 6] = [
+const CUTS: [&str; 8] = [
     "overtaken",
     "client_gone",
     "deadline_passed",
     "not_a_number",
     "step_failed",
+    "engine_lost",
+    "shutting_down",
     "internal",
 ];
 
@@ -88,13 +91,14 @@ impl Observer {
         let connections_cut = IntCounterVec::new(
             Opts::new(
                 "sconce_connections_cut_total",
-                "Connections closed on a client: one too many, or one that took nothing of its answer for too long.",
+                "Connections closed on a client: one too many, one that took nothing of its answer for too long, or one that \
+                 was too slow with the head of a request.",
             ),
             &["cause"],
         )?;
         registry.register(Box::new(connections_cut.clone()))?;
         // Counters that a client can see from the start, at zero.
-        for cause in ["stalled", "too_many"] {
+        for cause in ["slow_head", "stalled", "too_many"] {
             connections_cut.with_label_values(&[cause]);
         }
         let panics = IntCounterVec::new(

@@ -44,6 +44,8 @@ pub struct EngineMetrics {
     pub faults: IntCounterVec,
     /// By cause: `panicked`, `hung`.
     pub restarts: IntCounterVec,
+    /// By cause: `device_lost`, `panicked`, `hung`.
+    pub retired_failures: IntCounterVec,
     /// By outcome: `swapped`, `failed`.
     pub model_changes: IntCounterVec,
 }
@@ -157,6 +159,13 @@ impl EngineMetrics {
                 "Engines that failed as a whole and were started again, by cause",
                 "cause",
                 &["panicked", "hung"],
+            )?,
+            retired_failures: make.counters(
+                "sconce_retired_engine_failures_total",
+                "Engines of replaced models that failed before their last request had ended, by cause; they are not started \
+                 again",
+                "cause",
+                &["device_lost", "panicked", "hung"],
             )?,
             model_changes: make.counters(
                 "sconce_model_changes_total",

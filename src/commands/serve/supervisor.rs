@@ -225,16 +225,15 @@ impl Supervisor {
             return Err(ServeError::DeviceLost("a step did not end".into()));
         }
         let Some(current) = self.current.take_if(|current| current.number == number) else {
-            tracing::info!(?end, "a replaced model's engine ended");
+            self.retired(&end);
             return Ok(());
         };
         self.server.restarting();
         tracing::error!(?end, "the engine failed; everyone who waited for it was told");
-        let cause = match end {
-            End::DeviceLost(reason) => return Err(ServeError::DeviceLost(reason)),
-            End::Hung => "hung",
-            End::Panicked(_) | End::Finished => "panicked",
-        };
+        let cause = cause(&end);
+        if let End::DeviceLost(reason) = end {
+            return Err(ServeError::DeviceLost(reason));
+        }
         if !self.may_restart(Instant::now()) {
             return Err(ServeError::EngineLost);
         }
@@ -251,11 +250,34 @@ impl Supervisor {
         Ok(())
     }
 
+    /// A replaced model's engine ended, as it should or not.
+    fn retired(&self, end: &End) {
+        if *end == End::Finished {
+            tracing::info!("a replaced model's engine ended");
+            return;
+        }
+        tracing::error!(
+            ?end,
+            "a replaced model's engine failed; everyone who waited for it was told"
+        );
+        self.metrics.retired_failures.with_label_values(&[cause(end)]).inc();
+    }
+
     fn may_restart(&mut self, now: Instant) -> bool {
         self.restarts
             .retain(|restart| now.saturating_duration_since(*restart) < RESTARTS_WITHIN);
         self.restarts.push_back(now);
         self.restarts.len() <= MOST_RESTARTS
+    }
+}
+
+/// The metrics' word for how an engine failed.
+fn cause(end: &End) -> &'static str {
+    match end {
+        End::DeviceLost(_) => "device_lost",
+        End::Hung => "hung",
+        // The serving one is not to finish.
+        End::Panicked(_) | End::Finished => "panicked",
     }
 }
 
