@@ -5,11 +5,13 @@ mod common;
 
 use std::{io::Read, process::Command, time::Duration};
 
-use common::{Server, all_at_once, chat, completion, send_by_hand, text};
+use common::{Server, all_at_once, chat, completion, send_by_hand, text, tiny};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
 const LIMIT: Duration = Duration::from_secs(60);
+/// Tokens of an answer that lasts longer than any test.
+const LASTING: usize = 4000;
 const QUESTIONS: [&str; 3] = ["What is the capital of France?", "Name an animal.", "Count to ten."];
 
 fn question(index: usize) -> Value {
@@ -57,6 +59,29 @@ fn idle(server: &Server) {
             .iter()
             .all(|name| server.metric(name) == 0.0)
     });
+}
+
+/// That a fault of the whole engine is told to its request and to those that run beside it, on a server that was idle.
+fn fails_with_its_neighbours(server: &Server, id: &str, neighbours: usize) {
+    let stream = |max_tokens: usize| {
+        let mut body = question(0);
+        (body["stream"], body["max_tokens"]) = (json!(true), json!(max_tokens));
+        body
+    };
+    let answers = std::thread::scope(|scope| {
+        let beside = || ask(server, "neighbour", &stream(LASTING));
+        let beside: Vec<_> = (0..neighbours).map(|_| scope.spawn(beside)).collect();
+        server.wait_until("the neighbours run", LIMIT, || {
+            server.metric("sconce_running") == neighbours as f64
+        });
+        let mut answers = vec![ask(server, id, &stream(16))];
+        answers.extend(beside.into_iter().map(|thread| thread.join().expect("no panic")));
+        answers
+    });
+    for answer in answers {
+        let begun = answer.0 == 200;
+        failed(answer, begun, "engine_lost");
+    }
 }
 
 #[test]
@@ -149,26 +174,43 @@ fn short_memory_makes_smaller_steps_and_the_same_answers() {
 
 #[test]
 fn a_hung_step_is_given_up_and_the_engine_runs_again() {
-    let server = Server::start_quietly(&["--device", "cpu", "--step-timeout", "3s", "--max-batch", "3"]);
+    // No step of a machine that has other things to do takes as long.
+    let server = Server::start_quietly(&["--device", "cpu", "--step-timeout", "10s", "--max-batch", "3"]);
     let expected = expected(&server);
-    let ask = &|(index, id): (usize, &str)| {
-        let mut body = question(index);
-        body["stream"] = json!(index < 2);
-        body["max_tokens"] = json!(200);
-        (index, ask(&server, id, &body))
+    idle(&server);
+    let asked = |stream: bool, max_tokens: usize| {
+        let mut body = question(0);
+        (body["stream"], body["max_tokens"]) = (json!(stream), json!(max_tokens));
+        body
     };
-    // Three that run, one of which hangs after a while, and two that wait.
+    let count = |name: &str, count: f64| server.wait_until(name, LIMIT, || server.metric(name) == count);
     let answers = std::thread::scope(|scope| {
-        let hanging = scope.spawn(|| ask((0, "fault.hang.40")));
-        server.wait_until("it runs", LIMIT, || server.metric("sconce_running") == 1.0);
-        let others = ["a", "b", "c", "d"].into_iter().zip(1..);
-        let mut answers = all_at_once(others.map(|(id, index)| move || ask((index, id))).collect());
-        answers.push(hanging.join().expect("no panic"));
-        answers
+        // Three run; the one that is to hang and two more wait for a place.
+        let mut asking = Vec::new();
+        for (stream, running) in [(true, 1.0), (false, 2.0)] {
+            let (server, body) = (&server, asked(stream, LASTING));
+            asking.push((stream, scope.spawn(move || ask(server, "runs", &body))));
+            count("sconce_running", running);
+        }
+        let leaving = send_by_hand(&server, CHAT, "leaves", &asked(false, LASTING));
+        count("sconce_running", 3.0);
+        let waiting = [(true, "fault.hang.3", 1.0), (false, "waits", 2.0), (true, "waits", 3.0)];
+        for (stream, id, waiting) in waiting {
+            let (server, body) = (&server, asked(stream, 16));
+            asking.push((stream, scope.spawn(move || ask(server, id, &body))));
+            count("sconce_waiting", waiting);
+        }
+        // The oldest one takes the place, and hangs.
+        drop(leaving);
+        let answers = asking
+            .into_iter()
+            .map(|(stream, thread)| (stream, thread.join().expect("no panic")));
+        answers.collect::<Vec<_>>()
     });
-    for (index, answer) in answers {
+    for (index, (stream, answer)) in answers.into_iter().enumerate() {
+        // Only a stream's status goes out before its end.
         let begun = answer.0 == 200;
-        assert!(!begun || index < 2, "only a stream's status goes out before its end");
+        assert_eq!(begun, stream && index < 3, "{answer:?}");
         failed(answer, begun, "engine_lost");
     }
     server.wait_until("it is ready", LIMIT, || server.get("/ready").status() == 200);
@@ -180,23 +222,54 @@ fn a_hung_step_is_given_up_and_the_engine_runs_again() {
 }
 
 #[test]
+fn keys_and_values_that_were_half_written_are_not_used() {
+    let server = Server::start_quietly(&[]);
+    let expected = expected(&server);
+    let cached = || server.metric("sconce_cached_tokens_total");
+    let before = cached();
+    assert_eq!(text(&server.ask(CHAT, &question(0))), expected[0]);
+    assert!(cached() > before, "the question is in the prefix cache");
+    idle(&server);
+    fails_with_its_neighbours(&server, "fault.cache-lost.2", 2);
+    server.wait_until("it is ready", LIMIT, || server.get("/ready").status() == 200);
+    assert_eq!(fault(&server, "step_panicked"), 1.0);
+    assert_eq!(server.metric("sconce_engine_restarts_total{cause=\"panicked\"}"), 1.0);
+    let before = cached();
+    assert_eq!(text(&server.ask(CHAT, &question(0))), expected[0]);
+    assert_eq!(cached(), before, "nothing is left of what was computed");
+    idle(&server);
+}
+
+#[test]
+fn a_replaced_models_engine_that_fails_is_counted() {
+    let folder = tiny::model();
+    let server = Server::start_quietly(&["--admin", "--max-batch", "1"]);
+    let mut lasting = question(0);
+    lasting["max_tokens"] = json!(LASTING);
+    let answer = std::thread::scope(|scope| {
+        let before = send_by_hand(&server, CHAT, "before", &lasting);
+        server.wait_until("it runs", LIMIT, || server.metric("sconce_running") == 1.0);
+        let failing = scope.spawn(|| ask(&server, "fault.engine.0", &question(0)));
+        server.wait_until("it waits", LIMIT, || server.metric("sconce_waiting") == 1.0);
+        server.ask("/admin/model", &json!({"model": tiny::path(&folder)}));
+        // Now that another model serves, the one that waits runs into its fault.
+        drop(before);
+        failing.join().expect("no panic")
+    });
+    failed(answer, false, "engine_lost");
+    let failures = || server.metric("sconce_retired_engine_failures_total{cause=\"panicked\"}");
+    server.wait_until("it is counted", LIMIT, || failures() == 1.0);
+    assert_eq!(server.metric("sconce_engine_restarts_total{cause=\"panicked\"}"), 0.0);
+    server.ask("/v1/completions", &completion(&[5, 6, 7], 4));
+}
+
+#[test]
 fn an_engine_that_fails_too_often_ends_the_server() {
     let server = Server::start_quietly(&[]);
     let expected = expected(&server);
     for time in 0..4 {
-        let work = ["fault.engine.2", "neighbour"].map(|id| {
-            let server = &server;
-            move || {
-                let mut body = question(0);
-                body["stream"] = json!(true);
-                body["max_tokens"] = json!(500);
-                ask(server, id, &body)
-            }
-        });
-        for answer in all_at_once(work.into()) {
-            let begun = answer.0 == 200;
-            failed(answer, begun, "engine_lost");
-        }
+        idle(&server);
+        fails_with_its_neighbours(&server, "fault.engine.2", 1);
         if time < 3 {
             server.wait_until("it is ready", LIMIT, || server.get("/ready").status() == 200);
             assert_eq!(text(&server.ask(CHAT, &question(1))), expected[1]);
@@ -210,19 +283,7 @@ fn an_engine_that_fails_too_often_ends_the_server() {
 #[test]
 fn a_lost_device_ends_the_server_and_everyone_is_told() {
     let server = Server::start_quietly(&[]);
-    let work = ["fault.device-lost.2", "a", "b"].map(|id| {
-        let server = &server;
-        move || {
-            let mut body = question(0);
-            body["stream"] = json!(true);
-            body["max_tokens"] = json!(500);
-            ask(server, id, &body)
-        }
-    });
-    for answer in all_at_once(work.into()) {
-        let begun = answer.0 == 200;
-        failed(answer, begun, "engine_lost");
-    }
+    fails_with_its_neighbours(&server, "fault.device-lost.2", 2);
     assert_eq!(server.wait().code(), Some(1));
 }
 

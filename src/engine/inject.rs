@@ -9,21 +9,25 @@ use crate::{
     request::TokenId,
 };
 
-/// Faults to come, by the sequence that asked for them.
 #[derive(Debug, Default)]
-pub struct Faults(HashMap<SequenceId, (Fault, usize)>);
+pub struct Faults {
+    /// Those to come, by the sequence that asked for them.
+    asked: HashMap<SequenceId, (Fault, usize)>,
+    /// A forward pass broke off in the middle of a block's keys and values.
+    half_written: bool,
+}
 
 impl Faults {
     pub fn note(&mut self, id: SequenceId, request: &str) {
         if let Some(fault) = Fault::of(request) {
-            self.0.insert(id, fault);
+            self.asked.insert(id, fault);
         }
     }
 
     /// The faults whose time is this pass.
     fn due<'a>(&'a self, pass: &'a Plan, scheduler: &'a Scheduler) -> impl Iterator<Item = (SequenceId, Fault)> + 'a {
         pass.rows.iter().filter_map(|row| {
-            let (fault, after) = *self.0.get(&row.id)?;
+            let (fault, after) = *self.asked.get(&row.id)?;
             let sequence = scheduler.sequence(row.id)?;
             // With those that the step under way chooses.
             let generated = (row.start + row.len + sequence.generated()).checked_sub(sequence.tokens().len())?;
@@ -44,9 +48,13 @@ impl Faults {
             match fault {
                 Fault::Step => return Err(StepError::Failed("injected".into())),
                 Fault::StepPanic => panic!("injected: a forward pass"),
+                Fault::CacheLost => {
+                    self.half_written = true;
+                    panic!("injected: a forward pass that writes keys and values")
+                }
                 Fault::DeviceLost => return Err(StepError::DeviceLost("injected".into())),
                 Fault::OutOfMemory if tokens(&pass.rows) > 1 => {
-                    self.0.remove(&id);
+                    self.asked.remove(&id);
                     return Err(StepError::OutOfMemory("injected".into()));
                 }
                 Fault::Hang => {
@@ -58,6 +66,11 @@ impl Faults {
             }
         }
         Ok(())
+    }
+
+    /// Whether the KV cache can be used, as far as injected faults go.
+    pub fn leave_the_cache_whole(&self) -> bool {
+        !self.half_written
     }
 
     /// `logits` are `[sampling rows × vocabulary]`.
@@ -87,7 +100,7 @@ impl Faults {
 
     pub fn sampler(&self, id: SequenceId, scheduler: &Scheduler) {
         let generated = scheduler.sequence(id).map_or(0, Sequence::generated);
-        if self.0.get(&id) == Some(&(Fault::Sampler, generated)) {
+        if self.asked.get(&id) == Some(&(Fault::Sampler, generated)) {
             panic!("injected: a sampler")
         }
     }

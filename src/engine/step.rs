@@ -138,7 +138,10 @@ impl Runner {
     fn guarded<T>(&mut self, run: impl FnOnce(&mut Self) -> Result<T, StepError>) -> Result<T, StepError> {
         catch_unwind(AssertUnwindSafe(|| run(self))).unwrap_or_else(|panic| {
             let message = panic_message(&*panic);
-            Err(if self.model.cache_is_whole() {
+            let whole = self.model.cache_is_whole();
+            #[cfg(any(test, feature = "fault-injection"))]
+            let whole = whole && self.faults.leave_the_cache_whole();
+            Err(if whole {
                 StepError::Panicked(message)
             } else {
                 StepError::CacheLost(message)
