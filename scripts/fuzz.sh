@@ -15,4 +15,4 @@ run() {
 
 run --test fuzz
 run --package sconce-models --test hostile_files
-run --lib -- marks detokenizer tokenizer stop
+run --lib -- marks detokenizer tokenizer stop cache_file

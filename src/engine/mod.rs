@@ -32,7 +32,7 @@ use tracing::Span;
 use admission::{Place, SharedGate};
 
 pub use cache::{CacheReport, PinFailed, PinInfo, PinRequest};
-pub use cache_file::{SaveError, Saved};
+pub use cache_file::{CacheFile, Identity, SaveError, Saved};
 pub use memory::{Memory, readable};
 pub use model::{LoadError, Settings, Weights, default_dtype};
 pub use watch::{End, Guard};

@@ -1,23 +1,34 @@
-//! Bodies of requests, through every route that reads one: each gets an answer of its own or a refusal in OpenAI's
-//! shape, and never a 500, which is what a panic becomes.
+//! Bodies and headers of requests, through every route that reads them: each gets an answer of its own or a refusal in
+//! OpenAI's shape, and never a 500, which is what a panic becomes.
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
-use axum::http::Request;
+use axum::http::{HeaderValue, Request};
+use candle_core::Device;
 use proptest::prelude::*;
-use sconce::api::{ApiSettings, Model, Observer, Server, router};
+use sconce::api::{ApiSettings, Keys, Model, ModelCommand, ModelState, NotChanged, Observer, Server, hash_key, router};
+use sconce::batching::{Buckets, CacheScope, Config, Limits, Schedule, WindowPolicy};
+use sconce::engine::{self, Engine, Handle, Weights};
 use sconce::request::{Event, FinishReason, Request as Sequence, Token};
+use sconce::telemetry::EngineMetrics;
 use sconce::text::ChatTemplate;
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
 use tower::ServiceExt;
 
 use super::{TOKENIZER, VOCABULARY, config, json, mutated, mutations, within_memory};
 
-static ROUTER: LazyLock<Router> = LazyLock::new(|| {
+/// All routes; no engine stands behind it.
+static ROUTER: LazyLock<Router> = LazyLock::new(|| serving(None));
+/// The routes that ask an engine, with one whose model is small and random.
+static WITH_ENGINE: LazyLock<Router> = LazyLock::new(|| serving(Some(engine())));
+
+fn serving(engine: Option<Handle>) -> Router {
     let observer = Observer::register(&prometheus::Registry::new()).expect("metrics");
     let settings = ApiSettings {
         max_body_bytes: 64 << 10,
@@ -26,23 +37,103 @@ static ROUTER: LazyLock<Router> = LazyLock::new(|| {
         request_timeout: None,
         read_timeout: Duration::from_secs(60),
     };
-    let server = Arc::new(Server::new(settings, observer, String::new));
+    let server = Server::new(settings, observer, String::new);
+    let server = Arc::new(server.with_keys(Some(keys())));
     server.serve_model(Arc::new(Model {
         names: vec!["smol".into()],
-        max_model_len: 512,
+        max_model_len: LONGEST,
         vocab_size: TOKENIZER.vocab_size(),
         tokenizer: TOKENIZER.clone(),
         template: ChatTemplate::open(Path::new(VOCABULARY))
             .expect("the fixture")
             .map(Arc::new),
-        engine: None,
+        engine,
         submit: Box::new(|requests| {
             requests.into_iter().for_each(answer);
             Ok(())
         }),
     }));
+    let (commands, models) = mpsc::channel(1);
+    server.allow_admin(commands);
+    thread::spawn(|| load_models(models));
     router(server)
-});
+}
+
+/// The key of [`HEADERS`].
+fn keys() -> Keys {
+    let digest: String = hash_key("sk-fuzz").iter().map(|byte| format!("{byte:02x}")).collect();
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let text = format!("[[key]]\nname = \"fuzz\"\nsha256 = \"{digest}\"\nadmin = true\n");
+    std::fs::write(file.path(), text).expect("writes");
+    Keys::open(file.path().into()).expect("good keys")
+}
+
+fn engine() -> Handle {
+    let folder = tempfile::tempdir().expect("a folder");
+    let shape = json!({
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "vocab_size": TOKENIZER.vocab_size(),
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": LONGEST,
+    });
+    let path = folder.path().join("config.json");
+    std::fs::write(&path, shape.to_string()).expect("writes");
+    let settings = engine::Settings {
+        path,
+        device: Device::Cpu,
+        dtype: None,
+        batching: Config {
+            schedule: Schedule::Continuous,
+            window_policy: WindowPolicy::None,
+            window: Duration::ZERO,
+            max_batch: 8,
+            step_tokens: 512,
+            buckets: Buckets::default(),
+            max_model_len: usize::MAX,
+        },
+        max_model_len: Some(LONGEST),
+        dummy: true,
+        quantized: false,
+        kv_memory: Some(1 << 20),
+        gpu_memory: 0.9,
+        cuda_graphs: false,
+        overlap: false,
+        block_size: 4,
+        prefix_cache: true,
+        cache_file: None,
+        cache_scope: CacheScope::Tenant,
+        pin_share: 0.5,
+        step_timeout: Duration::from_secs(60),
+    };
+    let metrics = Arc::new(EngineMetrics::new(&prometheus::Registry::new()).expect("metrics"));
+    let weights = Weights::load(&settings).expect("random weights");
+    let limits = Limits {
+        requests: 100,
+        tokens: None,
+        in_flight: None,
+        key_share: 1.0,
+    };
+    let engine = Engine::new(&weights, metrics).expect("an engine");
+    engine.start(limits).expect("a thread").0
+}
+
+/// Knows one model.
+fn load_models(mut commands: mpsc::Receiver<ModelCommand>) {
+    let state = ModelState {
+        model: Some("smol".into()),
+        loading: None,
+        retiring: 0,
+    };
+    while let Some(command) = commands.blocking_recv() {
+        // Nobody need listen.
+        match command {
+            ModelCommand::Show(reply) => drop(reply.send(state.clone())),
+            ModelCommand::Change { model, reply } => drop(reply.send(match model.as_str() {
+                "smol" => Ok(state.clone()),
+                _ => Err(NotChanged::Failed(format!("no model at {model}"))),
+            })),
+        }
+    }
+}
 
 /// One token, and the end.
 fn answer(request: Sequence) {
@@ -57,9 +148,32 @@ fn answer(request: Sequence) {
     }
 }
 
-const ROUTES: [&str; 4] = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"];
+/// Tokens of the longest sequence.
+const LONGEST: usize = 512;
 
-const FIELDS: [&str; 40] = [
+/// The route that needs an engine.
+const PINS: &str = "/v1/cache/prompts";
+const ROUTES: [&str; 7] = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/tokenize",
+    "/detokenize",
+    PINS,
+    "/admin/batching",
+    "/admin/model",
+];
+
+/// As a client of good will writes them.
+const HEADERS: [(&str, &str); 6] = [
+    ("authorization", "Bearer sk-fuzz"),
+    ("x-request-timeout-ms", "60000"),
+    ("x-request-id", "fuzz-1"),
+    ("content-type", "application/json"),
+    ("accept", "text/event-stream"),
+    ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+];
+
+const FIELDS: [&str; 49] = [
     "model",
     "messages",
     "prompt",
@@ -100,6 +214,15 @@ const FIELDS: [&str; 40] = [
     "metadata",
     "guided_regex",
     "modalities",
+    "timeout_ms",
+    "cache_salt",
+    "ttl_seconds",
+    "shared",
+    "schedule",
+    "window_policy",
+    "batch_window_ms",
+    "max_batch",
+    "step_tokens",
 ];
 
 fn message() -> impl Strategy<Value = Value> {
@@ -137,7 +260,17 @@ fn value(field: &str) -> BoxedStrategy<Value> {
         ]
         .boxed(),
         "tokens" | "stop_token_ids" => prop::collection::vec(0..60_000u32, 0..20).prop_map(Value::from).boxed(),
-        "model" => Just(json!("smol")).boxed(),
+        "model" | "cache_salt" => prop_oneof![Just(json!("smol")), text().prop_map(Value::from)].boxed(),
+        "schedule" | "window_policy" => {
+            let names = vec!["sequential", "dynamic", "continuous", "none", "adaptive", "fixed"];
+            prop::sample::select(names).prop_map(Value::from).boxed()
+        }
+        "max_batch" | "step_tokens" => (0..10_000u32).prop_map(Value::from).boxed(),
+        "timeout_ms" | "ttl_seconds" | "batch_window_ms" => prop_oneof![
+            (0..100_000u32).prop_map(Value::from),
+            any::<f64>().prop_map(|number| json!(number)),
+        ]
+        .boxed(),
         "stop" => prop::collection::vec(text(), 0..20).prop_map(Value::from).boxed(),
         "logit_bias" => prop::collection::vec((0..60_000u32, -200.0..200.0f64), 0..8)
             .prop_map(|biases| {
@@ -147,7 +280,9 @@ fn value(field: &str) -> BoxedStrategy<Value> {
                     .collect()
             })
             .boxed(),
-        "stream" | "echo" | "ignore_eos" | "add_special_tokens" => any::<bool>().prop_map(Value::from).boxed(),
+        "stream" | "echo" | "ignore_eos" | "add_special_tokens" | "shared" => {
+            any::<bool>().prop_map(Value::from).boxed()
+        }
         "stream_options" => any::<bool>().prop_map(|usage| json!({"include_usage": usage})).boxed(),
         _ => prop_oneof![(-3..200i64).prop_map(Value::from), (-3.0..3.0f64).prop_map(Value::from)].boxed(),
     };
@@ -156,8 +291,26 @@ fn value(field: &str) -> BoxedStrategy<Value> {
 
 /// A body with some of the fields; `messages` or `prompt` are mostly among them.
 fn body() -> impl Strategy<Value = Value> {
-    let first = prop::sample::select(vec!["messages", "prompt", "tokens"]);
-    (first, prop::sample::subsequence(FIELDS.to_vec(), 0..8)).prop_flat_map(|(first, mut names)| {
+    prop_oneof![
+        5 => fields(vec!["messages", "prompt", "tokens"], FIELDS.to_vec()),
+        // Those of the routes that take nothing else.
+        1 => fields(vec!["model"], vec!["model"]),
+        1 => fields(
+            vec!["max_batch", "step_tokens"],
+            vec!["schedule", "window_policy", "batch_window_ms", "max_batch", "step_tokens"],
+        ),
+        1 => fields(
+            vec!["prompt", "messages"],
+            vec!["cache_salt", "ttl_seconds", "shared", "add_generation_prompt"],
+        ),
+    ]
+}
+
+/// One of the first names and some of the others.
+fn fields(first: Vec<&'static str>, names: Vec<&'static str>) -> impl Strategy<Value = Value> {
+    let first = prop::sample::select(first);
+    let most = names.len().min(7);
+    (first, prop::sample::subsequence(names, 0..=most)).prop_flat_map(|(first, mut names)| {
         names.retain(|name| *name != first);
         names.push(first);
         let fields: Vec<_> = names
@@ -181,14 +334,42 @@ fn bytes() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-fn ask(route: &str, body: Vec<u8>) -> (u16, Vec<u8>) {
+/// Headers by name: mostly those of good will, some spoilt.
+fn headers() -> impl Strategy<Value = Vec<(&'static str, Vec<u8>)>> {
+    let spoilt = |value: &'static str| {
+        prop_oneof![
+            12 => Just(value.as_bytes().to_vec()),
+            1 => prop::collection::vec(any::<u8>(), 0..40),
+            1 => any::<i64>().prop_map(|number| number.to_string().into_bytes()),
+            1 => mutations().prop_map(move |changes| mutated(value.as_bytes(), value.len(), &changes)),
+        ]
+    };
+    let header = move |(name, value): (&'static str, &'static str)| (Just(name), spoilt(value));
+    let needed: Vec<_> = HEADERS[..1].iter().copied().map(header).collect();
+    let others = prop::sample::subsequence(HEADERS[1..].to_vec(), 0..HEADERS.len() - 1)
+        .prop_flat_map(move |chosen| chosen.into_iter().map(header).collect::<Vec<_>>());
+    (needed, others).prop_map(|(needed, others)| [needed, others].concat())
+}
+
+fn ask(route: &str, headers: Vec<(&'static str, Vec<u8>)>, body: Vec<u8>) -> (u16, Vec<u8>) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
         .expect("a runtime");
     runtime.block_on(async {
-        let request = Request::post(route).body(Body::from(body)).expect("a request");
-        let response = ROUTER.clone().oneshot(request).await.expect("an answer");
+        let mut request = Request::post(route).body(Body::from(body)).expect("a request");
+        for (name, value) in headers {
+            // HTTP knows bytes that no header has.
+            if let Ok(value) = HeaderValue::from_bytes(&value) {
+                request.headers_mut().insert(name, value);
+            }
+        }
+        let router = if route == PINS { &WITH_ENGINE } else { &ROUTER };
+        let response = LazyLock::force(router)
+            .clone()
+            .oneshot(request)
+            .await
+            .expect("an answer");
         let status = response.status().as_u16();
         let bytes = to_bytes(response.into_body(), usize::MAX)
             .await
@@ -201,10 +382,20 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn every_body_is_answered_or_refused(route in prop::sample::select(ROUTES.to_vec()), body in bytes()) {
+    fn every_request_is_answered_or_refused(
+        route in prop::sample::select(ROUTES.to_vec()), headers in headers(), body in bytes()
+    ) {
         LazyLock::force(&ROUTER);
-        let (status, answer) = within_memory(|| ask(route, body));
-        prop_assert!(matches!(status, 200 | 400 | 404 | 413), "{status} {}", String::from_utf8_lossy(&answer));
+        LazyLock::force(&WITH_ENGINE);
+        let (status, answer) = within_memory(|| ask(route, headers, body));
+        let expected = match route {
+            // What is pinned may be too much already.
+            PINS => matches!(status, 200 | 400 | 401 | 404 | 409 | 413),
+            // Nothing is behind it that could change.
+            "/admin/batching" => matches!(status, 400 | 401 | 413 | 503),
+            _ => matches!(status, 200 | 400 | 401 | 404 | 413),
+        };
+        prop_assert!(expected, "{route} {status} {}", String::from_utf8_lossy(&answer));
         if status != 200 {
             let error: Value = serde_json::from_slice(&answer).expect("an error is JSON");
             prop_assert!(error["error"]["message"].is_string() && error["error"]["type"].is_string(), "{}", error);
