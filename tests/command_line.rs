@@ -136,6 +136,11 @@ fn settings_that_cannot_work_together_are_refused() {
 #[test]
 fn others_are_served_only_with_keys_or_on_purpose() {
     cannot_serve(&["--host", "0.0.0.0"], &["0.0.0.0", "--api-keys", "--allow-anonymous"]);
+    // Whatever keys there are, models and settings are changed from this machine only.
+    cannot_serve(
+        &["--host", "0.0.0.0", "--allow-anonymous", "--admin"],
+        &["--admin", "loopback", "0.0.0.0"],
+    );
     cannot_serve(&["--api-keys", "/nowhere/keys.toml"], &["/nowhere/keys.toml"]);
     let file = tempfile::NamedTempFile::new().unwrap();
     let path = file.path().to_str().unwrap();
