@@ -8,9 +8,15 @@ use std::{
 
 use serde::Deserialize;
 
+/// No trace is longer; what looks longer has times that are none.
+const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
+
 /// One line of a file. Unknown fields are passed over, so that production logs can be used as they are.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 pub struct Line {
+    /// Of its file, from 1.
+    #[serde(skip)]
+    pub number: usize,
     /// Seconds from any origin.
     pub timestamp: Option<f64>,
     /// Milliseconds from any origin, instead of `timestamp`.
@@ -59,17 +65,23 @@ pub fn read(path: &Path) -> Result<Vec<Line>, TraceError> {
     let lines: Vec<Line> = lines
         .map(|(index, text)| {
             let line: Result<Line, String> = serde_json::from_str(text).map_err(|error| in_a_line(&error));
-            line.and_then(checked).map_err(|message| TraceError::Line {
-                path: path.into(),
-                line: index + 1,
-                message,
-            })
+            let number = index + 1;
+            let line = line.and_then(checked).map(|line| Line { number, ..line });
+            line.map_err(|message| wrong(path, number, &message))
         })
         .collect::<Result<_, _>>()?;
     if lines.is_empty() {
         return Err(TraceError::Empty { path: path.into() });
     }
     Ok(lines)
+}
+
+fn wrong(path: &Path, line: usize, message: &str) -> TraceError {
+    TraceError::Line {
+        path: path.into(),
+        line,
+        message: message.to_owned(),
+    }
 }
 
 /// What is wrong, without the line that serde counts within the text it was given.
@@ -102,22 +114,21 @@ impl Line {
 /// The lines' times from the first, in ascending order, with the lines put into the same order.
 ///
 /// # Errors
-/// [`TraceError`] names the first line without a time, counting lines that hold a request.
+/// [`TraceError`] names the first line without a time, or one whose time is too far from the first.
 pub fn times(path: &Path, lines: &mut [Line]) -> Result<Vec<Duration>, TraceError> {
-    if let Some(index) = lines.iter().position(|line| line.seconds().is_none()) {
-        return Err(TraceError::Line {
-            path: path.into(),
-            line: index + 1,
-            message: "a trace needs `timestamp` (seconds) or `timestamp_ms` in every line".to_owned(),
-        });
+    if let Some(line) = lines.iter().find(|line| line.seconds().is_none()) {
+        let message = "a trace needs `timestamp` (seconds) or `timestamp_ms` in every line";
+        return Err(wrong(path, line.number, message));
     }
     let seconds = |line: &Line| line.seconds().unwrap_or_default();
     lines.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
     let first = lines.first().map(seconds).unwrap_or_default();
-    Ok(lines
-        .iter()
-        .map(|line| Duration::from_secs_f64(seconds(line) - first))
-        .collect())
+    let after = |line: &Line| {
+        let after = Duration::try_from_secs_f64(seconds(line) - first).ok();
+        let after = after.filter(|after| *after <= LONGEST);
+        after.ok_or_else(|| wrong(path, line.number, "the timestamp lies more than a year after the first"))
+    };
+    lines.iter().map(after).collect()
 }
 
 #[cfg(test)]
@@ -157,9 +168,22 @@ mod tests {
             let message = read(&file(name, text)).unwrap_err().to_string();
             assert!(message.contains("line 2"), "{message}");
         }
-        let path = file("timeless", "{\"timestamp\": 1}\n{\"prompt\": \"when?\"}\n");
-        let message = times(&path, &mut read(&path).unwrap()).unwrap_err().to_string();
-        assert!(message.contains("line 2"), "{message}");
+        for (name, second) in [
+            ("timeless", "{\"prompt\": \"when?\"}"),
+            ("late", "{\"timestamp\": 1e300}"),
+            ("later", "{\"timestamp_ms\": 1e308}"),
+        ] {
+            // Empty lines count, and so does the order in the file.
+            let path = file(
+                name,
+                &format!("{{\"timestamp\": 5}}\n\n\n{second}\n{{\"timestamp\": 1}}\n"),
+            );
+            let message = times(&path, &mut read(&path).unwrap()).unwrap_err().to_string();
+            assert!(message.contains("line 4:"), "{message}");
+        }
+        let path = file("syntax-behind", "\n{\"timestamp\": 1}\n\n{\"timestamp\":\n");
+        let message = read(&path).unwrap_err().to_string();
+        assert!(message.contains("line 4:"), "{message}");
         assert!(matches!(read(&file("empty", "\n\n")), Err(TraceError::Empty { .. })));
     }
 }
