@@ -36,7 +36,8 @@ impl Live {
         self.logged = Instant::now();
     }
 
-    pub fn show(&mut self, sample: &Sample, recorder: &mut Recorder) {
+    /// Shows the state of the run, of which the share `done` (0 to 1) is behind, where that can be told.
+    pub fn show(&mut self, sample: &Sample, done: Option<f64>, recorder: &mut Recorder) {
         let rate = self
             .last
             .replace((sample.seconds, sample.ended))
@@ -55,8 +56,9 @@ impl Live {
         let p99 = recorder
             .rolling_p99()
             .map_or("-".to_owned(), |p99| format!("{:.2} s", p99.as_secs_f64()));
+        let done = done.map_or(String::new(), |done| format!("{:.0} %, ", 100.0 * done));
         let mut line = format!(
-            "{}: {:.0} s, {} sent, {} in flight, {:.1}/s answered, P99 E2E of the last 10 s {p99}, {} failed",
+            "{}: {done}{:.0} s, {} sent, {} in flight, {:.1}/s answered, P99 E2E of the last 10 s {p99}, {} failed",
             self.label,
             sample.seconds,
             sample.sent,

@@ -48,6 +48,25 @@ pub struct Load {
     pub part: u64,
 }
 
+impl Load {
+    /// The share, 0 to 1, that is behind `seconds` into the measured part and with so many requests of it sent; `None`
+    /// where no end is known. Whatever comes first is the end: the time, the number, or the last arrival.
+    pub fn done(&self, seconds: f64, sent: u64) -> Option<f64> {
+        let last = match &self.arrivals {
+            Arrivals::Steps(steps) => Some(steps.iter().map(|step| step.length).sum()),
+            Arrivals::Trace(times) => times.last().copied(),
+            _ => None,
+        };
+        let times = [self.duration, last].into_iter().flatten();
+        let by_time = times.map(|length| seconds / length.as_secs_f64().max(1e-9));
+        let by_number = self.requests.map(|requests| sent as f64 / requests.max(1) as f64);
+        by_time
+            .chain(by_number)
+            .reduce(f64::max)
+            .map(|done| done.clamp(0.0, 1.0))
+    }
+}
+
 /// Who is asked, and for what.
 #[derive(Clone)]
 pub struct Asked {
@@ -155,7 +174,9 @@ pub async fn run(
             }
             _ = ticks.tick() => {
                 let sample = sample(&shared, &mut observer);
-                live.show(&sample, &mut shared.recorder());
+                let mut recorder = shared.recorder();
+                live.show(&sample, load.done(sample.seconds, recorder.sent), &mut recorder);
+                drop(recorder);
                 samples.push(sample);
                 gave_up = hopeless.is_some_and(|slo| is_hopeless(slo, load, &shared.recorder()));
                 if gave_up {
@@ -313,4 +334,45 @@ fn is_hopeless(slo: &Slo, load: &Load, recorder: &Recorder) -> bool {
         let broken = recorder.records.iter().filter(|record| !target.kept_by(record)).count() as f64;
         broken + recorder.failed() as f64 > planned * (1.0 - target.percentile / 100.0)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arrivals::Step;
+
+    #[test]
+    fn the_end_that_comes_first_says_how_far_a_run_is() {
+        let load = |arrivals, requests, seconds: Option<u64>| Load {
+            arrivals,
+            requests,
+            duration: seconds.map(Duration::from_secs),
+            warmup: Duration::ZERO,
+            seed: 1,
+            part: 0,
+        };
+        let poisson = || Arrivals::Poisson { rate: 1.0 };
+        assert_eq!(load(poisson(), None, Some(20)).done(5.0, 3), Some(0.25));
+        assert_eq!(load(poisson(), Some(6), Some(20)).done(5.0, 3), Some(0.5));
+        assert_eq!(load(poisson(), Some(6), None).done(5.0, 3), Some(0.5));
+        assert_eq!(load(poisson(), None, None).done(5.0, 3), None);
+        assert_eq!(
+            load(poisson(), None, Some(20)).done(-2.0, 0),
+            Some(0.0),
+            "in the warm-up"
+        );
+        assert_eq!(
+            load(poisson(), None, Some(20)).done(25.0, 0),
+            Some(1.0),
+            "the last answers"
+        );
+        let step = |seconds| Step {
+            rate: 1.0,
+            length: Duration::from_secs(seconds),
+        };
+        let steps = Arrivals::Steps(vec![step(10), step(30)]);
+        assert_eq!(load(steps, None, None).done(10.0, 3), Some(0.25));
+        let trace = Arrivals::Trace(vec![Duration::ZERO, Duration::from_secs(8)]);
+        assert_eq!(load(trace, None, None).done(2.0, 3), Some(0.25));
+    }
 }
