@@ -235,11 +235,10 @@ async fn measure(settings: &Tune, workload: Workload, url: &str) -> Result<Tried
         }
     }
     live.end();
-    // A server that was running before goes on as it was.
-    if outcome.is_ok() {
-        change(&asked.target, Some(&begun)).await?;
-    }
-    outcome.map(|()| tried)
+    // A server that was running before goes on as it was, however this ended.
+    let restored = change(&asked.target, Some(&begun)).await;
+    outcome?;
+    restored.map(|_| tried)
 }
 
 /// Tries settings on an idle server; `None` where the user ended it.
@@ -290,5 +289,74 @@ async fn change(target: &Target, knobs: Option<&Knobs>) -> Result<Knobs, TuneErr
         }
         Ok(response) => Err(failed(format!("with status {}", response.status()))),
         Err(error) => Err(failed(error.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        ffi::OsString,
+        sync::{Arc, Mutex},
+    };
+
+    use axum::{
+        Json, Router,
+        http::StatusCode,
+        routing::{get, post},
+    };
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::config::{self, Command as Asked};
+
+    const ANSWER: &str = "data: {\"choices\":[{\"index\":0,\"text\":\" a\",\"finish_reason\":\"length\"}]}\n\n\
+        data: [DONE]\n\n";
+
+    fn begun() -> Value {
+        json!({
+            "schedule": "continuous", "window_policy": "adaptive", "batch_window_ms": 3.0, "max_batch": 7,
+            "step_tokens": 512,
+        })
+    }
+
+    /// A server that takes its own settings only; gives its URL, and what it was told to take.
+    async fn stubborn() -> (String, Arc<Mutex<Vec<Value>>>) {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let log = told.clone();
+        let change = move |Json(knobs): Json<Value>| {
+            log.lock().unwrap().push(knobs.clone());
+            let status = if knobs == begun() {
+                StatusCode::OK
+            } else {
+                StatusCode::INTERNAL_SERVER_ERROR
+            };
+            async move { (status, Json(knobs)) }
+        };
+        let router = Router::new()
+            .route("/v1/models", get(async || Json(json!({"data": [{"id": "mock"}]}))))
+            .route("/v1/completions", post(async || ANSWER))
+            .route("/admin/batching", get(async || Json(begun())).post(change));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async { axum::serve(listener, router).await });
+        (url, told)
+    }
+
+    #[tokio::test]
+    async fn a_server_has_its_settings_back_after_an_error() {
+        let (url, told) = stubborn().await;
+        let arguments = "sconce tune --slo e2e.p99=1s --workload completion --duration 1s --warmup 0s";
+        let arguments = arguments.split(' ').map(OsString::from);
+        let Ok(Asked::Tune(settings)) = config::parse(arguments).map(|asked| asked.command) else {
+            panic!("it is a command to tune");
+        };
+        let workload = loadtest::workload(&settings.workload, None).unwrap();
+        let error = measure(&settings, workload, &url).await.err().unwrap().to_string();
+        assert!(error.contains("status 500"), "{error}");
+        let told = told.lock().unwrap();
+        let [.., refused, last] = &told[..] else {
+            panic!("{told:?}");
+        };
+        assert_eq!((refused == &begun(), last == &begun()), (false, true), "{told:?}");
     }
 }
