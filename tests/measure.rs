@@ -1,0 +1,177 @@
+//! `sconce loadtest` and `sconce tune` as a user runs them, against a server with the real model.
+#![cfg(unix)]
+
+mod common;
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output, Stdio},
+    time::Duration,
+};
+
+use common::Server;
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// Requests that cost little.
+const SMALL: [&str; 6] = [
+    "--workload",
+    "completion",
+    "--prompt-tokens",
+    "8",
+    "--output-tokens",
+    "4",
+];
+
+/// The program with a command for this server.
+fn sconce(command: &str, server: &Server) -> Command {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_sconce"));
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("SCONCE_")) {
+        program.env_remove(name);
+    }
+    program.args([command, "--url", &server.url("")]).args(SMALL);
+    program
+}
+
+/// What a command that ends well prints.
+fn printed(program: &mut Command) -> String {
+    let Output { status, stdout, stderr } = program.output().expect("runs");
+    assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+    String::from_utf8(stdout).expect("text")
+}
+
+/// What a command that is refused says in its one line.
+fn complaint(program: &mut Command) -> String {
+    let Output { status, stderr, .. } = program.output().expect("runs");
+    assert!(!status.success());
+    String::from_utf8(stderr).expect("text")
+}
+
+fn report(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).expect("a report")).expect("JSON")
+}
+
+fn settings(server: &Server) -> Value {
+    server.get("/admin/batching").json().expect("JSON")
+}
+
+#[test]
+fn a_load_is_sent_reported_and_compared() {
+    let server = Server::start_quietly(&[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    let (whole, cut) = (path("whole.json"), path("cut.json"));
+
+    let load = ["--rate", "8", "--duration", "2s", "--slo", "e2e.p99=60s", "--save-json"];
+    let table = printed(sconce("loadtest", &server).args(load).arg(&whole));
+    assert!(table.contains("| load") && table.contains("TTFT P50"), "{table}");
+    let found = report(&whole);
+    let requests = &found["runs"][0]["requests"];
+    assert_eq!((&found["schema"], &found["interrupted"]), (&1.into(), &false.into()));
+    assert!(
+        requests["answered"].as_u64() > Some(0) && requests["failed"] == 0,
+        "{requests}"
+    );
+    assert_eq!(requests["answered"], requests["sent"]);
+    assert_eq!(found["runs"][0]["slo_kept"], true);
+
+    ends_early(&server, &cut);
+    is_refused(&server, &path("trace.jsonl"));
+
+    let page = path("page.html");
+    let mut compare = Command::new(env!("CARGO_BIN_EXE_sconce"));
+    compare
+        .args(["loadtest", "compare"])
+        .args([&whole, &cut])
+        .arg("--save-html")
+        .arg(&page);
+    let table = printed(&mut compare);
+    assert!(table.contains("| whole ") && table.contains("| cut "), "{table}");
+    let page = fs::read_to_string(&page).expect("a page");
+    assert!(page.contains("<svg") && page.contains("whole") && !page.contains("src="));
+}
+
+/// Ctrl-C ends a run with a report of what was measured.
+fn ends_early(server: &Server, path: &Path) {
+    let answered = || server.metric("sconce_sequences_total{outcome=\"length\"}");
+    let before = answered();
+    let mut endless = sconce("loadtest", server);
+    endless
+        .args(["--rate", "8", "--duration", "1h", "--save-json"])
+        .arg(path);
+    let endless = endless
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("starts");
+    // What is asked before the run are a few.
+    server.wait_until("it runs", LIMIT, || answered() > before + 10.0);
+    let interrupt = Command::new("kill").args(["-INT", &endless.id().to_string()]).status();
+    assert!(interrupt.expect("kill runs").success());
+    let Output { status, stdout, .. } = endless.wait_with_output().expect("ends");
+    let table = String::from_utf8(stdout).expect("text");
+    assert!(status.success() && table.contains("| load"), "{status}: {table}");
+    let found = report(path);
+    assert_eq!(found["interrupted"], true);
+    assert!(found["runs"][0]["requests"]["answered"].as_u64() > Some(0), "{found}");
+}
+
+/// Bad input is refused before any load is sent.
+fn is_refused(server: &Server, trace: &Path) {
+    let asked = || server.metric("sconce_http_requests_total{route=\"/v1/completions\",status=\"200\"}");
+    server.wait_until("nothing runs", LIMIT, || server.metric("sconce_running") == 0.0);
+    let before = asked();
+    let said = complaint(sconce("loadtest", server).args(["--rate", "0"]));
+    assert!(said.contains("--rate"), "{said}");
+    fs::write(trace, "{\"timestamp\": 1}\n\n{\"timestamp\": \"noon\"}\n").expect("writes");
+    let said = complaint(
+        sconce("loadtest", server)
+            .args(["--arrivals", "trace", "--trace"])
+            .arg(trace),
+    );
+    assert!(said.contains("trace.jsonl, line 3:"), "{said}");
+    let said = complaint(sconce("loadtest", server).args(["--slo", "e2e.p99=soon"]));
+    assert!(said.contains("soon"), "{said}");
+    let said = complaint(sconce("loadtest", server).args(["--served-model-name", "gpt-9"]));
+    assert!(said.contains("gpt-9"), "{said}");
+    assert_eq!(asked(), before);
+}
+
+#[test]
+fn settings_are_tried_and_recommended_and_the_servers_own_come_back() {
+    let server = Server::start_quietly(&["--admin", "--max-batch", "16"]);
+    let before = settings(&server);
+    let folder = tempfile::tempdir().expect("a folder");
+    let (toml, page) = (folder.path().join("best.toml"), folder.path().join("page.html"));
+    let mut tune = sconce("tune", &server);
+    tune.args([
+        "--slo",
+        "e2e.p99=60s",
+        "--rates",
+        "8",
+        "--duration",
+        "1s",
+        "--warmup",
+        "0s",
+    ]);
+    tune.args(["--max-experiments", "3", "--save-html"])
+        .arg(&page)
+        .arg("--save-toml")
+        .arg(&toml);
+    let said = printed(&mut tune);
+    assert!(said.contains("Pareto front") && said.contains("sequential"), "{said}");
+    assert_eq!(settings(&server), before, "as before");
+    assert!(fs::read_to_string(&page).expect("a page").contains("<svg"));
+
+    let text = fs::read_to_string(&toml).expect("settings");
+    let recommended: toml::Table = text.parse().expect("TOML");
+    let tuned = Server::start_quietly(&["--admin", "--config", toml.to_str().expect("text")]);
+    let shown = settings(&tuned);
+    assert_eq!(
+        shown["max_batch"].as_i64(),
+        recommended["max-batch"].as_integer(),
+        "{text}"
+    );
+    assert_eq!(shown["schedule"].as_str(), recommended["schedule"].as_str(), "{text}");
+}
