@@ -24,7 +24,10 @@ fn lasting(stream: bool) -> serde_json::Value {
 
 #[test]
 fn a_client_that_leaves_frees_its_place_wherever_its_request_is() {
-    let server = Server::start(&["--step-tokens", "4", "--max-batch", "1", "--no-prefix-cache"]);
+    // However slow the machine is, the second one is let in behind the first.
+    let patient = ["--request-timeout", "24h"];
+    let small = ["--step-tokens", "4", "--max-batch", "1", "--no-prefix-cache"];
+    let server = Server::start(&[patient.as_slice(), small.as_slice()].concat());
     let mut gone = 0.0;
     for stream in [true, false] {
         // In the middle of its prefill, with a second request waiting behind it.

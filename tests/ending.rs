@@ -66,7 +66,7 @@ fn what_runs_is_finished_and_nothing_new_begins() {
 
 #[test]
 fn what_is_not_done_in_time_ends_with_one_error_each() {
-    let server = Server::start(&["--drain-timeout", "200ms"]);
+    let server = Server::start(&["--drain-timeout", "200ms", "--request-timeout", "24h"]);
     let events = streaming(&server, 8000);
     let whole = thread::scope(|scope| {
         let whole = scope.spawn(|| server.post("/v1/completions", &long(8000)));

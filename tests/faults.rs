@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
 const LIMIT: Duration = Duration::from_secs(60);
+/// However slow the machine is, nobody is refused for what is ahead of them.
+const PATIENT: &str = "--request-timeout=24h";
 /// Tokens of an answer that lasts longer than any test.
 const LASTING: usize = 4000;
 const QUESTIONS: [&str; 3] = ["What is the capital of France?", "Name an animal.", "Count to ten."];
@@ -175,7 +177,7 @@ fn short_memory_makes_smaller_steps_and_the_same_answers() {
 #[test]
 fn a_hung_step_is_given_up_and_the_engine_runs_again() {
     // No step of a machine that has other things to do takes as long.
-    let server = Server::start_quietly(&["--device", "cpu", "--step-timeout", "10s", "--max-batch", "3"]);
+    let server = Server::start_quietly(&["--device", "cpu", "--step-timeout", "10s", "--max-batch", "3", PATIENT]);
     let expected = expected(&server);
     idle(&server);
     let asked = |stream: bool, max_tokens: usize| {
@@ -223,7 +225,7 @@ fn a_hung_step_is_given_up_and_the_engine_runs_again() {
 
 #[test]
 fn keys_and_values_that_were_half_written_are_not_used() {
-    let server = Server::start_quietly(&[]);
+    let server = Server::start_quietly(&[PATIENT]);
     let expected = expected(&server);
     let cached = || server.metric("sconce_cached_tokens_total");
     let before = cached();
@@ -243,7 +245,7 @@ fn keys_and_values_that_were_half_written_are_not_used() {
 #[test]
 fn a_replaced_models_engine_that_fails_is_counted() {
     let folder = tiny::model();
-    let server = Server::start_quietly(&["--admin", "--max-batch", "1"]);
+    let server = Server::start_quietly(&["--admin", "--max-batch", "1", PATIENT]);
     let mut lasting = question(0);
     lasting["max_tokens"] = json!(LASTING);
     let answer = std::thread::scope(|scope| {
@@ -265,7 +267,7 @@ fn a_replaced_models_engine_that_fails_is_counted() {
 
 #[test]
 fn an_engine_that_fails_too_often_ends_the_server() {
-    let server = Server::start_quietly(&[]);
+    let server = Server::start_quietly(&[PATIENT]);
     let expected = expected(&server);
     for time in 0..4 {
         idle(&server);
@@ -282,7 +284,7 @@ fn an_engine_that_fails_too_often_ends_the_server() {
 
 #[test]
 fn a_lost_device_ends_the_server_and_everyone_is_told() {
-    let server = Server::start_quietly(&[]);
+    let server = Server::start_quietly(&[PATIENT]);
     fails_with_its_neighbours(&server, "fault.device-lost.2", 2);
     assert_eq!(server.wait().code(), Some(1));
 }
