@@ -245,7 +245,7 @@ fn keys_and_values_that_were_half_written_are_not_used() {
 #[test]
 fn a_replaced_models_engine_that_fails_is_counted() {
     let folder = tiny::model();
-    let server = Server::start_quietly(&["--admin", "--max-batch", "1", PATIENT]);
+    let server = Server::start_quietly(&["--admin", "--max-batch", "1", "--device", "cpu", PATIENT]);
     let mut lasting = question(0);
     lasting["max_tokens"] = json!(LASTING);
     let answer = std::thread::scope(|scope| {

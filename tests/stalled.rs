@@ -37,7 +37,14 @@ fn narrow(server: &Server) -> TcpStream {
 fn others_go_on_while_a_reader_stalls() {
     let folder = tiny::model();
     // What is not read is cut long after the others are answered.
-    let server = Server::start_quietly(&["--model", tiny::path(&folder), "--write-timeout", "10s"]);
+    let server = Server::start_quietly(&[
+        "--model",
+        tiny::path(&folder),
+        "--write-timeout",
+        "20s",
+        "--device",
+        "cpu",
+    ]);
     let neighbour = json!({"prompt": [5, 6, 7], "max_tokens": 50, "temperature": 0, "ignore_eos": true});
     let expected = server.ask("/v1/completions", &neighbour)["choices"].take();
     let ended = "sconce_sequences_total{outcome=\"length\"}";

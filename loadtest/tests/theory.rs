@@ -4,7 +4,11 @@ mod mock;
 
 use std::{
     ops::Range,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -45,13 +49,17 @@ fn near(what: &'static str, found: f64, theory: f64, sampling_error: f64) -> Exp
 
 /// Holds the E2E of `requests` requests against what is expected of it. Nothing makes a request faster than it is to
 /// be, so the lower bounds hold in every run. A machine that is busy with other things makes requests slower: a run
-/// whose own sender was held up is made again, and a machine that never has the time is held to the lower bounds only.
+/// whose own sender was held up is made again, and a machine that never has the time, as a thread beside the sender must
+/// have seen too, is held to the lower bounds only.
 fn judge(arrivals: &Arrivals, requests: u64, server: impl Fn() -> Mock, expected: impl Fn(&Summary) -> Vec<Expected>) {
     // The tests of this file would hold each other's threads up, and each counts milliseconds.
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut busy = 0.0;
     for _ in 0..TRIES {
-        let measured = drive(&server().asked(Duration::from_secs(60)), arrivals.clone(), requests);
+        let (measured, held_up) =
+            watched(|| drive(&server().asked(Duration::from_secs(60)), arrivals.clone(), requests));
+        busy = held_up.max(busy);
         let run = Run::of("theory", None, measured, None);
         assert_eq!((run.requests.answered, run.requests.failed), (requests, 0));
         let latest = run.lateness_ms.as_ref().unwrap().max;
@@ -68,7 +76,30 @@ fn judge(arrivals: &Arrivals, requests: u64, server: impl Fn() -> Mock, expected
             return;
         }
     }
+    assert!(
+        busy > HELD_UP,
+        "every run was slow, and nothing but the sender held it up"
+    );
     println!("the machine held every run up");
+}
+
+/// What a run gives, and for how many milliseconds at most a thread beside it was held up.
+fn watched<T>(run: impl FnOnce() -> T) -> (T, f64) {
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut longest = Duration::ZERO;
+            while !ended.load(Ordering::Relaxed) {
+                let asleep = Instant::now();
+                thread::sleep(Duration::from_millis(1));
+                longest = longest.max(asleep.elapsed());
+            }
+            longest.as_secs_f64() * 1e3 - 1.0
+        });
+        let given = run();
+        ended.store(true, Ordering::Relaxed);
+        (given, watch.join().unwrap())
+    })
 }
 
 fn judge_queue(queue: impl Fn() -> Queue, expected: impl Fn(&Summary) -> Vec<Expected>) {

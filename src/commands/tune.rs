@@ -237,6 +237,11 @@ async fn measure(settings: &Tune, workload: Workload, url: &str) -> Result<Tried
     live.end();
     // A server that was running before goes on as it was, however this ended.
     let restored = change(&asked.target, Some(&begun)).await;
+    if let (Err(_), Err(error)) = (&outcome, &restored) {
+        eprintln!(
+            "warning: the server keeps the last settings that were tried, for these could not be set again: {begun:?}: {error}"
+        );
+    }
     outcome?;
     restored.map(|_| tried)
 }

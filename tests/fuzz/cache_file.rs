@@ -1,6 +1,5 @@
 //! Cache files: damaged ones, and those whose checksum is right and whose records nobody of good will would write.
 
-use std::path::Path;
 use std::sync::LazyLock;
 
 use candle_core::{DType, Device};
@@ -105,13 +104,12 @@ static GOOD: LazyLock<Vec<u8>> = LazyLock::new(|| {
 
 /// What the pool has after a start with this file.
 fn started_with(bytes: &[u8]) -> BlockCounts {
-    static FOLDER: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().expect("a folder"));
-    let path = Path::new(FOLDER.path()).join("kv.cache");
     within_memory(|| {
-        std::fs::write(&path, bytes).expect("writes");
+        let written = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(written.path(), bytes).expect("writes");
         let (mut pool, mut cache) = memory();
         let file = CacheFile {
-            path: path.clone(),
+            path: written.path().to_owned(),
             identity: identity(),
         };
         file.load(&mut pool, &mut cache);

@@ -1,5 +1,5 @@
-//! Hostile input at every door: requests, chat templates, model files, cache files, streams of tokens. Whatever comes, the answer is
-//! a value or an error: no panic, no hang, and no more than [`MOST_MEMORY`] for any of it.
+//! Hostile input at every door: requests, chat templates, model files, cache files, streams of tokens. Whatever comes, the
+//! answer is a value or an error: no panic, no hang, and no more than [`MOST_MEMORY`] for any of it.
 //!
 //! Few cases run by default; `scripts/fuzz.sh` runs a hundred thousand of each.
 

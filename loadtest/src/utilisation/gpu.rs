@@ -12,7 +12,8 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    /// The first of `CUDA_VISIBLE_DEVICES`, which is taken for the server's too, or else the machine's first.
+    /// The first of `CUDA_VISIBLE_DEVICES`, which is taken for the server's too, or else the machine's first; numbers are
+    /// taken to count by PCI address, as CUDA's do with `CUDA_DEVICE_ORDER=PCI_BUS_ID` or where all GPUs are alike.
     pub fn open() -> Option<Self> {
         let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or("0".to_owned());
         Some(Self {

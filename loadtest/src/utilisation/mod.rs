@@ -154,10 +154,11 @@ async fn watch(target: Target, process: Option<Process>, gpu: Option<Gpu>, seen:
             .and_then(Process::memory)
             .or(now.page.memory())
             .unwrap_or(0);
-        let device = if now.page.is_sconces() {
-            now.page.gpu()
-        } else {
-            gpu.as_ref().and_then(Gpu::read)
+        // A page that could not be had does not make it another server.
+        let before = lock(&seen).first.as_ref().is_some_and(|first| first.page.is_sconces());
+        let device = match before || now.page.is_sconces() {
+            true => now.page.gpu(),
+            false => gpu.as_ref().and_then(Gpu::read),
         };
         let mut seen = lock(&seen);
         seen.gauges.push(now.page.gauges());

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-/// A tensor of random numbers, scaled so that activations keep their size from layer to layer; a norm's weights are ones
+/// A tensor of random bfloat16 numbers, which most files have, scaled so that activations keep their size from layer to layer; a norm's weights are ones
 /// and biases zeros. The same name and shape give the same numbers.
 pub(crate) fn tensor(name: &str, shape: &[usize]) -> Vec<f32> {
     let len = shape.iter().product();
@@ -29,7 +29,8 @@ fn numbers(seed: u64, len: usize, scale: f32) -> Vec<f32> {
         let mut state = mix(seed ^ chunk as u64);
         for number in numbers {
             state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            *number = (mix(state) >> 32) as i32 as f32 * scale;
+            let wide = (mix(state) >> 32) as i32 as f32 * scale;
+            *number = f32::from_bits(wide.to_bits() & 0xFFFF_0000);
         }
     });
     numbers
