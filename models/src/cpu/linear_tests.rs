@@ -1,0 +1,238 @@
+//! Projections by each kind of weights, against sums in float64 and against each other.
+
+use candle_core::Device;
+use candle_core::quantized::{GgmlDType, QTensor};
+
+use super::super::numbers;
+use super::*;
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(&a, &b)| a as f64 * b as f64).sum()
+}
+
+fn near(found: f32, exact: f64, depth: usize) {
+    assert!(
+        (found as f64 - exact).abs() < 1e-6 * depth as f64,
+        "{found} is not {exact}"
+    );
+}
+
+#[test]
+fn products_of_odd_sizes_are_exact_to_rounding() {
+    for (rows, inputs, outputs) in [
+        (1, 1, 1),
+        (2, 15, 16),
+        (3, 16, 15),
+        (5, 17, 31),
+        (7, 257, 17),
+        (13, 511, 67),
+        (25, 600, 33),
+        (97, 31, 101),
+    ] {
+        let (x, weight) = (numbers(rows * inputs, 1), numbers(outputs * inputs, 2));
+        let (up, bias) = (numbers(outputs * inputs, 3), numbers(outputs, 4));
+        let input = Tensor::from_vec(x.clone(), (rows, inputs), &Device::Cpu).unwrap();
+        let linear = Linear::new(&weight, inputs, Some(bias.clone()), DType::F32).unwrap();
+        let product: Vec<Vec<f32>> = linear.forward(&input).unwrap().to_vec2().unwrap();
+        let sum = Tensor::ones((rows, outputs), DType::F32, &Device::Cpu).unwrap();
+        linear.add_to(&sum, &input).unwrap();
+        let sum: Vec<Vec<f32>> = sum.to_vec2().unwrap();
+        let gate_up = GateUp::new(&weight, &up, inputs, DType::F32).unwrap();
+        let gated: Vec<Vec<f32>> = gate_up.forward(&input).unwrap().to_vec2().unwrap();
+        for row in 0..rows {
+            let x = &x[row * inputs..][..inputs];
+            for output in 0..outputs {
+                let exact = dot(x, &weight[output * inputs..][..inputs]);
+                near(product[row][output], exact + bias[output] as f64, inputs + 10);
+                near(sum[row][output], exact + 1.0, inputs + 10);
+                let silu = exact / (1.0 + (-exact).exp());
+                let up = dot(x, &up[output * inputs..][..inputs]);
+                near(gated[row][output], silu * up, 20 * (inputs + 10));
+            }
+        }
+    }
+}
+
+#[test]
+fn quantized_products_of_odd_sizes_are_near() {
+    for (rows, inputs, outputs, dtype) in [
+        (1, 32, 1, GgmlDType::Q4_1),
+        (3, 64, 9, GgmlDType::Q8_0),
+        (5, 96, 17, GgmlDType::Q4_0),
+        (97, 576, 67, GgmlDType::Q4_1),
+        (25, 1024, 43, GgmlDType::Q8_0),
+    ] {
+        let stored = |seed| {
+            let weights = Tensor::from_vec(numbers(outputs * inputs, seed), (outputs, inputs), &Device::Cpu);
+            let stored = QTensor::quantize(&weights.unwrap(), dtype).unwrap();
+            let weights: Vec<f32> = stored
+                .dequantize(&Device::Cpu)
+                .unwrap()
+                .flatten_all()
+                .unwrap()
+                .to_vec1()
+                .unwrap();
+            (Rows::read(&stored).unwrap(), weights)
+        };
+        let ((weight, exact), (up, exact_up)) = (stored(21), stored(22));
+        let (x, bias) = (numbers(rows * inputs, 23), numbers(outputs, 24));
+        // Of activations to one, rounded to 1 / 127, each is off by half of that at most, one way or the other.
+        let within = 6.0 / 254.0 * (inputs as f64 / 9.0).sqrt();
+        Near {
+            x,
+            exact,
+            exact_up,
+            bias: bias.clone(),
+            inputs,
+            within,
+        }
+        .check(
+            Linear::quantized(&weight, None),
+            Linear::quantized(&weight, Some(bias)),
+            GateUp::quantized(&weight, &up).unwrap(),
+        );
+    }
+}
+
+/// Whether this processor would choose them or not.
+#[test]
+fn bfloat16_products_of_odd_sizes_are_near() {
+    for (rows, inputs, outputs) in [(1, 1, 1), (3, 15, 47), (5, 64, 48), (9, 257, 49), (97, 300, 101)] {
+        let (weight, up) = (numbers(outputs * inputs, 25), numbers(outputs * inputs, 26));
+        let (x, bias) = (numbers(rows * inputs, 27), numbers(outputs, 28));
+        let linear = |bias| Linear {
+            matrix: Matrix::Bfloat16(Bfloat16Panels::pack(&weight, inputs)),
+            bias,
+        };
+        let gate_up = GateUp {
+            matrix: Matrix::Bfloat16(Bfloat16Panels::pack_pairs(&weight, &up, inputs)),
+        };
+        // Each of two factors to one is off by 1 / 512 at most, one way or the other.
+        let within = 6.0 * 2.0 / 512.0 * (inputs as f64 / 9.0).sqrt();
+        let (linear, biased) = (linear(None), linear(Some(bias.clone())));
+        Near {
+            x,
+            exact: weight.clone(),
+            exact_up: up.clone(),
+            bias,
+            inputs,
+            within,
+        }
+        .check(linear, biased, gate_up);
+    }
+}
+
+/// What products are near to, and how near.
+struct Near {
+    /// `[rows, inputs]`
+    x: Vec<f32>,
+    /// `[outputs, inputs]`
+    exact: Vec<f32>,
+    exact_up: Vec<f32>,
+    /// `[outputs]`
+    bias: Vec<f32>,
+    inputs: usize,
+    within: f64,
+}
+
+impl Near {
+    fn check(self, linear: Linear, biased: Linear, gate_up: GateUp) {
+        let Self { inputs, within, .. } = self;
+        let (rows, outputs) = (self.x.len() / inputs, self.bias.len());
+        let input = Tensor::from_vec(self.x.clone(), (rows, inputs), &Device::Cpu).unwrap();
+        let product: Vec<Vec<f32>> = linear.forward(&input).unwrap().to_vec2().unwrap();
+        let sum = Tensor::ones((rows, outputs), DType::F32, &Device::Cpu).unwrap();
+        linear.add_to(&sum, &input).unwrap();
+        let sum: Vec<Vec<f32>> = sum.to_vec2().unwrap();
+        let biased: Vec<Vec<f32>> = biased.forward(&input).unwrap().to_vec2().unwrap();
+        let gated: Vec<Vec<f32>> = gate_up.forward(&input).unwrap().to_vec2().unwrap();
+        for row in 0..rows {
+            let x = &self.x[row * inputs..][..inputs];
+            for output in 0..outputs {
+                let exact = dot(x, &self.exact[output * inputs..][..inputs]);
+                let up = dot(x, &self.exact_up[output * inputs..][..inputs]);
+                let silu = exact / (1.0 + (-exact).exp());
+                for (found, exact, within) in [
+                    (product[row][output], exact, within),
+                    (sum[row][output], exact + 1.0, within),
+                    (biased[row][output], exact + self.bias[output] as f64, within),
+                    (
+                        gated[row][output],
+                        silu * up,
+                        within * (exact.abs() + up.abs() + 1.0) * 1.1,
+                    ),
+                ] {
+                    let off = (found as f64 - exact).abs();
+                    assert!(
+                        off <= within,
+                        "row {row}, output {output} of {outputs}: {found} is not {exact}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_is_the_same_in_any_batch() {
+    let (inputs, outputs) = (300, 83);
+    let weight = numbers(outputs * inputs, 5);
+    let x = Tensor::from_vec(numbers(128 * inputs, 6), (128, inputs), &Device::Cpu).unwrap();
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let linear = Linear::new(&weight, inputs, None, dtype).unwrap();
+        let all: Vec<Vec<f32>> = linear.forward(&x).unwrap().to_vec2().unwrap();
+        for batch in 1..=128 {
+            let first = 128 - batch;
+            let some = linear.forward(&x.narrow(0, first, batch).unwrap()).unwrap();
+            assert!(
+                some.to_vec2::<f32>().unwrap() == all[first..],
+                "batch of {batch} as {dtype:?}"
+            );
+        }
+    }
+}
+
+/// What a file stores in bfloat16 takes no more memory in float32, and multiplies as if it did.
+#[test]
+fn weights_that_are_bfloat16_stay_so_and_give_float32s_products() {
+    let (inputs, outputs) = (300, 83);
+    let narrow = |seed| -> Vec<f32> {
+        let numbers = numbers(outputs * inputs, seed).into_iter();
+        numbers.map(|number| half::bf16::from_f32(number).to_f32()).collect()
+    };
+    let (weight, up) = (narrow(8), narrow(9));
+    let linear = Linear::new(&weight, inputs, None, DType::F32).unwrap();
+    let gate_up = GateUp::new(&weight, &up, inputs, DType::F32).unwrap();
+    let wide = |panels: Result<Panels>| Matrix::Dense(panels.unwrap());
+    let wide_linear = Linear {
+        matrix: wide(Panels::pack(&weight, inputs, DType::F32)),
+        bias: None,
+    };
+    let wide_gate_up = GateUp {
+        matrix: wide(Panels::pack_pairs(&weight, &up, inputs, DType::F32)),
+    };
+    assert_eq!(
+        (2 * linear.bytes(), 2 * gate_up.bytes()),
+        (wide_linear.bytes(), wide_gate_up.bytes())
+    );
+    for rows in [1, 11, 40] {
+        let x = Tensor::from_vec(numbers(rows * inputs, 10), (rows, inputs), &Device::Cpu).unwrap();
+        let vec = |product: Result<Tensor>| product.unwrap().to_vec2::<f32>().unwrap();
+        assert!(vec(linear.forward(&x)) == vec(wide_linear.forward(&x)), "{rows} rows");
+        assert!(vec(gate_up.forward(&x)) == vec(wide_gate_up.forward(&x)), "{rows} rows");
+    }
+    let mut one_wide = weight;
+    one_wide[17] = 0.3;
+    assert_eq!(
+        Linear::new(&one_wide, inputs, None, DType::F32).unwrap().bytes(),
+        wide_linear.bytes()
+    );
+}
+
+#[test]
+fn lookup_finds_the_rows_that_were_packed() {
+    let weight = numbers(40 * 7, 7);
+    let linear = Linear::new(&weight, 7, None, DType::F32).unwrap();
+    let rows: Vec<Vec<f32>> = linear.gather(&[39, 0, 17], &Device::Cpu).unwrap().to_vec2().unwrap();
+    assert_eq!(rows, [&weight[39 * 7..], &weight[..7], &weight[17 * 7..18 * 7]]);
+}
