@@ -36,8 +36,8 @@ impl KvRoom {
         }
     }
 
-    /// The longest sequence, `asked` if it is given, of a model made for `limit` tokens, in `blocks` of `block_size` slots
-    /// and `block_bytes` bytes. Where nothing was asked for, the cache may hold less than the model's limit, but not less
+    /// The longest sequence in tokens, `asked` if it is given, of a model made for `limit` tokens, in blocks of `block_size`
+    /// slots and `block_bytes` bytes. Where nothing was asked for, the cache may hold less than the model's limit, but not less
     /// than is of use.
     ///
     /// # Errors
