@@ -1,5 +1,11 @@
-//! Sends 2,000 requests a second to a trivial server in this process and shows how late the generator was:
-//! `taskset -c 0 cargo run --release -p sconce-loadtest --example rate -- 2000 10`
+//! Sends 2,000 requests a second and shows how late the generator was. The server is a trivial one: in this process, or
+//! in another on a core of its own.
+//!
+//! ```sh
+//! taskset -c 0 cargo run --release -p sconce-loadtest --example rate -- 2000 10        # both on one core
+//! taskset -c 1 cargo run --release -p sconce-loadtest --example rate -- serve          # prints its address
+//! taskset -c 0 cargo run --release -p sconce-loadtest --example rate -- 2000 10 http://127.0.0.1:PORT
+//! ```
 
 #[path = "../tests/mock/mod.rs"]
 mod mock;
@@ -10,11 +16,23 @@ use mock::{Mock, Reply, drive};
 use sconce_loadtest::{arrivals::Arrivals, report::Run};
 
 fn main() {
-    let mut numbers = std::env::args()
-        .skip(1)
-        .map(|text| text.parse::<f64>().expect("a number"));
-    let (rate, seconds) = (numbers.next().unwrap_or(2000.0), numbers.next().unwrap_or(10.0));
-    let server = Mock::start(|_| Reply::after(Duration::ZERO));
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let number = |index: usize, default| match arguments.get(index) {
+        Some(text) => text.parse::<f64>().expect("a number"),
+        None => default,
+    };
+    let trivial = || Mock::start(|_| Reply::after(Duration::ZERO));
+    if arguments.first().is_some_and(|first| first == "serve") {
+        println!("{}", trivial().url);
+        loop {
+            std::thread::park();
+        }
+    }
+    let (rate, seconds) = (number(0, 2000.0), number(1, 10.0));
+    let server = match arguments.get(2) {
+        Some(url) => Mock::at(url),
+        None => trivial(),
+    };
     let asked = server.asked(Duration::from_secs(5));
     let measured = drive(&asked, Arrivals::Poisson { rate }, (rate * seconds) as u64);
     let run = Run::of("rate", Some(rate), measured, None);

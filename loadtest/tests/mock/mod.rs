@@ -78,6 +78,14 @@ impl Mock {
         Self::serve("http", |stream| stream, reply)
     }
 
+    /// One that another process started.
+    pub fn at(url: &str) -> Self {
+        Self {
+            url: url.to_owned(),
+            bodies: Arc::default(),
+        }
+    }
+
     fn serve<S: Read + Write + 'static>(
         scheme: &str,
         wrap: impl Fn(TcpStream) -> S + Send + Sync + 'static,
