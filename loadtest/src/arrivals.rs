@@ -192,38 +192,6 @@ mod tests {
         times.windows(2).map(|pair| pair[1] - pair[0]).collect()
     }
 
-    /// The Kolmogorov–Smirnov statistic: the largest distance between the sample's distribution and the theory's.
-    fn kolmogorov_smirnov(mut sample: Vec<f64>, distribution: impl Fn(f64) -> f64) -> f64 {
-        sample.sort_by(f64::total_cmp);
-        let count = sample.len() as f64;
-        let distances = sample.iter().enumerate().map(|(index, &value)| {
-            let theory = distribution(value);
-            (theory - index as f64 / count)
-                .abs()
-                .max((theory - (index + 1) as f64 / count).abs())
-        });
-        distances.fold(0.0, f64::max)
-    }
-
-    #[test]
-    fn poisson_gaps_are_exponential() {
-        let (rate, count) = (50.0, 20_000);
-        let exponential = |x: f64| 1.0 - (-rate * x).exp();
-        // Critical values at 1 %: 1.63 / sqrt(n) (Massey 1951).
-        let critical = 1.63 / (count as f64).sqrt();
-        let distance = kolmogorov_smirnov(gaps(&Arrivals::Poisson { rate }, count), exponential);
-        assert!(distance < critical, "{distance} {critical}");
-        // The test has power: constant and burstier gaps do not pass.
-        for other in [Arrivals::Constant { rate }, Arrivals::Gamma { rate, burstiness: 0.8 }] {
-            assert!(
-                kolmogorov_smirnov(gaps(&other, count), exponential) > critical,
-                "{other:?}"
-            );
-        }
-        let same = Arrivals::Gamma { rate, burstiness: 1.0 };
-        assert!(kolmogorov_smirnov(gaps(&same, count), exponential) < critical);
-    }
-
     #[test]
     fn gamma_keeps_the_mean_and_widens_the_spread() {
         let (rate, count) = (20.0, 50_000);
