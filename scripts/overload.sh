@@ -16,9 +16,13 @@ url=${1:?the address of a server} rate=${2:?the highest rate that it holds} pid=
 deadline=${DEADLINE:-6s} duration=${DURATION:-60s} sconce=${SCONCE:-sconce} out=${OUT:-overload}
 mkdir -p "$out"
 
-memory() { # megabytes of the process and its children
-  local pids="$1 $(pgrep -P "$1" | tr '\n' ' ')"
-  for process in $pids; do grep VmRSS "/proc/$process/status" 2>/dev/null || true; done |
+descendants() { # the process, its children, and theirs
+  echo "$1"
+  for child in $(pgrep -P "$1"); do descendants "$child"; done
+}
+
+memory() { # megabytes of the process and its descendants
+  for process in $(descendants "$1"); do grep VmRSS "/proc/$process/status" 2>/dev/null || true; done |
     awk '{ sum += $2 } END { printf "%.0f\n", sum / 1024 }'
 }
 
