@@ -106,9 +106,10 @@ pub struct Answer {
     /// The gaps between pieces of a streamed answer.
     pub gaps: Vec<Duration>,
     pub end: Instant,
-    /// From the server's usage; where it sends none, the number of pieces.
-    pub output_tokens: u32,
-    pub prompt_tokens: u32,
+    /// From the server's usage; where it sends none, the number of pieces, and `None` for a whole answer.
+    pub output_tokens: Option<u32>,
+    /// `None` where the server does not say.
+    pub prompt_tokens: Option<u32>,
     /// Those of the prompt that the server found in its prefix cache; `None` where it does not say.
     pub cached_tokens: Option<u32>,
     pub text: String,
@@ -121,7 +122,7 @@ pub enum Failure {
     Refused,
     /// The request's time was over.
     TimedOut,
-    /// An HTTP status other than 2xx; 429 and 503 are a server's refusals.
+    /// An HTTP status other than 200; 429 and 503 are a server's refusals.
     Status(u16),
     /// The stream ended before the answer did.
     BrokenStream,
@@ -340,20 +341,24 @@ async fn whole(response: Response) -> Result<Answer, Failure> {
     let end = Instant::now();
     let reply: Reply = serde_json::from_slice(&body).map_err(|_| Failure::BadJson)?;
     let choice = reply.choices.as_ref().and_then(|choices| choices.first());
-    let choice = choice.ok_or(Failure::BadJson)?;
-    let text = choice.piece().ok_or(Failure::BadJson)?.to_owned();
+    let choice = choice.filter(|choice| choice.is_whole()).ok_or(Failure::BadJson)?;
     Ok(Answer {
         tokens: None,
         gaps: Vec::new(),
         end,
-        output_tokens: reply.usage.and_then(|usage| usage.completion_tokens).unwrap_or(0),
-        prompt_tokens: reply.usage.and_then(|usage| usage.prompt_tokens).unwrap_or(0),
+        output_tokens: reply.usage.and_then(|usage| usage.completion_tokens),
+        prompt_tokens: reply.usage.and_then(|usage| usage.prompt_tokens),
         cached_tokens: reply.usage.and_then(Usage::cached),
-        text,
+        text: choice.piece().unwrap_or_default().to_owned(),
     })
 }
 
 impl Choice {
+    /// Does it have what an answer is to have? A message's `content` may be null: the model said nothing.
+    fn is_whole(&self) -> bool {
+        self.text.is_some() || self.message.is_some()
+    }
+
     fn piece(&self) -> Option<&str> {
         let content = || self.message.as_ref().and_then(|message| message.content.as_deref());
         let reasoning = || {
@@ -445,8 +450,8 @@ impl Progress {
             tokens: Some((self.first.unwrap_or(end), self.last.unwrap_or(end))),
             gaps: self.gaps,
             end,
-            output_tokens: usage.and_then(|usage| usage.completion_tokens).unwrap_or(self.pieces),
-            prompt_tokens: usage.and_then(|usage| usage.prompt_tokens).unwrap_or(0),
+            output_tokens: usage.and_then(|usage| usage.completion_tokens).or(Some(self.pieces)),
+            prompt_tokens: usage.and_then(|usage| usage.prompt_tokens),
             cached_tokens: usage.and_then(Usage::cached),
             text: self.text,
         }

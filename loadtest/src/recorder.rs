@@ -33,9 +33,10 @@ pub struct Record {
     /// `None` for a whole answer and for answers of one token.
     pub tpot: Option<u64>,
     pub longest_gap: Option<u64>,
-    pub prompt_tokens: u32,
+    /// The numbers of tokens are `None` where the server does not say.
+    pub prompt_tokens: Option<u32>,
     pub cached_tokens: Option<u32>,
-    pub output_tokens: u32,
+    pub output_tokens: Option<u32>,
 }
 
 /// Collects a run.
@@ -118,8 +119,8 @@ impl Recorder {
             e2e: since(answer.end),
             ttft: streamed.map(|(first, _)| first),
             tpot: streamed
-                .filter(|_| answer.output_tokens > 1)
-                .map(|(_, span)| span / u64::from(answer.output_tokens - 1)),
+                .zip(answer.output_tokens.filter(|&tokens| tokens > 1))
+                .map(|((_, span), tokens)| span / u64::from(tokens - 1)),
             longest_gap: answer.gaps.iter().max().map(|&gap| micros(gap)),
             prompt_tokens: answer.prompt_tokens,
             cached_tokens: answer.cached_tokens,
@@ -200,8 +201,8 @@ mod tests {
             tokens: Some((at(300), at(500))),
             gaps: vec![Duration::from_millis(50), Duration::from_millis(150)],
             end: at(510),
-            output_tokens: 5,
-            prompt_tokens: 9,
+            output_tokens: Some(5),
+            prompt_tokens: Some(9),
             cached_tokens: None,
             text: String::new(),
         };

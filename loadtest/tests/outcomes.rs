@@ -9,7 +9,7 @@ use sconce_loadtest::{
     arrivals::Arrivals,
     check::{self, CheckError},
     client::{Api, Target},
-    report::Run,
+    report::{self, Run},
     slo::Metric,
     workload::Lengths,
 };
@@ -68,6 +68,26 @@ fn failures_are_counted_by_kind_and_kept_out_of_the_latencies() {
     assert!(run.latency_ms.values().all(|summary| summary.count <= 3));
 }
 
+#[test]
+fn a_whole_answer_may_be_empty_and_without_usage() {
+    let whole = |body: &str| Reply::stream(Duration::ZERO, vec![(Duration::ZERO, body.to_owned())]);
+    let server = Mock::start(move |index| match index {
+        0 => whole("{\"choices\": [{\"message\": {\"role\": \"assistant\", \"content\": null}}]}"),
+        1 => whole("{\"choices\": [{\"text\": \" a\"}]}"),
+        2 => whole("{\"choices\": [{\"index\": 0}]}"),
+        _ => whole("{\"choices\": []}"),
+    });
+    let mut asked = server.asked(PATIENCE);
+    asked.form.stream = false;
+    let run = Run::of("whole", None, drive(&asked, BURST, 4), None);
+    assert_eq!(
+        (run.requests.answered, run.requests.errors),
+        (2, errors(&[("bad_json", 2)]))
+    );
+    // Nobody said how many tokens there were.
+    assert_eq!(run.tokens, report::Tokens::default());
+}
+
 // A busy machine may make anything later, so there are lower bounds only. One that sees the first token late sees the
 // second that much sooner after it.
 #[test]
@@ -86,7 +106,7 @@ fn a_slow_first_token_is_a_ttft_and_a_slow_stream_a_tpot() {
     // The histograms keep three digits.
     assert!(ttft + tpot <= e2e * 1.01, "{ttft} and {tpot} make more than {e2e}");
     assert!((mean(Metric::Itl) - tpot).abs() <= tpot * 0.01, "{}", mean(Metric::Itl));
-    assert_eq!((run.tokens.prompt, run.tokens.output), (15, 6));
+    assert_eq!((run.tokens.prompt, run.tokens.output), (Some(15), Some(6)));
 }
 
 #[test]
@@ -169,7 +189,7 @@ fn https_needs_a_believed_certificate() {
     let mut trusting = strict.clone();
     trusting.target = strict.target.with_any_certificate().unwrap();
     let run = Run::of("secret", None, drive(&trusting, BURST, 5), None);
-    assert_eq!((run.requests.answered, run.tokens.output), (5, 10));
+    assert_eq!((run.requests.answered, run.tokens.output), (5, Some(10)));
 }
 
 /// A port that is taken by a socket that never listens: no other program can get it and answer.

@@ -17,7 +17,7 @@ use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    recorder::Recorder,
+    recorder::{Record, Recorder},
     run::{Measured, Sample},
     slo::{Metric, Slo},
     utilisation::Utilisation,
@@ -116,15 +116,38 @@ pub struct Requests {
     pub errors: BTreeMap<String, u64>,
 }
 
+/// What the server does not say is absent.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Tokens {
-    pub prompt: u64,
-    /// Those of the prompts that the server found in its prefix cache; absent where it does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<u64>,
+    /// Those of the prompts that the server found in its prefix cache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cached: Option<u64>,
-    pub output: u64,
-    pub output_per_second: f64,
-    pub total_per_second: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_per_second: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_per_second: Option<f64>,
+}
+
+impl Tokens {
+    /// Those of the answered requests, and over the seconds that all took.
+    fn of(records: &[Record], seconds: f64) -> Self {
+        let sum = |of: fn(&Record) -> Option<u32>| records.iter().filter_map(of).map(u64::from).reduce(|a, b| a + b);
+        // No answer has no tokens; of answers a server may not say how many they have.
+        let known = |total: Option<u64>| total.or(records.is_empty().then_some(0));
+        let prompt = known(sum(|record| record.prompt_tokens));
+        let output = known(sum(|record| record.output_tokens));
+        Self {
+            prompt,
+            cached: sum(|record| record.cached_tokens),
+            output,
+            output_per_second: output.map(|output| output as f64 / seconds),
+            total_per_second: prompt.zip(output).map(|(a, b)| (a + b) as f64 / seconds),
+        }
+    }
 }
 
 /// Milliseconds.
@@ -162,20 +185,6 @@ impl Run {
         let recorder = &measured.recorder;
         let seconds = measured.length.as_secs_f64().max(1e-9);
         let answered = recorder.records.len() as u64;
-        let prompt: u64 = recorder
-            .records
-            .iter()
-            .map(|record| u64::from(record.prompt_tokens))
-            .sum();
-        let cached = recorder
-            .records
-            .iter()
-            .filter_map(|record| record.cached_tokens.map(u64::from));
-        let output: u64 = recorder
-            .records
-            .iter()
-            .map(|record| u64::from(record.output_tokens))
-            .sum();
         let by_metric = Metric::ALL
             .into_iter()
             .map(|metric| (metric, recorder.histogram(metric)));
@@ -195,13 +204,7 @@ impl Run {
                 unfinished: recorder.unfinished,
                 errors: recorder.failures.clone(),
             },
-            tokens: Tokens {
-                prompt,
-                cached: cached.reduce(|a, b| a + b),
-                output,
-                output_per_second: output as f64 / seconds,
-                total_per_second: (prompt + output) as f64 / seconds,
-            },
+            tokens: Tokens::of(&recorder.records, seconds),
             latency_ms: by_metric
                 .clone()
                 .filter_map(|(metric, h)| Some((metric, Summary::of(h)?)))

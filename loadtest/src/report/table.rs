@@ -28,11 +28,13 @@ pub const MAIN: [Column; 17] = [
     ("P99", |run| at(run, Metric::Tpot, |s| s.p99)),
     ("E2E P50", |run| at(run, Metric::E2e, |s| s.p50)),
     ("P99", |run| at(run, Metric::E2e, |s| s.p99)),
-    ("out tok/s", |run| Some(short(run.tokens.output_per_second))),
+    ("out tok/s", |run| run.tokens.output_per_second.map(short)),
     ("cached", |run| {
-        Some(percent(run.tokens.cached? as f64 / (run.tokens.prompt as f64).max(1.0)))
+        Some(percent(
+            run.tokens.cached? as f64 / (run.tokens.prompt? as f64).max(1.0),
+        ))
     }),
-    ("all tok/s", |run| Some(short(run.tokens.total_per_second))),
+    ("all tok/s", |run| run.tokens.total_per_second.map(short)),
 ];
 
 /// What the server did meanwhile.

@@ -51,7 +51,7 @@ fn one(turn: u32, records: &[&Record]) -> Turn {
         answered: records.len() as u64,
         prompt_tokens: records
             .iter()
-            .map(|record| f64::from(record.prompt_tokens))
+            .map(|record| f64::from(record.prompt_tokens.unwrap_or(0)))
             .sum::<f64>()
             / records.len() as f64,
         cached_tokens: (!cached.is_empty()).then(|| cached.iter().sum::<f64>() / cached.len() as f64),
@@ -78,7 +78,7 @@ mod tests {
             turn,
             ttft: Some(ttft_ms * 1000),
             e2e: ttft_ms * 2000,
-            prompt_tokens,
+            prompt_tokens: Some(prompt_tokens),
             cached_tokens,
             ..Record::default()
         }
