@@ -78,7 +78,7 @@ pub struct Gauges {
 /// What was seen since the measured part began.
 #[derive(Debug, Default)]
 struct Seen {
-    /// The page and the processor time at the beginning, and now.
+    /// The page and the processor time at the beginning, and now: of the moments at which a page came, where one did.
     first: Option<Moment>,
     last: Option<Moment>,
     gauges: Vec<Gauges>,
@@ -134,7 +134,7 @@ impl Observer {
         self.task.abort();
         let last = moment(&self.target, self.process.as_ref()).await;
         let mut seen = std::mem::take(&mut *lock(&self.seen));
-        seen.last = Some(last);
+        seen.look(last);
         seen.sum_up()
     }
 }
@@ -164,8 +164,7 @@ async fn watch(target: Target, process: Option<Process>, gpu: Option<Gpu>, seen:
         seen.gauges.push(now.page.gauges());
         seen.memory = seen.memory.max(memory);
         seen.gpu.extend(device);
-        seen.first.get_or_insert_with(|| now.clone());
-        seen.last = Some(now);
+        seen.look(now);
     }
 }
 
@@ -190,22 +189,37 @@ async fn moment(target: &Target, process: Option<&Process>) -> Moment {
 }
 
 impl Seen {
+    /// A page that did not come tells nothing: counters have not been 0 for that.
+    fn look(&mut self, now: Moment) {
+        let silent = |moment: &Option<Moment>| moment.as_ref().is_none_or(|moment| moment.page.is_empty());
+        if self.first.is_none() || (silent(&self.first) && !now.page.is_empty()) {
+            self.first = Some(now.clone());
+        }
+        if silent(&self.last) || !now.page.is_empty() {
+            self.last = Some(now);
+        }
+    }
+
     fn sum_up(self) -> Utilisation {
         let (Some(first), Some(last)) = (&self.first, &self.last) else {
             return Utilisation::default();
         };
-        let seconds = (last.at - first.at).as_secs_f64().max(1e-9);
+        let seconds = (last.at - first.at).as_secs_f64();
         let mean = |pick: fn(&Gauges) -> Option<f64>| {
             let values: Vec<f64> = self.gauges.iter().filter_map(pick).collect();
             (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
         };
-        let mut utilisation = scrape::between(&first.page, &last.page, seconds);
+        let mut utilisation = Utilisation::default();
+        // Of a single moment nothing can be said but how it was.
+        if seconds > 0.0 {
+            utilisation = scrape::between(&first.page, &last.page, seconds);
+            utilisation.cpu_cores = last.cpu.zip(first.cpu).map(|(last, first)| (last - first) / seconds);
+        }
         utilisation.queue_depth_mean = mean(|gauges| gauges.waiting);
         utilisation.queue_depth_max = self.gauges.iter().filter_map(|gauges| gauges.waiting).reduce(f64::max);
         utilisation.occupancy = utilisation.occupancy.or_else(|| mean(|gauges| gauges.occupancy));
         utilisation.running_mean = mean(|gauges| gauges.running);
         utilisation.kv_use = mean(|gauges| gauges.kv_use);
-        utilisation.cpu_cores = last.cpu.zip(first.cpu).map(|(last, first)| (last - first) / seconds);
         utilisation.memory_max_bytes = (self.memory > 0).then_some(self.memory);
         utilisation.gpu = (!self.gpu.is_empty())
             .then(|| self.gpu.iter().map(|(share, _)| share).sum::<f64>() / self.gpu.len() as f64);
@@ -232,17 +246,46 @@ pub async fn settle(target: &Target, most: Duration) -> bool {
 mod tests {
     use super::*;
 
+    /// A page that came so many seconds after a beginning, and as many seconds of processor time.
+    fn moment(begun: tokio::time::Instant, seconds: u64, text: &str) -> Moment {
+        Moment {
+            at: begun + Duration::from_secs(seconds),
+            page: Page::read(text),
+            cpu: Some(seconds as f64),
+        }
+    }
+
+    #[test]
+    fn a_page_that_did_not_come_is_not_one_of_zeros() {
+        let begun = tokio::time::Instant::now();
+        let sum_up = |pages: &[(u64, &str)]| {
+            let mut seen = Seen::default();
+            for &(seconds, text) in pages {
+                seen.look(moment(begun, seconds, text));
+            }
+            seen.sum_up()
+        };
+        let busy = |pages: &[(u64, &str)]| sum_up(pages).busy;
+        let (ninety, ninety_four) = ("sconce_busy_seconds_total 90", "sconce_busy_seconds_total 94");
+        assert_eq!(busy(&[(0, ""), (1, ninety), (9, ninety_four)]), Some(0.5));
+        assert_eq!(busy(&[(0, ninety), (8, ninety_four), (9, "")]), Some(0.5));
+        assert_eq!(
+            busy(&[(0, ""), (9, ninety)]),
+            None,
+            "one page has nothing between it and itself"
+        );
+        let silent = sum_up(&[(0, ""), (9, "")]);
+        assert_eq!((silent.busy, silent.cpu_cores), (None, Some(1.0)));
+    }
+
     #[test]
     fn what_a_gpu_does_not_tell_is_absent() {
-        let page = |cpu| Moment {
-            at: tokio::time::Instant::now(),
-            page: Page::read("sconce_running 1\n"),
-            cpu: Some(cpu),
-        };
+        let begun = tokio::time::Instant::now();
+        let page = |seconds| moment(begun, seconds, "sconce_running 1\n");
         let fields = |gpu| {
             let seen = Seen {
-                first: Some(page(1.0)),
-                last: Some(page(2.0)),
+                first: Some(page(1)),
+                last: Some(page(2)),
                 gpu,
                 ..Seen::default()
             };
