@@ -228,7 +228,10 @@ pub async fn asked(
         ignore_eos: workload.ignore_eos,
     };
     let tokens = Tokens::find(tokenizer, &target, &form.model).await?;
-    let vocabulary = Vocabulary::measured(&tokens, &target, &form.model).await;
+    let (vocabulary, counted) = match Vocabulary::measured(&tokens, &target, &form.model).await {
+        Some(vocabulary) => (vocabulary, tokens),
+        None => (Vocabulary::estimated(), Tokens::Unknown),
+    };
     check::probe(&target, workload.api, &form).await?;
     let asked = Asked {
         target,
@@ -236,7 +239,7 @@ pub async fn asked(
         workload: Arc::new(workload),
         vocabulary: Arc::new(vocabulary),
     };
-    Ok((asked, tokens.describe().to_owned()))
+    Ok((asked, counted.describe().to_owned()))
 }
 
 /// Turns true at Ctrl-C; a second one ends the process.
@@ -329,5 +332,68 @@ fn compare(paths: &[PathBuf], save_html: Option<&Path>, save_svg: Option<&Path>)
     match save_svg {
         Some(path) => folder(path).and_then(|()| write_figures(path, &figures(&reports))),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        ffi::OsString,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
+    use axum::{
+        Json, Router,
+        http::StatusCode,
+        routing::{get, post},
+    };
+    use serde_json::json;
+
+    use super::*;
+    use crate::config::{self, Command};
+
+    fn settings(arguments: &str) -> Loadtest {
+        let arguments = format!("sconce loadtest {arguments}");
+        match config::parse(arguments.split_whitespace().map(OsString::from)).map(|asked| asked.command) {
+            Ok(Command::Loadtest(settings)) => *settings,
+            other => panic!("{arguments}: {other:?}"),
+        }
+    }
+
+    /// A server whose `/tokenize` tells so many words' tokens and then no more; gives its URL.
+    async fn forgetful(words: usize) -> String {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let tokenize = move || {
+            let tokens = match asked.fetch_add(1, Ordering::Relaxed) {
+                index if index < words => Ok(Json(json!({"tokens": [index]}))),
+                _ => Err(StatusCode::INTERNAL_SERVER_ERROR),
+            };
+            async move { tokens }
+        };
+        let answer = async || Json(json!({"choices": [{"text": " a"}]}));
+        let router = Router::new()
+            .route("/v1/models", get(async || Json(json!({"data": [{"id": "mock"}]}))))
+            .route("/v1/completions", post(answer))
+            .route("/tokenize", post(tokenize));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async { axum::serve(listener, router).await });
+        url
+    }
+
+    #[tokio::test]
+    async fn lengths_are_said_to_be_counted_as_they_were() {
+        for (words, counted) in [
+            (0, "an estimate of one token a word"),
+            (9, "an estimate of one token a word"),
+            (usize::MAX, "the server's /tokenize"),
+        ] {
+            let url = forgetful(words).await;
+            let settings = settings(&format!("--url {url} --workload completion --no-stream"));
+            let workload = workload(&settings.workload, None).unwrap();
+            let (asked, described) = asked(&settings.asked, workload, None).await.unwrap();
+            assert_eq!(described, counted);
+            assert_eq!(asked.vocabulary.has_ids(), words == usize::MAX);
+        }
     }
 }

@@ -18,22 +18,18 @@ pub struct Vocabulary {
 }
 
 impl Vocabulary {
-    /// Keeps the words that are one token each. Asks the source about every word.
-    pub async fn measured(tokens: &Tokens, target: &Target, model: &str) -> Self {
+    /// Keeps the words that are one token each. Asks the source about every word; `None` where it does not tell of all, or
+    /// none is a token.
+    pub async fn measured(tokens: &Tokens, target: &Target, model: &str) -> Option<Self> {
         let (mut words, mut ids) = (Vec::new(), Vec::new());
         for word in WORDS.split_whitespace() {
-            let Some(found) = tokens.encode(target, model, &format!(" {word}")).await else {
-                return Self::estimated();
-            };
+            let found = tokens.encode(target, model, &format!(" {word}")).await?;
             if let [id] = found[..] {
                 words.push(word);
                 ids.push(id);
             }
         }
-        if words.is_empty() {
-            return Self::estimated();
-        }
-        Self { words, ids }
+        (!words.is_empty()).then_some(Self { words, ids })
     }
 
     /// Takes every word for one token.
