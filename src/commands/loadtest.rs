@@ -21,7 +21,7 @@ use sconce_loadtest::{
     run::{Asked, Load},
     tokens::{TokenizerError, Tokens},
     trace::{self, TraceError},
-    workload::{Vocabulary, Workload},
+    workload::{Lengths, Vocabulary, Workload},
 };
 use tokio::sync::watch;
 
@@ -66,9 +66,7 @@ pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
     {
         return compare(reports, save_html.as_deref(), save_svg.as_deref());
     }
-    let (workload, arrivals) = wanted(&settings)?;
-    let load = load_of(&settings.load, arrivals)?;
-    let loads = loads_of(&settings.load)?;
+    let (workload, load, loads) = checked(&settings)?;
     prepare_folders(&settings)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let asking = settings.clone();
@@ -88,6 +86,13 @@ pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
         true => Ok(()),
         false => Err(LoadtestError::NoAnswer),
     }
+}
+
+/// What is to be sent, as far as the settings and the files that they name say it.
+fn checked(settings: &Loadtest) -> Result<(Workload, Load, Loads), LoadtestError> {
+    let (workload, arrivals) = wanted(settings)?;
+    let loads = loads_of(&settings.load)?;
+    Ok((workload, load_of(&settings.load, arrivals)?, loads))
 }
 
 /// The workload and the arrivals, with the files that they name.
@@ -129,6 +134,10 @@ pub fn workload(settings: &load::Workload, api: Option<Api>) -> Result<Workload,
     if workload.api == Api::Chat && workload.token_ids {
         const CHAT: &str = "token ids need `--api completions`; choose another workload for a chat";
         return Err(LoadtestError::Settings(CHAT));
+    }
+    if workload.token_ids && (workload.shared_prefix > 0 || workload.turns != Lengths::Fixed(1)) {
+        const ALONE: &str = "prompts of token ids share nothing: `--shared-prefix` and `--turns` need a workload of words, such as `completion`";
+        return Err(LoadtestError::Settings(ALONE));
     }
     recorded(&mut workload, settings)?;
     Ok(workload)
@@ -357,6 +366,27 @@ mod tests {
         match config::parse(arguments.split_whitespace().map(OsString::from)).map(|asked| asked.command) {
             Ok(Command::Loadtest(settings)) => *settings,
             other => panic!("{arguments}: {other:?}"),
+        }
+    }
+
+    /// Why the settings are refused before a server is asked anything.
+    fn refusal(arguments: &str) -> String {
+        let settings = settings(arguments);
+        let refused = checked(&settings).map(|_| ());
+        refused.expect_err(arguments).to_string()
+    }
+
+    #[test]
+    fn token_ids_have_nothing_before_them() {
+        for more in ["--shared-prefix 100", "--turns 3", "--turns 1..2"] {
+            let said = refusal(&format!("--workload random {more}"));
+            assert!(said.contains("token ids"), "{said}");
+        }
+        for sound in [
+            "--workload random --turns 1",
+            "--workload completion --shared-prefix 100",
+        ] {
+            assert!(checked(&settings(sound)).is_ok(), "{sound}");
         }
     }
 
