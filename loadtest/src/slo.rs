@@ -116,30 +116,47 @@ impl Slo {
         self.0.iter().all(|target| target.kept_by(record))
     }
 
-    /// Is every promise kept by the answered requests and those that failed?
-    pub fn holds(&self, records: &[Record], failed: u64) -> bool {
-        self.0.iter().all(|target| target.holds(records, failed))
+    /// Is every promise kept by the answered requests, those that failed, and those that were cut short? `None` where that
+    /// cannot be told: nothing was sent, the requests that were cut short would decide, or no answer has the latency.
+    pub fn verdict(&self, records: &[Record], failed: u64, unfinished: u64) -> Option<bool> {
+        let verdicts: Vec<_> = self
+            .0
+            .iter()
+            .map(|target| target.verdict(records, failed, unfinished))
+            .collect();
+        if verdicts.contains(&Some(false)) {
+            return Some(false);
+        }
+        (!verdicts.contains(&None)).then_some(true)
     }
 }
 
 impl Target {
-    /// A latency that was not measured (a whole answer has no first token) breaks no promise.
+    /// A latency that was not measured (an answer of one token has no gap) breaks no promise.
     pub fn kept_by(&self, record: &Record) -> bool {
         let limit = self.limit.as_micros() as u64;
-        let value = match self.metric {
+        self.value(record).is_none_or(|value| value <= limit)
+    }
+
+    fn value(&self, record: &Record) -> Option<u64> {
+        match self.metric {
             Metric::Ttft => record.ttft,
             Metric::Tpot => record.tpot,
             Metric::Itl => record.longest_gap,
             Metric::E2e => Some(record.e2e),
-        };
-        value.is_none_or(|value| value <= limit)
+        }
     }
 
-    fn holds(&self, records: &[Record], failed: u64) -> bool {
-        let all = records.len() as f64 + failed as f64;
-        let kept = records.iter().filter(|record| self.kept_by(record)).count() as f64;
+    fn verdict(&self, records: &[Record], failed: u64, unfinished: u64) -> Option<bool> {
+        let all = (records.len() as u64 + failed + unfinished) as f64;
+        let kept = records.iter().filter(|record| self.kept_by(record)).count() as u64;
         // The slack is for percentiles that are not exact in binary.
-        all > 0.0 && kept >= all * self.percentile / 100.0 - 1e-9
+        let enough = |kept: u64| kept as f64 >= all * self.percentile / 100.0 - 1e-9;
+        if !enough(kept + unfinished) {
+            return Some(false);
+        }
+        let measured = records.iter().any(|record| self.value(record).is_some());
+        (measured && enough(kept)).then_some(true)
     }
 }
 
@@ -187,11 +204,32 @@ mod tests {
             ..Record::default()
         };
         let mut records = vec![record(900_000); 90];
-        assert!(slo.holds(&records, 10));
-        assert!(!slo.holds(&records, 11));
+        assert_eq!(slo.verdict(&records, 10, 0), Some(true));
+        assert_eq!(slo.verdict(&records, 11, 0), Some(false));
         records.push(record(1_100_000));
         assert!(!slo.kept_by(&records[90]));
-        assert!(slo.holds(&records, 9));
-        assert!(!slo.holds(&[], 0));
+        assert_eq!(slo.verdict(&records, 9, 0), Some(true));
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_said() {
+        let slo: Slo = "e2e.p90=1s".parse().unwrap();
+        let record = Record {
+            e2e: 900_000,
+            ..Record::default()
+        };
+        let records = vec![record; 90];
+        assert_eq!(
+            slo.verdict(&records, 0, 10),
+            Some(true),
+            "however they would have ended"
+        );
+        assert_eq!(slo.verdict(&records, 0, 11), None);
+        assert_eq!(slo.verdict(&records, 10, 1), None);
+        assert_eq!(slo.verdict(&records, 12, 1), Some(false), "however it would have ended");
+        assert_eq!(slo.verdict(&[], 0, 0), None);
+        assert_eq!(slo.verdict(&[], 1, 0), Some(false));
+        let gaps: Slo = "e2e.p90=1s,itl.p90=1s".parse().unwrap();
+        assert_eq!(gaps.verdict(&records, 0, 0), None, "no answer had a gap");
     }
 }

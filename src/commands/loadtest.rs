@@ -19,6 +19,7 @@ use sconce_loadtest::{
     },
     rubric::{Loads, Plan, execute},
     run::{Asked, Load},
+    slo::Metric,
     tokens::{TokenizerError, Tokens},
     trace::{self, TraceError},
     workload::{Lengths, Vocabulary, Workload},
@@ -92,6 +93,12 @@ pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
 fn checked(settings: &Loadtest) -> Result<(Workload, Load, Loads), LoadtestError> {
     let (workload, arrivals) = wanted(settings)?;
     let loads = loads_of(&settings.load)?;
+    let mut promised = settings.load.slo.iter().flat_map(|slo| &slo.0);
+    if settings.asked.no_stream && promised.any(|promise| promise.metric != Metric::E2e) {
+        return Err(LoadtestError::Settings(
+            "whole answers (`--no-stream`) have an E2E alone: promises of ttft, tpot and itl need streams",
+        ));
+    }
     Ok((workload, load_of(&settings.load, arrivals)?, loads))
 }
 
@@ -388,6 +395,16 @@ mod tests {
         ] {
             assert!(checked(&settings(sound)).is_ok(), "{sound}");
         }
+    }
+
+    #[test]
+    fn what_whole_answers_do_not_have_cannot_be_promised_of_them() {
+        for promise in ["ttft.p99=1s", "e2e.p99=9s,tpot.p99=1s", "itl.max=1s"] {
+            let said = refusal(&format!("--no-stream --slo {promise}"));
+            assert!(said.contains("--no-stream"), "{said}");
+            assert!(checked(&settings(&format!("--slo {promise}"))).is_ok());
+        }
+        assert!(checked(&settings("--no-stream --slo e2e.p99=9s")).is_ok());
     }
 
     /// A server whose `/tokenize` tells so many words' tokens and then no more; gives its URL.

@@ -86,6 +86,7 @@ pub struct Run {
     pub refusal_ms: Option<Summary>,
     /// The lateness was large enough to matter.
     pub late: bool,
+    /// Absent without an SLO, and where the run cannot tell.
     pub slo_kept: Option<bool>,
     /// Requests a second that kept every limit of the SLO.
     pub goodput: Option<f64>,
@@ -212,7 +213,10 @@ impl Run {
             late: lateness > LATE_MS || (answered > 0 && lateness > LATE_SHARE * median),
             lateness_ms,
             refusal_ms: Summary::of(&recorder.refusals),
-            slo_kept: slo.map(|slo| slo.holds(&recorder.records, recorder.failed()) && !measured.gave_up),
+            slo_kept: match measured.gave_up {
+                true => slo.map(|_| false),
+                false => slo.and_then(|slo| slo.verdict(&recorder.records, recorder.failed(), recorder.unfinished)),
+            },
             goodput: slo.map(|slo| good(slo) as f64 / seconds),
             curves: by_metric
                 .filter(|(_, h)| !h.is_empty())
