@@ -8,6 +8,8 @@ use std::{
 
 use serde::Deserialize;
 
+use crate::workload::MOST_TOKENS;
+
 /// No trace is longer; what looks longer has times that are none.
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 
@@ -94,8 +96,9 @@ fn checked(line: Line) -> Result<Line, String> {
     if time.is_some_and(|time| !time.is_finite() || time < 0.0) {
         return Err("the timestamp is not a number of seconds from 0".to_owned());
     }
-    if line.prompt_tokens == Some(0) || line.output_tokens == Some(0) {
-        return Err("a length of 0 tokens".to_owned());
+    let mut lengths = [line.prompt_tokens, line.output_tokens].into_iter().flatten();
+    if let Some(length) = lengths.find(|length| !(1..=MOST_TOKENS).contains(length)) {
+        return Err(format!("a length of {length} tokens; they go from 1 to {MOST_TOKENS}"));
     }
     if let Some(messages) = &line.messages
         && !messages.iter().any(|message| message.role == "user")
@@ -164,6 +167,14 @@ mod tests {
             ("negative", "{\"timestamp\": 1}\n{\"timestamp\": -4}\n"),
             ("type", "{\"timestamp\": 1}\n{\"timestamp\": \"noon\"}\n"),
             ("zero", "{\"timestamp\": 1}\n{\"timestamp\": 2, \"output_tokens\": 0}\n"),
+            (
+                "long",
+                "{\"timestamp\": 1}\n{\"timestamp\": 2, \"output_tokens\": 1000001}\n",
+            ),
+            (
+                "longer",
+                "{\"timestamp\": 1}\n{\"timestamp\": 2, \"prompt_tokens\": 4000000000}\n",
+            ),
         ] {
             let message = read(&file(name, text)).unwrap_err().to_string();
             assert!(message.contains("line 2"), "{message}");

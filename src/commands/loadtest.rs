@@ -81,7 +81,8 @@ pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
     print!("{}", report::table::text(&report));
     write_reports(&settings.reports, &report)?;
     if report.runs.is_empty() && !report.interrupted {
-        return Err(LoadtestError::NoRate(settings.load.rate));
+        let first = report.search.first().map_or(settings.load.rate, |probe| probe.rate);
+        return Err(LoadtestError::NoRate(first));
     }
     match report.runs.iter().any(|run| run.requests.answered > 0) || report.interrupted {
         true => Ok(()),
@@ -92,7 +93,7 @@ pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
 /// What is to be sent, as far as the settings and the files that they name say it.
 fn checked(settings: &Loadtest) -> Result<(Workload, Load, Loads), LoadtestError> {
     let (workload, arrivals) = wanted(settings)?;
-    let loads = loads_of(&settings.load)?;
+    let loads = loads_of(&settings.load, &arrivals)?;
     let mut promised = settings.load.slo.iter().flat_map(|slo| &slo.0);
     if settings.asked.no_stream && promised.any(|promise| promise.metric != Metric::E2e) {
         return Err(LoadtestError::Settings(
@@ -106,8 +107,7 @@ fn checked(settings: &Loadtest) -> Result<(Workload, Load, Loads), LoadtestError
 fn wanted(settings: &Loadtest) -> Result<(Workload, Arrivals), LoadtestError> {
     let mut workload = workload(&settings.workload, settings.asked.api)?;
     let load = &settings.load;
-    let arrivals = match load.arrivals {
-        _ if load.rate.is_infinite() => Arrivals::Burst,
+    let arrivals = match arrival_kind(load)? {
         ArrivalKind::Poisson => Arrivals::Poisson { rate: load.rate },
         ArrivalKind::Constant => Arrivals::Constant { rate: load.rate },
         ArrivalKind::Gamma => Arrivals::Gamma {
@@ -123,6 +123,27 @@ fn wanted(settings: &Loadtest) -> Result<(Workload, Arrivals), LoadtestError> {
     };
     recorded(&mut workload, &settings.workload)?;
     Ok((workload, arrivals))
+}
+
+/// The arrivals that are named or that a file, steps or a rate of `inf` imply. What would not be heeded is refused.
+fn arrival_kind(load: &load::Load) -> Result<ArrivalKind, LoadtestError> {
+    let own_rates = match (&load.trace, &load.steps) {
+        (Some(_), Some(_)) => return Err(LoadtestError::Settings("`--trace` and `--steps` exclude each other")),
+        (Some(_), None) => Some(ArrivalKind::Trace),
+        (None, Some(_)) => Some(ArrivalKind::Steps),
+        (None, None) => None,
+    };
+    match (own_rates, load.arrivals) {
+        (Some(kind), named) if named.is_some_and(|named| named != kind) => Err(LoadtestError::Settings(
+            "`--trace` goes with trace arrivals and `--steps` with step arrivals; leave `--arrivals` out",
+        )),
+        (Some(_), _) | (_, Some(ArrivalKind::Trace | ArrivalKind::Steps)) if load.rate.is_infinite() => Err(
+            LoadtestError::Settings("a trace and steps have rates of their own; leave `--rate inf` out"),
+        ),
+        (Some(kind), _) => Ok(kind),
+        (None, _) if load.rate.is_infinite() => Ok(ArrivalKind::Burst),
+        (None, named) => Ok(named.unwrap_or(ArrivalKind::Poisson)),
+    }
 }
 
 /// The workload that the settings name and change, with its file of prompts.
@@ -198,13 +219,13 @@ fn load_of(settings: &load::Load, arrivals: Arrivals) -> Result<Load, LoadtestEr
     })
 }
 
-fn loads_of(settings: &load::Load) -> Result<Loads, LoadtestError> {
+fn loads_of(settings: &load::Load, arrivals: &Arrivals) -> Result<Loads, LoadtestError> {
     match (settings.rubric, settings.target_qps, &settings.slo) {
         (false, None, _) => Ok(Loads::One),
         (false, Some(_), _) => Err(LoadtestError::Settings("`--target-qps` goes with `--rubric`")),
-        (true, _, _) if settings.rate.is_infinite() || settings.arrivals == ArrivalKind::Burst => {
-            Err(LoadtestError::Settings("a rubric needs arrivals with a rate"))
-        }
+        (true, _, _) if arrivals.rate().is_none() => Err(LoadtestError::Settings(
+            "a rubric needs arrivals with a rate: no burst, and no trace whose times are all the same",
+        )),
         (true, Some(rate), _) => Ok(Loads::Target(rate)),
         (true, None, Some(_)) => Ok(Loads::Highest),
         (true, None, None) => Err(LoadtestError::Settings(
@@ -394,6 +415,38 @@ mod tests {
             "--workload completion --shared-prefix 100",
         ] {
             assert!(checked(&settings(sound)).is_ok(), "{sound}");
+        }
+    }
+
+    #[test]
+    fn what_would_not_be_heeded_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            fs::write(&path, text).unwrap();
+            path.display().to_string()
+        };
+        let trace = file("trace", "{\"timestamp\": 1}\n{\"timestamp\": 3}\n{\"timestamp\": 5}\n");
+        let at_once = file("at-once", "{\"timestamp\": 3}\n{\"timestamp\": 3}\n");
+        let implied = |arguments: &str| checked(&settings(arguments)).unwrap().1.arrivals;
+        assert_eq!(implied(&format!("--trace {trace}")).rate(), Some(0.5));
+        assert_eq!(implied("--steps 1:30s,3:30s").rate(), Some(2.0));
+        assert_eq!(implied("--arrivals constant --rate inf --requests 3"), Arrivals::Burst);
+        assert_eq!(implied(""), Arrivals::Poisson { rate: 1.0 });
+        for (arguments, reason) in [
+            (format!("--arrivals poisson --trace {trace}"), "--trace"),
+            ("--arrivals constant --steps 1:30s".to_owned(), "--steps"),
+            (format!("--steps 1:30s --trace {trace}"), "exclude"),
+            (format!("--rate inf --trace {trace}"), "--rate inf"),
+            ("--rate inf --steps 1:30s".to_owned(), "--rate inf"),
+            ("--rate inf --arrivals steps".to_owned(), "--rate inf"),
+            ("--arrivals trace".to_owned(), "--trace"),
+            ("--arrivals steps".to_owned(), "--steps"),
+            (format!("--rubric --target-qps 2 --trace {at_once}"), "a rate"),
+            ("--rubric --target-qps 2 --rate inf --requests 3".to_owned(), "a rate"),
+        ] {
+            let said = refusal(&arguments);
+            assert!(said.contains(reason), "{arguments}: {said}");
         }
     }
 

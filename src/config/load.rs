@@ -188,19 +188,19 @@ pub struct Workload {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Load")]
 pub struct Load {
-    /// When requests are sent
-    #[arg(long, default_value = "poisson")]
-    pub arrivals: ArrivalKind,
-    /// Requests a second; `inf` sends all at once
+    /// When requests are sent; unset, `trace` with `--trace`, `steps` with `--steps`, else `poisson`
+    #[arg(long)]
+    pub arrivals: Option<ArrivalKind>,
+    /// Requests a second, where neither a trace nor steps have their own; `inf` sends all at once
     #[arg(long, value_name = "REQUESTS/S", default_value = "1", value_parser = rate)]
     pub rate: f64,
     /// Shape of gamma arrivals: 1 is Poisson, less is burstier
     #[arg(long, value_name = "SHAPE", default_value = "0.5", value_parser = positive)]
     pub burstiness: f64,
-    /// The rates of step arrivals and how long each holds, such as `1:30s,4:30s`
+    /// The rates of Poisson arrivals and how long each holds, such as `1:30s,4:30s`
     #[arg(long, value_name = "RATE:DURATION,...")]
     pub steps: Option<Steps>,
-    /// A JSONL file with a `timestamp` in each line, for trace arrivals; prompts and lengths in it are used too
+    /// A JSONL file with a `timestamp` in each line: when requests are sent; prompts and lengths in it are used too
     #[arg(long, value_name = "PATH")]
     pub trace: Option<PathBuf>,
     /// Requests to send; unset, as many as the duration holds
@@ -282,7 +282,22 @@ fn rate(text: &str) -> Result<f64, String> {
 
 fn positive(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
-        Ok(number) if number > 0.0 && number <= 1e6 => Ok(number),
-        _ => Err("a number above 0, at most 1000000, is needed".to_owned()),
+        // Below, times between requests would leave the clock's range.
+        Ok(number) if (1e-6..=1e6).contains(&number) => Ok(number),
+        _ => Err("a number from 0.000001 to 1000000 is needed".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_such_as_a_clock_can_follow() {
+        assert_eq!((rate("inf"), rate("0.000001")), (Ok(f64::INFINITY), Ok(1e-6)));
+        for bad in ["0", "-1", "1e-300", "1e7", "NaN", "infinity", "x"] {
+            assert!(rate(bad).is_err(), "{bad}");
+        }
+        assert!("1:30s,1e-300:30s".parse::<Steps>().is_err());
     }
 }

@@ -27,7 +27,8 @@ pub enum Lengths {
 #[error("lengths are `128`, `64..192` or `lognormal:MEDIAN,SIGMA,MOST`, from 1 to 1000000")]
 pub struct LengthsError;
 
-const MOST: u32 = 1_000_000;
+/// No length is longer.
+pub(crate) const MOST_TOKENS: u32 = 1_000_000;
 
 impl FromStr for Lengths {
     type Err = LengthsError;
@@ -73,10 +74,10 @@ impl fmt::Display for Lengths {
 impl Lengths {
     fn is_sound(self) -> bool {
         match self {
-            Lengths::Fixed(length) => (1..=MOST).contains(&length),
-            Lengths::Uniform { least, most } => 1 <= least && least <= most && most <= MOST,
+            Lengths::Fixed(length) => (1..=MOST_TOKENS).contains(&length),
+            Lengths::Uniform { least, most } => 1 <= least && least <= most && most <= MOST_TOKENS,
             Lengths::LogNormal { median, sigma, most } => {
-                (1.0..=f64::from(most)).contains(&median) && (0.0..=10.0).contains(&sigma) && most <= MOST
+                (1.0..=f64::from(most)).contains(&median) && (0.0..=10.0).contains(&sigma) && most <= MOST_TOKENS
             }
         }
     }

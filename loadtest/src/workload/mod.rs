@@ -8,6 +8,7 @@ use std::{sync::Arc, time::Duration};
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, Exp};
 
+pub(crate) use lengths::MOST_TOKENS;
 pub use lengths::{Lengths, LengthsError};
 pub use vocabulary::Vocabulary;
 
