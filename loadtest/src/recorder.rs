@@ -53,6 +53,8 @@ pub struct Recorder {
     pub records: Vec<Record>,
     pub failures: BTreeMap<String, u64>,
     pub sent: u64,
+    /// When the first and the last request were handed to the HTTP client.
+    sending: Option<(Instant, Instant)>,
     /// Sent, and ended neither with an answer nor a failure when the run was cut short.
     pub unfinished: u64,
     /// When the last request ended.
@@ -81,6 +83,7 @@ impl Recorder {
             records: Vec::new(),
             failures: BTreeMap::new(),
             sent: 0,
+            sending: None,
             unfinished: 0,
             last_end: None,
             recent: VecDeque::new(),
@@ -90,10 +93,19 @@ impl Recorder {
 
     /// A request was handed to the HTTP client this much after its intended time.
     pub fn sent(&mut self, lateness: Duration) {
+        let now = Instant::now();
         self.sent += 1;
+        self.sending = Some((self.sending.map_or(now, |(first, _)| first), now));
         let lateness = micros(lateness).max(1);
         self.lateness.saturating_record(lateness);
-        self.intervals.record(Instant::now(), LATENESS, lateness);
+        self.intervals.record(now, LATENESS, lateness);
+    }
+
+    /// Requests a second from the first that was sent to the last; `None` where no time was between them.
+    pub fn sent_rate(&self) -> Option<f64> {
+        let (first, last) = self.sending?;
+        let seconds = (last - first).as_secs_f64();
+        (seconds > 0.0).then(|| (self.sent - 1) as f64 / seconds)
     }
 
     /// A session's `turn`-th request (from 1), to be sent at `intended` in a run that began at `start`, ended.

@@ -104,6 +104,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_report_without_the_latest_fields_is_read() {
+        let runs = [crate::report::tests::run("50 %", 2.0)].map(|run| {
+            let mut run = serde_json::to_value(run).unwrap();
+            let fields = run.as_object_mut().unwrap();
+            fields.retain(|field, _| field != "sent_rate");
+            run
+        });
+        let report = serde_json::json!({"schema": 1, "generator": "sconce-loadtest 0.1.0", "began": 1.0, "url": "http://x",
+            "model": "m", "workload": "chat", "token_counts": "", "arrivals": "poisson", "stream": true, "seed": 1,
+            "slo": null, "target_rate": 4.0, "search": [{"rate": 4.0, "slo_kept": true}], "interrupted": false,
+            "runs": runs});
+        let path = std::env::temp_dir().join(format!("sconce-old-report-{}.json", std::process::id()));
+        std::fs::write(&path, report.to_string()).unwrap();
+        let read = read(std::slice::from_ref(&path)).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(
+            (read[0].runs[0].sent_rate, read[0].runs[0].offered_rate),
+            (None, Some(2.0))
+        );
+        assert!(text(&read).contains("50 %"));
+    }
+
+    #[test]
     fn names_tell_the_reports_apart() {
         let names = |paths: &[&str]| super::names(&paths.iter().map(PathBuf::from).collect::<Vec<_>>());
         assert_eq!(names(&["x/a.json", "x/b.json"]), ["a", "b"]);

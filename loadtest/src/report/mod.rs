@@ -6,6 +6,8 @@ pub mod figures;
 pub mod html;
 pub(crate) mod scale;
 pub mod table;
+#[cfg(test)]
+pub(crate) mod tests;
 mod turns;
 
 pub(crate) use html::escaped;
@@ -71,6 +73,9 @@ pub struct Run {
     pub label: String,
     /// The arrival process's mean rate; absent where all came at once.
     pub offered_rate: Option<f64>,
+    /// The requests that were sent, less one, over the seconds from the first to the last; absent where there are none.
+    #[serde(default)]
+    pub sent_rate: Option<f64>,
     /// Answered requests over `seconds`.
     pub achieved_rate: f64,
     /// From the start of the measured part to the end of its last request.
@@ -196,6 +201,7 @@ impl Run {
         Run {
             label: label.to_owned(),
             offered_rate,
+            sent_rate: recorder.sent_rate(),
             achieved_rate: answered as f64 / seconds,
             seconds,
             requests: Requests {

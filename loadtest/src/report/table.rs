@@ -8,10 +8,15 @@ use crate::slo::Metric;
 /// A column: its title, and a run's cell; a column without any cell is left out.
 type Column = (&'static str, fn(&Run) -> Option<String>);
 
+const BUSY: Column = ("busy", |run| run.utilisation.busy.map(percent));
+const RUNNING: Column = ("running", |run| run.utilisation.running_mean.map(short));
+const STEP: Column = ("step ms", |run| run.utilisation.step_mean_ms.map(short));
+
 /// What a reader looks at first.
-pub const MAIN: [Column; 17] = [
+pub const MAIN: [Column; 21] = [
     ("load", |run| Some(run.label.clone())),
     ("offered/s", |run| run.offered_rate.map(short)),
+    ("sent/s", |run| run.sent_rate.map(short)),
     ("achieved/s", |run| Some(short(run.achieved_rate))),
     ("goodput/s", |run| run.goodput.map(short)),
     ("SLO", |run| {
@@ -35,14 +40,17 @@ pub const MAIN: [Column; 17] = [
         ))
     }),
     ("all tok/s", |run| run.tokens.total_per_second.map(short)),
+    BUSY,
+    RUNNING,
+    STEP,
 ];
 
 /// What the server did meanwhile.
 pub const UTILISATION: [Column; 17] = [
     ("load", |run| Some(run.label.clone())),
-    ("busy", |run| run.utilisation.busy.map(percent)),
+    BUSY,
     ("occupancy", |run| run.utilisation.occupancy.map(percent)),
-    ("running", |run| run.utilisation.running_mean.map(short)),
+    RUNNING,
     ("queue mean", |run| run.utilisation.queue_depth_mean.map(short)),
     ("max", |run| run.utilisation.queue_depth_max.map(short)),
     ("padding", |run| run.utilisation.padding_waste.map(percent)),
@@ -51,7 +59,7 @@ pub const UTILISATION: [Column; 17] = [
     ("preempted", |run| run.utilisation.preemptions.map(short)),
     ("window ms", |run| run.utilisation.window_wait_mean_ms.map(short)),
     ("queue ms", |run| run.utilisation.queue_wait_mean_ms.map(short)),
-    ("step ms", |run| run.utilisation.step_mean_ms.map(short)),
+    STEP,
     ("CPU cores", |run| run.utilisation.cpu_cores.map(short)),
     ("memory MB", |run| {
         run.utilisation.memory_max_bytes.map(|bytes| short(bytes as f64 / 1e6))

@@ -277,6 +277,7 @@ pub fn toml(knobs: &Knobs) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::tests::run;
 
     pub(super) fn start() -> Knobs {
         Knobs {
@@ -289,16 +290,11 @@ mod tests {
     }
 
     pub(super) fn experiment(knobs: Knobs, goodput: f64, p99_ms: f64) -> Experiment {
-        let report = serde_json::json!({"label": "", "offered_rate": null, "achieved_rate": goodput, "seconds": 1.0,
-            "requests": {"sent": 1, "answered": 1, "failed": 0, "unfinished": 0, "errors": {}},
-            "tokens": {"prompt": 1, "output": 1, "output_per_second": 1.0, "total_per_second": 1.0},
-            "latency_ms": {}, "lateness_ms": null, "late": false, "slo_kept": true, "goodput": goodput,
-            "utilisation": {}, "timeline": [], "curves": {}, "scatter": [], "interrupted": false});
         Experiment {
             trial: Trial { knobs, rate: 2.0 },
             goodput,
             p99_ms: Some(p99_ms),
-            run: serde_json::from_value(report).unwrap(),
+            run: run("experiment", goodput),
         }
     }
 
