@@ -49,19 +49,20 @@ pub async fn execute(plan: &Plan, live: &mut Live, stop: &mut watch::Receiver<bo
     let began = SystemTime::now();
     let mut search = Search::from(plan.load.arrivals.rate().unwrap_or(1.0));
     let mut runs = Vec::new();
+    let mut search_unfinished = false;
     let target_rate = match plan.loads {
         Loads::One => {
-            live.begin("load");
-            let label = plan
-                .load
-                .arrivals
-                .rate()
-                .map_or("burst".to_owned(), |rate| format!("{}/s", (rate * 1e3).round() / 1e3));
-            runs.push(measure(plan, &plan.load, &label, live, stop).await);
+            let rate = plan.load.arrivals.rate();
+            let label = rate.map_or("burst".to_owned(), |rate| format!("{}/s", (rate * 1e3).round() / 1e3));
+            runs.extend(measure(plan, &plan.load, &label, None, live, stop).await);
             None
         }
         Loads::Target(rate) => Some(rate),
-        Loads::Highest => highest(plan, &mut search, live, stop).await,
+        Loads::Highest => {
+            runs.extend(highest(plan, &mut search, live, stop).await);
+            search_unfinished = search.next().is_some();
+            search.kept.filter(|_| !search_unfinished)
+        }
     };
     let shares: &[f64] = match plan.loads {
         Loads::One => &[],
@@ -69,12 +70,12 @@ pub async fn execute(plan: &Plan, live: &mut Live, stop: &mut watch::Receiver<bo
         Loads::Highest => &OF_HIGHEST,
     };
     for (share, rate) in shares.iter().filter_map(|share| Some((share, target_rate? * share))) {
-        if *stop.borrow() {
-            break;
-        }
         let load = part(&plan.load, rate, search.tried.len() + runs.len());
-        runs.push(measure(plan, &load, &format!("{:.0} %", share * 100.0), live, stop).await);
-        utilisation::settle(&plan.asked.target, SETTLING).await;
+        let label = format!("{:.0} %", share * 100.0);
+        let Some(run) = measure(plan, &load, &label, None, live, stop).await else {
+            break;
+        };
+        runs.push(run);
     }
     live.end();
     Report {
@@ -91,32 +92,54 @@ pub async fn execute(plan: &Plan, live: &mut Live, stop: &mut watch::Receiver<bo
         slo: plan.slo.as_ref().map(Slo::to_string),
         target_rate,
         search: search.tried,
+        search_unfinished,
         interrupted: *stop.borrow(),
         runs,
         name: String::new(),
     }
 }
 
-async fn measure(plan: &Plan, load: &Load, label: &str, live: &mut Live, stop: &mut watch::Receiver<bool>) -> Run {
+/// Runs one load once the server has ended those before it, which `hopeless` may end early; `None` where the user ended it
+/// all before it began.
+async fn measure(
+    plan: &Plan,
+    load: &Load,
+    label: &str,
+    hopeless: Option<&Slo>,
+    live: &mut Live,
+    stop: &mut watch::Receiver<bool>,
+) -> Option<Run> {
+    let is_first = load.part == 0;
+    let settled = is_first || utilisation::settle(&plan.asked.target, SETTLING, stop).await;
+    if *stop.borrow() {
+        return None;
+    }
     live.begin(label);
-    let measured = run(&plan.asked, load, live, stop, None).await;
-    Run::of(label, load.arrivals.rate(), measured, plan.slo.as_ref())
+    let measured = run(&plan.asked, load, live, stop, hopeless).await;
+    Some(Run {
+        unsettled: !settled,
+        ..Run::of(label, load.arrivals.rate(), measured, plan.slo.as_ref())
+    })
 }
 
-/// The highest rate that kept the SLO, as far as the search came; `None` where no rate did.
-async fn highest(plan: &Plan, search: &mut Search, live: &mut Live, stop: &mut watch::Receiver<bool>) -> Option<f64> {
+/// Searches the highest rate that keeps the SLO; gives the run in which the user ended it, if so.
+async fn highest(plan: &Plan, search: &mut Search, live: &mut Live, stop: &mut watch::Receiver<bool>) -> Option<Run> {
     while let Some(rate) = search.next() {
-        live.begin(&format!("search at {rate:.2}/s"));
         let load = part(&plan.load, rate, search.tried.len());
-        let measured = run(&plan.asked, &load, live, stop, plan.slo.as_ref()).await;
-        if measured.interrupted {
-            break;
+        let label = format!("search at {rate:.2}/s");
+        let run = measure(plan, &load, &label, plan.slo.as_ref(), live, stop).await?;
+        if run.interrupted {
+            return Some(run);
         }
-        let summary = Run::of("search", Some(rate), measured, plan.slo.as_ref());
-        search.tell(rate, summary.slo_kept == Some(true));
-        utilisation::settle(&plan.asked.target, SETTLING).await;
+        search.tell(Probe {
+            rate,
+            slo_kept: run.slo_kept == Some(true),
+            late: run.late,
+            failed: run.requests.failed,
+            unsettled: run.unsettled,
+        });
     }
-    search.kept
+    None
 }
 
 /// The load at another rate, in words that no other part of the plan uses.
@@ -158,9 +181,13 @@ impl Search {
         }
     }
 
-    fn tell(&mut self, rate: f64, slo_kept: bool) {
-        self.tried.push(Probe { rate, slo_kept });
-        *(if slo_kept { &mut self.kept } else { &mut self.broken }) = Some(rate);
+    fn tell(&mut self, probe: Probe) {
+        self.tried.push(probe);
+        *(if probe.slo_kept {
+            &mut self.kept
+        } else {
+            &mut self.broken
+        }) = Some(probe.rate);
     }
 }
 
@@ -171,7 +198,13 @@ mod tests {
     fn find(first: f64, holds: impl Fn(f64) -> bool) -> (Option<f64>, usize) {
         let mut search = Search::from(first);
         while let Some(rate) = search.next() {
-            search.tell(rate, holds(rate));
+            search.tell(Probe {
+                rate,
+                slo_kept: holds(rate),
+                late: false,
+                failed: 0,
+                unsettled: false,
+            });
         }
         (search.kept, search.tried.len())
     }

@@ -255,7 +255,7 @@ async fn experiment(
     live: &mut Live,
     stop: &mut watch::Receiver<bool>,
 ) -> Result<Option<Experiment>, TuneError> {
-    if !settle(&asked.target, SETTLING).await {
+    if !settle(&asked.target, SETTLING, stop).await {
         let url = asked.target.url().to_owned();
         return Err(TuneError::Busy { url });
     }

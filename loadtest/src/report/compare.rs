@@ -8,7 +8,8 @@ use std::{
 
 use super::{
     Report, Run, SCHEMA,
-    table::{MAIN, UTILISATION, markdown, percentiles, remarks, table, turns},
+    remarks::remarks,
+    table::{MAIN, UTILISATION, markdown, percentiles, table, turns},
 };
 
 /// Why a file is no report.
@@ -102,19 +103,14 @@ pub fn text(reports: &[Report]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::tests::{report, run};
 
     #[test]
     fn a_report_without_the_latest_fields_is_read() {
-        let runs = [crate::report::tests::run("50 %", 2.0)].map(|run| {
-            let mut run = serde_json::to_value(run).unwrap();
-            let fields = run.as_object_mut().unwrap();
-            fields.retain(|field, _| field != "sent_rate");
-            run
-        });
-        let report = serde_json::json!({"schema": 1, "generator": "sconce-loadtest 0.1.0", "began": 1.0, "url": "http://x",
-            "model": "m", "workload": "chat", "token_counts": "", "arrivals": "poisson", "stream": true, "seed": 1,
-            "slo": null, "target_rate": 4.0, "search": [{"rate": 4.0, "slo_kept": true}], "interrupted": false,
-            "runs": runs});
+        let mut report = serde_json::to_value(report(vec![run("50 %", 2.0)])).unwrap();
+        let fields = report["runs"][0].as_object_mut().unwrap();
+        fields.retain(|field, _| !["sent_rate", "unsettled"].contains(&field.as_str()));
+        report["search"] = serde_json::json!([{"rate": 4.0, "slo_kept": true}]);
         let path = std::env::temp_dir().join(format!("sconce-old-report-{}.json", std::process::id()));
         std::fs::write(&path, report.to_string()).unwrap();
         let read = read(std::slice::from_ref(&path)).unwrap();
@@ -123,6 +119,7 @@ mod tests {
             (read[0].runs[0].sent_rate, read[0].runs[0].offered_rate),
             (None, Some(2.0))
         );
+        assert!(!read[0].search[0].late && read[0].search[0].slo_kept);
         assert!(text(&read).contains("50 %"));
     }
 

@@ -5,7 +5,8 @@ use std::fmt::Write;
 use super::{
     Report, Run,
     figures::figures,
-    table::{MAIN, UTILISATION, cells, percentiles, remarks, turns},
+    remarks::remarks,
+    table::{MAIN, UTILISATION, cells, percentiles, turns},
 };
 
 const STYLE: &str = "body{font:15px/1.45 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;\
@@ -66,6 +67,11 @@ fn facts(report: &Report) -> String {
         report
             .target_rate
             .map(|rate| ("100 %", format!("{rate:.2} requests/s"))),
+    );
+    facts.extend(
+        report
+            .search_unfinished
+            .then(|| ("100 %", "unknown: the search was ended early".to_owned())),
     );
     facts.retain(|(_, value)| !value.is_empty());
     let mut text = String::from("<dl>");

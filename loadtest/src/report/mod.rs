@@ -4,6 +4,7 @@ pub(crate) mod charts;
 pub mod compare;
 pub mod figures;
 pub mod html;
+pub mod remarks;
 pub(crate) mod scale;
 pub mod table;
 #[cfg(test)]
@@ -48,11 +49,14 @@ pub struct Report {
     pub stream: bool,
     pub seed: u64,
     pub slo: Option<String>,
-    /// The rate that the rubric's shares refer to.
+    /// The rate that the rubric's shares refer to; absent where the search for it was not finished.
     pub target_rate: Option<f64>,
     /// The loads that the search for the highest rate tried, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub search: Vec<Probe>,
+    /// The user ended the search before the highest rate was known.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub search_unfinished: bool,
     pub interrupted: bool,
     pub runs: Vec<Run>,
     /// Tells it from those that it is set beside; empty where it is alone.
@@ -65,6 +69,15 @@ pub struct Report {
 pub struct Probe {
     pub rate: f64,
     pub slo_kept: bool,
+    /// The generator was so late that it mattered.
+    #[serde(default)]
+    pub late: bool,
+    /// Requests that failed.
+    #[serde(default)]
+    pub failed: u64,
+    /// As a run's.
+    #[serde(default)]
+    pub unsettled: bool,
 }
 
 /// One load. Rates are a second; latencies count from the intended time of sending.
@@ -91,6 +104,9 @@ pub struct Run {
     pub refusal_ms: Option<Summary>,
     /// The lateness was large enough to matter.
     pub late: bool,
+    /// The server still had requests of the load before when this one began.
+    #[serde(default)]
+    pub unsettled: bool,
     /// Absent without an SLO, and where the run cannot tell.
     pub slo_kept: Option<bool>,
     /// Requests a second that kept every limit of the SLO.
@@ -218,6 +234,7 @@ impl Run {
                 .collect(),
             late: lateness > LATE_MS || (answered > 0 && lateness > LATE_SHARE * median),
             lateness_ms,
+            unsettled: false,
             refusal_ms: Summary::of(&recorder.refusals),
             slo_kept: match measured.gave_up {
                 true => slo.map(|_| false),

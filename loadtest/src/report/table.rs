@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Report, Run, Summary};
+use super::{Report, Run, Summary, remarks::remarks};
 use crate::slo::Metric;
 
 /// A column: its title, and a run's cell; a column without any cell is left out.
@@ -213,41 +213,6 @@ pub fn turns(runs: &[Run]) -> (Vec<&'static str>, Vec<Vec<String>>) {
     (titles, rows.collect())
 }
 
-/// What a reader must know before believing the figures.
-pub fn remarks(report: &Report) -> Vec<String> {
-    let mut remarks = Vec::new();
-    for run in &report.runs {
-        let label = &run.label;
-        if !run.requests.errors.is_empty() {
-            let kinds: Vec<String> = run
-                .requests
-                .errors
-                .iter()
-                .map(|(kind, count)| format!("{count} {kind}"))
-                .collect();
-            remarks.push(format!(
-                "{label}: {} of {} requests failed: {}",
-                run.requests.failed,
-                run.requests.sent,
-                kinds.join(", ")
-            ));
-        }
-        if let (true, Some(lateness)) = (run.late, &run.lateness_ms) {
-            remarks.push(format!(
-                "{label}: the generator itself was late, {} at P99: this machine was too busy, take the latencies with care",
-                milliseconds(lateness.p99)
-            ));
-        }
-        if run.interrupted {
-            remarks.push(format!(
-                "{label}: ended early with {} requests unfinished",
-                run.requests.unfinished
-            ));
-        }
-    }
-    remarks
-}
-
 /// The whole report for a terminal.
 pub fn text(report: &Report) -> String {
     let mut text = format!(
@@ -260,15 +225,10 @@ pub fn text(report: &Report) -> String {
         report.seed,
         report.slo.as_ref().map_or(String::new(), |slo| format!(", SLO {slo}")),
     );
-    if let (Some(rate), false) = (report.target_rate, report.search.is_empty()) {
-        let _ = writeln!(
-            text,
-            "highest rate that keeps the SLO: {} requests/s ({} loads tried)",
-            short(rate),
-            report.search.len()
-        );
+    text += &searched(report);
+    if !report.runs.is_empty() {
+        let _ = write!(text, "\n{}", table(&MAIN, &report.runs));
     }
-    let _ = write!(text, "\n{}", table(&MAIN, &report.runs));
     for (titles, rows) in [percentiles(&report.runs), turns(&report.runs)] {
         if !rows.is_empty() {
             let _ = write!(text, "\n{}", markdown(&titles, &rows));
@@ -294,4 +254,29 @@ pub fn text(report: &Report) -> String {
         let _ = writeln!(text, "! {remark}");
     }
     text
+}
+
+/// What the search for the highest rate came to, where there was one.
+fn searched(report: &Report) -> String {
+    let tried = format!("({} loads tried)", report.search.len());
+    let kept = report
+        .search
+        .iter()
+        .filter(|probe| probe.slo_kept)
+        .map(|probe| probe.rate);
+    match (report.target_rate, kept.reduce(f64::max)) {
+        (_, Some(kept)) if report.search_unfinished => {
+            format!(
+                "search for the highest rate unfinished: {} requests/s kept the SLO so far {tried}\n",
+                short(kept)
+            )
+        }
+        (_, None) if report.search_unfinished => {
+            format!("search for the highest rate unfinished: none kept the SLO so far {tried}\n")
+        }
+        (Some(rate), _) if !report.search.is_empty() => {
+            format!("highest rate that keeps the SLO: {} requests/s {tried}\n", short(rate))
+        }
+        _ => String::new(),
+    }
 }

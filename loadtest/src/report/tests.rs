@@ -15,6 +15,14 @@ pub(crate) fn run(label: &str, rate: f64) -> Run {
     serde_json::from_value(report).unwrap()
 }
 
+/// A report of these runs, and of no search.
+pub(crate) fn report(runs: Vec<Run>) -> Report {
+    let report = json!({"schema": 1, "generator": "sconce-loadtest 0.1.0", "began": 1.0, "url": "http://x", "model": "m",
+        "workload": "chat", "token_counts": "", "arrivals": "poisson", "stream": true, "seed": 1, "slo": "e2e.p99=1s",
+        "target_rate": null, "interrupted": false, "runs": runs});
+    serde_json::from_value(report).unwrap()
+}
+
 /// A whole run: each pair is how late a request was sent and how long it took, in milliseconds.
 fn measured(requests: &[(u64, u64)]) -> Run {
     let start = Instant::now();
@@ -92,4 +100,58 @@ fn one_table_tells_the_latencies_and_what_the_server_did() {
     }
     let (titles, _) = table::cells(&table::MAIN, &[run("a server that says nothing", 1.0)]);
     assert!(!titles.contains(&"busy"), "{titles:?}");
+}
+
+#[test]
+fn a_search_is_reported_with_what_speaks_against_it() {
+    let probe = |rate, slo_kept| Probe {
+        rate,
+        slo_kept,
+        late: rate == 8.0,
+        failed: if rate > 4.0 { 3 } else { 0 },
+        unsettled: rate == 2.0,
+    };
+    let mut report = report(vec![run("50 %", 2.0)]);
+    report.search = vec![probe(2.0, true), probe(4.0, true), probe(8.0, false)];
+    report.target_rate = Some(4.0);
+    let text = table::text(&report);
+    for said in [
+        "highest rate that keeps the SLO: 4.00 requests/s (3 loads tried)",
+        "! search, at 8.00 requests/s: the generator itself was late",
+        "! search, at 8.00 requests/s: some requests failed",
+        "! search, at 2.00 requests/s: the server had not ended",
+    ] {
+        assert!(text.contains(said), "{said}: {text}");
+    }
+    report.target_rate = None;
+    report.search_unfinished = true;
+    let text = table::text(&report);
+    assert!(
+        text.contains("unfinished: 4.00 requests/s kept the SLO so far (3 loads tried)"),
+        "{text}"
+    );
+    assert!(!text.contains("highest rate that keeps the SLO:"), "{text}");
+    report.search.truncate(0);
+    report.runs.truncate(0);
+    let text = table::text(&report);
+    assert!(
+        text.contains("unfinished: none kept the SLO so far") && !text.contains('|'),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_run_is_remarked_on() {
+    let mut run = run("80 %", 2.0);
+    assert_eq!(remarks::of_run("80 %", &run), [""; 0]);
+    run.unsettled = true;
+    run.requests.failed = 2;
+    run.requests.errors = BTreeMap::from([("refused".to_owned(), 2)]);
+    assert_eq!(
+        remarks::of_run("80 %", &run),
+        [
+            "80 %: 2 of 1 requests failed: 2 refused",
+            "80 %: the server had not ended what the load before it left"
+        ]
+    );
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::task::JoinHandle;
+use tokio::{sync::watch, task::JoinHandle};
 
 use crate::client::Target;
 use gpu::Gpu;
@@ -228,17 +228,28 @@ impl Seen {
     }
 }
 
-/// Waits until the server says that nothing waits or runs, at most so long; a moment where it says nothing of it. False
-/// where something still does.
-pub async fn settle(target: &Target, most: Duration) -> bool {
+/// Waits until the server says that nothing waits or runs, at most so long, or until `stop` turns true; a moment where it
+/// says nothing of it. False where something still does after that time.
+pub async fn settle(target: &Target, most: Duration, stop: &mut watch::Receiver<bool>) -> bool {
     let deadline = tokio::time::Instant::now() + most;
     loop {
-        tokio::time::sleep(SCRAPING).await;
+        tokio::select! {
+            () = tokio::time::sleep(SCRAPING) => {}
+            () = stopped(stop) => return true,
+        }
         let gauges = moment(target, None).await.page.gauges();
         let left = gauges.waiting.unwrap_or(0.0) + gauges.running.unwrap_or(0.0);
         if left == 0.0 || tokio::time::Instant::now() > deadline {
             return left == 0.0;
         }
+    }
+}
+
+/// Completes when `stop` turns true; never where nobody can turn it any more.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let nobody_left = stop.wait_for(|&stop| stop).await.is_err();
+    if nobody_left {
+        std::future::pending().await
     }
 }
 

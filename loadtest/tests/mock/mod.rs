@@ -253,3 +253,72 @@ fn answer(writer: &mut impl Write, reply: Reply) -> Option<()> {
     writer.write_all(&bytes).and_then(|()| writer.flush()).ok()?;
     reply.whole.then_some(())
 }
+
+/// Sends a load and waits for all answers.
+pub fn send(asked: &Asked, load: Load) -> Measured {
+    let (_sender, mut stop) = tokio::sync::watch::channel(false);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let asked = asked.clone();
+    let task = runtime.spawn(async move { run(&asked, &load, &mut Live::new(), &mut stop, None).await });
+    runtime.block_on(task).unwrap()
+}
+
+/// Keeps the bytes that are read through it.
+struct Kept(TcpStream, Arc<Mutex<Vec<u8>>>);
+
+impl Read for Kept {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.0.read(buffer)?;
+        self.1.lock().unwrap().extend(&buffer[..read]);
+        Ok(read)
+    }
+}
+
+impl Write for Kept {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl Mock {
+    /// The same as `start`; gives what clients sent too, headers and all.
+    pub fn start_keeping(reply: impl Fn(usize) -> Reply + Send + Sync + 'static) -> (Self, Arc<Mutex<Vec<u8>>>) {
+        let bytes = Arc::new(Mutex::new(Vec::new()));
+        let kept = bytes.clone();
+        let server = Self::serve("http", move |stream| Kept(stream, kept.clone()), reply);
+        (server, bytes)
+    }
+
+    /// A server that answers at once, and on its metrics page always has one more request that runs.
+    pub fn start_never_idle() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let bodies = Arc::new(Mutex::new(Vec::new()));
+        let kept = bodies.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let bodies = kept.clone();
+                thread::spawn(move || {
+                    let mut reader = BufReader::new(stream);
+                    while let Some((path, body)) = request(&mut reader) {
+                        let reply = match path.as_str() {
+                            "/metrics" => page("sconce_running 1\n"),
+                            _ => Reply::after(Duration::ZERO),
+                        };
+                        if answer(reader.get_mut(), reply).is_none() {
+                            return;
+                        }
+                        if path != "/metrics" {
+                            bodies.lock().unwrap().push(body);
+                        }
+                    }
+                });
+            }
+        });
+        Self { url, bodies }
+    }
+}
