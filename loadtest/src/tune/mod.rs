@@ -156,34 +156,38 @@ impl Search {
         front
     }
 
-    /// Of the experiments whose goodput is alike the highest, the one with the lowest P99.
+    /// Of those on the front whose goodput is alike its highest, the one with the lowest P99.
     pub fn best(&self) -> Option<&Experiment> {
-        let highest = self
-            .tried
-            .iter()
-            .map(|experiment| experiment.goodput)
-            .reduce(f64::max)?;
-        let good = self
-            .tried
-            .iter()
+        let front = self.front();
+        let highest = front.first()?.goodput;
+        let good = front
+            .into_iter()
             .filter(|experiment| experiment.goodput >= highest * (1.0 - ALIKE));
         good.min_by(|a, b| a.p99().total_cmp(&b.p99()))
     }
 
-    /// What each other tried value of one setting alone, or another load, would have given.
+    /// What each other tried value of one setting alone, or another load, would have given; where none was tried alone,
+    /// what those did that differ in the fewest.
     pub fn reasons(&self) -> Vec<String> {
         let Some(best) = self.best() else { return Vec::new() };
-        let others = self.tried.iter().filter_map(|other| {
-            let change = only_change(&best.trial, &other.trial)?;
-            Some(format!(
-                "{change} gave goodput {} instead of {}, P99 {} instead of {}",
+        let changed = self
+            .tried
+            .iter()
+            .map(|other| (other, changes(&best.trial, &other.trial)));
+        let changed: Vec<_> = changed.filter(|(_, changes)| !changes.is_empty()).collect();
+        let fewest = changed.iter().map(|(_, changes)| changes.len()).min();
+        let nearest = changed.into_iter().filter(|(_, changes)| Some(changes.len()) == fewest);
+        let reason = |(other, changes): (&Experiment, Vec<String>)| {
+            format!(
+                "{} gave goodput {} instead of {}, P99 {} instead of {}",
+                changes.join(", "),
                 short(other.goodput),
                 short(best.goodput),
                 milliseconds(other.p99()),
                 milliseconds(best.p99()),
-            ))
-        });
-        others.collect()
+            )
+        };
+        nearest.map(reason).collect()
     }
 }
 
@@ -238,8 +242,8 @@ fn beside<T: PartialOrd + Copy>(axis: &[T], value: T) -> Vec<T> {
     below.into_iter().chain(above).copied().collect()
 }
 
-/// How the second differs from the first, if in one setting alone.
-fn only_change(from: &Trial, to: &Trial) -> Option<String> {
+/// How the second differs from the first.
+fn changes(from: &Trial, to: &Trial) -> Vec<String> {
     let rates = [from.rate, to.rate].map(short);
     let (from, to) = (&from.knobs, &to.knobs);
     let mut changes = Vec::new();
@@ -255,7 +259,7 @@ fn only_change(from: &Trial, to: &Trial) -> Option<String> {
     change("batch-window", window(from), window(to));
     change("max-batch", from.max_batch.to_string(), to.max_batch.to_string());
     change("step-tokens", from.step_tokens.to_string(), to.step_tokens.to_string());
-    if changes.len() == 1 { changes.pop() } else { None }
+    changes
 }
 
 fn window(knobs: &Knobs) -> String {
@@ -387,6 +391,43 @@ mod tests {
                 .any(|one| search.tried.iter().any(|other| other.dominates(one)))
         );
         assert!(page(&search).contains("<svg"));
+    }
+
+    #[test]
+    fn what_is_recommended_is_on_the_front_and_has_a_reason() {
+        let mut search = Search::new(start(), &[2.0], 3);
+        let knobs = |max_batch, step_tokens| Knobs {
+            max_batch,
+            step_tokens,
+            ..start()
+        };
+        // Each is alike the one before it, the last is not alike the first.
+        search.tell(experiment(start(), 1.0, 1000.0));
+        search.tell(experiment(knobs(32, 256), 0.975, 900.0));
+        search.tell(experiment(knobs(16, 128), 0.95, 800.0));
+        let best = search.best().unwrap();
+        assert!(
+            search.front().iter().any(|one| std::ptr::eq(*one, best)),
+            "{:?}",
+            best.trial
+        );
+        assert_eq!(best.trial.knobs, knobs(16, 128));
+        assert_eq!(
+            search.reasons(),
+            [
+                "max-batch 100 instead of 16, step-tokens 512 instead of 128 gave goodput 1.00 instead of 0.95, \
+                 P99 1.00 s instead of 800 ms",
+                "max-batch 32 instead of 16, step-tokens 256 instead of 128 gave goodput 0.97 instead of 0.95, \
+                 P99 900 ms instead of 800 ms",
+            ]
+        );
+        // One that differs in one setting alone says more.
+        search.tell(experiment(knobs(16, 256), 0.9, 850.0));
+        let reasons = search.reasons();
+        assert!(
+            reasons.len() == 1 && reasons[0].starts_with("step-tokens 256 instead of 128 gave"),
+            "{reasons:?}"
+        );
     }
 
     #[test]
