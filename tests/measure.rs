@@ -137,6 +137,46 @@ fn is_refused(server: &Server, trace: &Path) {
     assert_eq!(asked(), before);
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_tuner_that_is_ended_leaves_no_server_behind() {
+    let mut tune = Command::new(env!("CARGO_BIN_EXE_sconce"));
+    tune.args(["tune", "--slo", "e2e.p99=60s"]).envs(common::device());
+    let mut tune = tune
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("starts");
+    let server = loop {
+        assert_eq!(
+            tune.try_wait().expect("a child can be asked"),
+            None,
+            "it ended by itself"
+        );
+        if let Some(server) = child_of(tune.id()) {
+            break server;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let signal = Command::new("kill").args(["-TERM", &tune.id().to_string()]).status();
+    assert!(signal.expect("kill runs").success());
+    assert!(!tune.wait().expect("ends").success(), "nothing was tried");
+    assert!(!Path::new(&format!("/proc/{server}")).exists());
+}
+
+/// A process that another started.
+#[cfg(target_os = "linux")]
+fn child_of(parent: u32) -> Option<u32> {
+    let entries = fs::read_dir("/proc").expect("processes").flatten();
+    let mut processes = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    processes.find(|process| {
+        let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+        // After the name in brackets: the state, the parent.
+        let after = stat.rsplit(')').next().unwrap_or_default();
+        after.split_whitespace().nth(1) == Some(parent.to_string().as_str())
+    })
+}
+
 #[test]
 fn settings_are_tried_and_recommended_and_the_servers_own_come_back() {
     let server = Server::start_quietly(&["--admin", "--max-batch", "16"]);

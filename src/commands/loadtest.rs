@@ -24,8 +24,9 @@ use sconce_loadtest::{
     trace::{self, TraceError},
     workload::{Lengths, Vocabulary, Workload},
 };
-use tokio::sync::watch;
+use tokio::signal::unix::SignalKind;
 
+use super::signals::{SIGNALLED_TWICE, stop_at};
 use crate::config::load::{self, Loadtest, LoadtestAction};
 
 /// For how long requests are sent where neither a number nor a duration is given.
@@ -74,7 +75,12 @@ pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
     // On a worker, what this task spawns runs without waking another thread, and so starts sooner.
     let measuring = runtime.spawn(async move {
         let plan = plan(&asking, workload, load, loads).await?;
-        let mut stop = stop_at_signal();
+        let (mut stop, twice) = stop_at(&[SignalKind::interrupt()])?;
+        tokio::spawn(async move {
+            if twice.await.is_ok() {
+                std::process::exit(SIGNALLED_TWICE);
+            }
+        });
         Ok::<_, LoadtestError>(execute(&plan, &mut Live::new(), &mut stop).await)
     });
     let report = runtime.block_on(measuring).map_err(io::Error::other)??;
@@ -277,19 +283,6 @@ pub async fn asked(
         vocabulary: Arc::new(vocabulary),
     };
     Ok((asked, counted.describe().to_owned()))
-}
-
-/// Turns true at Ctrl-C; a second one ends the process.
-pub fn stop_at_signal() -> watch::Receiver<bool> {
-    let (sender, receiver) = watch::channel(false);
-    tokio::spawn(async move {
-        while tokio::signal::ctrl_c().await.is_ok() {
-            if sender.send_replace(true) {
-                std::process::exit(130);
-            }
-        }
-    });
-    receiver
 }
 
 /// A folder that cannot be written is found out before the load, not after it.

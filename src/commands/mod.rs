@@ -8,4 +8,5 @@ pub mod loadtest;
 pub mod model_files;
 pub mod pull;
 pub mod serve;
+mod signals;
 pub mod tune;

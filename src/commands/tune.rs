@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, BufRead, BufReader},
+    os::unix::process::CommandExt,
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -17,9 +18,12 @@ use sconce_loadtest::{
     utilisation::settle,
     workload::Workload,
 };
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
-use super::loadtest::{self, LoadtestError};
+use super::{
+    loadtest::{self, LoadtestError},
+    signals::{self, SIGNALLED_TWICE},
+};
 use crate::config::load::{self, Experiments, Tune, TuneExperiment};
 
 /// A model that is not loaded after this long will not be.
@@ -57,20 +61,29 @@ pub fn run(settings: Tune) -> Result<(), TuneError> {
     let mut folders = parents.chain(experiments.save_svg.as_deref());
     folders.try_for_each(loadtest::folder)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let tried = runtime.block_on(async {
-        let (_server, url) = match &experiments.url {
-            Some(url) => (None, url.clone()),
-            None => {
-                let (server, url) = start_server(&settings).await?;
-                (Some(server), url)
-            }
-        };
-        measure(&settings, workload, &url).await
-    })?;
+    let measured = runtime.block_on(async {
+        let (mut stop, twice) = signals::stop_at(&signals::all_that_end())?;
+        tokio::select! {
+            measured = serve_and_measure(&settings, workload, &mut stop) => measured.map(Some),
+            Ok(()) = twice => Ok(None),
+        }
+    });
+    // A server that was started here has been ended in any case.
+    let Some(Measured { tried, outcome }) = measured? else {
+        std::process::exit(SIGNALLED_TWICE)
+    };
     match tried {
-        Tried::Front(search) => report_front(experiments, &search),
-        Tried::Schedules(tried) => report_schedules(experiments, &tried),
+        // Nothing to report: an error says why.
+        tried if tried.count() == 0 => outcome.and(Err(TuneError::Nothing)),
+        Tried::Front(search) => report_front(experiments, &search).and(outcome),
+        Tried::Schedules(tried) => report_schedules(experiments, &tried).and(outcome),
     }
+}
+
+/// What was measured, and the error that ended it, if one did.
+struct Measured {
+    tried: Tried,
+    outcome: Result<(), TuneError>,
 }
 
 /// What was measured, in the order of the measurements.
@@ -150,12 +163,37 @@ fn write_charts(settings: &Experiments, figures: &[Figure], page: impl FnOnce() 
 /// A server of this program, ended when dropped.
 struct Server(Child);
 
+impl Server {
+    /// In a process group of its own: Ctrl-C goes to all of the terminal's, and the server is to live until what was
+    /// measured is at hand. Its standard output is a pipe.
+    fn start(command: &mut Command) -> io::Result<Self> {
+        let command = command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped());
+        command.spawn().map(Self)
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         // It may have ended by itself.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Measures, with a server of its own where none is named.
+async fn serve_and_measure(
+    settings: &Tune,
+    workload: Workload,
+    stop: &mut watch::Receiver<bool>,
+) -> Result<Measured, TuneError> {
+    if let Some(url) = &settings.experiments.url {
+        return measure(settings, workload, url, stop).await;
+    }
+    let (_server, url) = tokio::select! {
+        started = start_server(settings) => started?,
+        _ = stop.changed() => return Err(TuneError::Nothing),
+    };
+    measure(settings, workload, &url, stop).await
 }
 
 /// Starts a server on a free port and waits until its model is loaded; gives its URL too.
@@ -167,17 +205,18 @@ async fn start_server(settings: &Tune) -> Result<(Server, String), TuneError> {
     if let Some(path) = &settings.common.config {
         command.arg("--config").arg(path);
     }
-    let mut server = Server(command.stdout(Stdio::piped()).spawn()?);
+    let mut server = Server::start(&mut command)?;
     let stdout = server.0.stdout.take().ok_or(TuneError::Ended)?;
-    let mut lines = BufReader::new(stdout).lines();
-    let url = loop {
-        let line = lines.next().ok_or(TuneError::Ended)??;
-        if let Some(at) = line.find("http://") {
-            break line[at..].split_whitespace().next().unwrap_or_default().to_owned();
-        }
-    };
-    // Whatever else it prints must not fill the pipe.
-    thread::spawn(move || lines.for_each(drop));
+    let (sender, printed) = oneshot::channel();
+    thread::spawn(move || {
+        let mut lines = BufReader::new(stdout).lines().map_while(Result::ok);
+        let url = lines.find_map(|line| Some(line[line.find("http://")?..].split_whitespace().next()?.to_owned()));
+        // Nobody waits for it where the server was ended meanwhile.
+        let _ = sender.send(url);
+        // Whatever else it prints must not fill the pipe.
+        lines.for_each(drop);
+    });
+    let url = printed.await.ok().flatten().ok_or(TuneError::Ended)?;
     let target = target(&url)?;
     let begun = Instant::now();
     while !target
@@ -197,7 +236,12 @@ fn target(url: &str) -> Result<Target, LoadtestError> {
     Ok(Target::new(url, None, TIMEOUT).map_err(sconce_loadtest::check::CheckError::from)?)
 }
 
-async fn measure(settings: &Tune, workload: Workload, url: &str) -> Result<Tried, TuneError> {
+async fn measure(
+    settings: &Tune,
+    workload: Workload,
+    url: &str,
+    stop: &mut watch::Receiver<bool>,
+) -> Result<Measured, TuneError> {
     let server = load::Asked {
         url: url.to_owned(),
         served_model_name: None,
@@ -215,7 +259,6 @@ async fn measure(settings: &Tune, workload: Workload, url: &str) -> Result<Tried
         TuneExperiment::Front => Tried::Front(Search::new(begun.clone(), &settings.rates, settings.max_experiments)),
         TuneExperiment::Schedules => Tried::Schedules(Vec::new()),
     };
-    let mut stop = loadtest::stop_at_signal();
     let mut live = Live::new();
     let mut outcome = Ok(());
     while let Some((trial, count)) = tried.next(settings, &begun) {
@@ -225,7 +268,7 @@ async fn measure(settings: &Tune, workload: Workload, url: &str) -> Result<Tried
             trial
         ));
         let part = tried.count() as u64;
-        match experiment(settings, &asked, trial, part, &mut live, &mut stop).await {
+        match experiment(settings, &asked, trial, part, &mut live, stop).await {
             Ok(Some(experiment)) => tried.tell(experiment),
             Ok(None) => break,
             Err(error) => {
@@ -235,15 +278,15 @@ async fn measure(settings: &Tune, workload: Workload, url: &str) -> Result<Tried
         }
     }
     live.end();
-    // A server that was running before goes on as it was, however this ended.
-    let restored = change(&asked.target, Some(&begun)).await;
-    if let (Err(_), Err(error)) = (&outcome, &restored) {
+    // A server that was running before goes on as it was, however this ended; one that was started here ends.
+    if settings.url.is_some()
+        && let Err(error) = change(&asked.target, Some(&begun)).await
+    {
         eprintln!(
             "warning: the server keeps the last settings that were tried, for these could not be set again: {begun:?}: {error}"
         );
     }
-    outcome?;
-    restored.map(|_| tried)
+    Ok(Measured { tried, outcome })
 }
 
 /// Tries settings on an idle server; `None` where the user ended it.
@@ -258,6 +301,9 @@ async fn experiment(
     if !settle(&asked.target, SETTLING, stop).await {
         let url = asked.target.url().to_owned();
         return Err(TuneError::Busy { url });
+    }
+    if *stop.borrow() {
+        return Ok(None);
     }
     let Trial { knobs, rate } = trial;
     let knobs = change(&asked.target, Some(&knobs)).await?;
@@ -324,13 +370,15 @@ mod tests {
         })
     }
 
-    /// A server that takes its own settings only; gives its URL, and what it was told to take.
-    async fn stubborn() -> (String, Arc<Mutex<Vec<Value>>>) {
+    /// A server that takes settings where `takes` says so of what it was told so far, these included; gives its URL, and
+    /// what it was told to take.
+    async fn stubborn(takes: fn(&[Value]) -> bool) -> (String, Arc<Mutex<Vec<Value>>>) {
         let told = Arc::new(Mutex::new(Vec::new()));
         let log = told.clone();
         let change = move |Json(knobs): Json<Value>| {
-            log.lock().unwrap().push(knobs.clone());
-            let status = if knobs == begun() {
+            let mut log = log.lock().unwrap();
+            log.push(knobs.clone());
+            let status = if takes(&log) {
                 StatusCode::OK
             } else {
                 StatusCode::INTERNAL_SERVER_ERROR
@@ -347,21 +395,65 @@ mod tests {
         (url, told)
     }
 
-    #[tokio::test]
-    async fn a_server_has_its_settings_back_after_an_error() {
-        let (url, told) = stubborn().await;
-        let arguments = "sconce tune --slo e2e.p99=1s --workload completion --duration 1s --warmup 0s";
+    /// Tunes a server with a few short experiments.
+    async fn tuned(url: &str, stop: &mut watch::Receiver<bool>) -> Measured {
+        let arguments = format!(
+            "sconce tune --url {url} --slo e2e.p99=1s --workload completion --duration 100ms --warmup 0s --max-experiments 2"
+        );
         let arguments = arguments.split(' ').map(OsString::from);
         let Ok(Asked::Tune(settings)) = config::parse(arguments).map(|asked| asked.command) else {
             panic!("it is a command to tune");
         };
         let workload = loadtest::workload(&settings.workload, None).unwrap();
-        let error = measure(&settings, workload, &url).await.err().unwrap().to_string();
+        serve_and_measure(&settings, workload, stop).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_server_has_its_settings_back_after_an_error() {
+        let (url, told) = stubborn(|told| told.last() == Some(&begun())).await;
+        let (_sender, mut stop) = watch::channel(false);
+        let Measured { tried, outcome } = tuned(&url, &mut stop).await;
+        let error = outcome.unwrap_err().to_string();
         assert!(error.contains("status 500"), "{error}");
+        assert_eq!(tried.count(), 1, "what was measured before stays");
         let told = told.lock().unwrap();
         let [.., refused, last] = &told[..] else {
             panic!("{told:?}");
         };
         assert_eq!((refused == &begun(), last == &begun()), (false, true), "{told:?}");
+    }
+
+    #[tokio::test]
+    async fn experiments_are_not_lost_where_the_settings_do_not_come_back() {
+        // It takes its own settings once, as the first experiment.
+        let (url, told) = stubborn(|told| told.len() == 1 || told.last() != Some(&begun())).await;
+        let (_sender, mut stop) = watch::channel(false);
+        let Measured { tried, outcome } = tuned(&url, &mut stop).await;
+        assert!(outcome.is_ok());
+        assert_eq!(tried.count(), 2);
+        assert_eq!(told.lock().unwrap().last(), Some(&begun()), "they were to come back");
+    }
+
+    #[tokio::test]
+    async fn who_ends_it_before_an_experiment_waits_for_none() {
+        let (url, told) = stubborn(|_| true).await;
+        let (sender, mut stop) = watch::channel(false);
+        sender.send_replace(true);
+        let Measured { tried, outcome } = tuned(&url, &mut stop).await;
+        assert!(outcome.is_ok());
+        assert_eq!((tried.count(), told.lock().unwrap().clone()), (0, vec![begun()]));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_server_has_a_process_group_of_its_own_and_ends_when_dropped() {
+        let server = Server::start(Command::new("sleep").arg("600")).unwrap();
+        let id = server.0.id();
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
+        // After the name in brackets: the state, the parent, the process group.
+        let fields: Vec<&str> = stat[stat.rfind(')').unwrap()..].split_whitespace().collect();
+        assert_eq!(fields[3], id.to_string());
+        drop(server);
+        assert!(!std::path::Path::new(&format!("/proc/{id}")).exists());
     }
 }

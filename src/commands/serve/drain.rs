@@ -10,11 +10,10 @@ use tokio::{
 
 use crate::{
     api,
+    commands::signals::SIGNALLED_TWICE,
     engine::{Handle, SaveError},
 };
 
-/// What a second signal exits with, as a shell says of a program ended by Ctrl-C.
-const SIGNALLED_TWICE: i32 = 130;
 /// Time for the last bytes to reach clients that were cut off.
 const LAST_BYTES: Duration = Duration::from_secs(1);
 
