@@ -125,7 +125,7 @@ fn report_front(settings: &Experiments, search: &Search) -> Result<(), TuneError
     println!(
         "Goodput under {}, those on the Pareto front first:\n\n{}\nRecommended, for `serve --config`:\n\n{}",
         settings.slo,
-        tune::table(search),
+        with_remarks(tune::table(search), &search.tried),
         toml(&best.trial.knobs)
     );
     for reason in search.reasons() {
@@ -145,9 +145,16 @@ fn report_schedules(settings: &Experiments, tried: &[Experiment]) -> Result<(), 
     println!(
         "Goodput under {} in requests/s, E2E, busy share of the time, and sequences in a step:\n\n{}",
         settings.slo,
-        schedules::table(tried)
+        with_remarks(schedules::table(tried), tried)
     );
     write_charts(settings, &schedules::figures(tried), || schedules::page(tried))
+}
+
+/// A table, and below it what must be known of its experiments.
+fn with_remarks(table: String, tried: &[Experiment]) -> String {
+    tune::remarks(tried)
+        .iter()
+        .fold(table, |text, remark| text + &format!("! {remark}\n"))
 }
 
 fn write_charts(settings: &Experiments, figures: &[Figure], page: impl FnOnce() -> String) -> Result<(), TuneError> {

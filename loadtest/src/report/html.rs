@@ -35,14 +35,18 @@ pub fn page(reports: &[Report]) -> String {
             body += &format!("<h2>{title}</h2>\n{}", table(&titles, &rows));
         }
     }
-    for remark in reports.iter().flat_map(remarks) {
-        body += &format!("<p class=remark>{}</p>\n", escaped(&remark));
-    }
+    body += &paragraphs(&reports.iter().flat_map(remarks).collect::<Vec<_>>());
     body += "<h2>Charts</h2>\n";
     for figure in figures(reports) {
         body += &format!("<figure>{}</figure>\n", figure.svg);
     }
     document("Load test", &body)
+}
+
+/// Remarks, each a paragraph.
+pub(crate) fn paragraphs(remarks: &[String]) -> String {
+    let paragraph = |remark: &String| format!("<p class=remark>{}</p>\n", escaped(remark));
+    remarks.iter().map(paragraph).collect()
 }
 
 /// A whole page under its title.

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::report::{
     Run,
+    remarks::of_run,
     table::{milliseconds, short},
 };
 
@@ -81,6 +82,12 @@ impl Experiment {
         let faster = self.p99() < other.p99() && self.goodput >= other.goodput * (1.0 - ALIKE);
         faster || (self.p99() == other.p99() && self.goodput > other.goodput)
     }
+}
+
+/// What a reader must know of the experiments, numbered in their order, before believing the figures.
+pub fn remarks(experiments: &[Experiment]) -> Vec<String> {
+    let of = |(number, one): (usize, &Experiment)| of_run(&format!("experiment {number}, {}", one.trial), &one.run);
+    (1..).zip(experiments).flat_map(of).collect()
 }
 
 /// A search and what it has found so far.
@@ -281,7 +288,7 @@ pub fn toml(knobs: &Knobs) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::tests::run;
+    use crate::report::{Summary, tests::run};
 
     pub(super) fn start() -> Knobs {
         Knobs {
@@ -428,6 +435,32 @@ mod tests {
             reasons.len() == 1 && reasons[0].starts_with("step-tokens 256 instead of 128 gave"),
             "{reasons:?}"
         );
+    }
+
+    #[test]
+    fn a_late_generator_and_failures_are_told_of_each_experiment() {
+        let mut search = Search::new(start(), &[2.0], 3);
+        for _ in 0..3 {
+            search.tell(experiment(start(), 1.0, 900.0));
+        }
+        search.tried[1].run.late = true;
+        search.tried[1].run.lateness_ms = Some(Summary::default());
+        search.tried[2].run.requests.errors = [("timed_out".to_owned(), 4)].into();
+        let remarks = remarks(&search.tried);
+        let [late, failed] = &remarks[..] else {
+            panic!("{remarks:?}");
+        };
+        assert!(
+            late.starts_with("experiment 2, continuous with window 20ms at 2/s: the generator"),
+            "{late}"
+        );
+        assert!(
+            failed.starts_with("experiment 3, ") && failed.ends_with("4 timed_out"),
+            "{failed}"
+        );
+        for page in [page(&search), schedules::page(&search.tried)] {
+            assert!(page.contains(failed), "{page}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The search's experiments as a table, a chart and a page.
 
-use super::{Experiment, SCHEDULES, Search, Trial, toml, window};
+use super::{Experiment, SCHEDULES, Search, Trial, remarks, toml, window};
 use crate::report::{
     charts::{Frame, Series, cloud},
     escaped,
@@ -91,9 +91,10 @@ pub fn page(search: &Search) -> String {
     html::document(
         "Tuning",
         &format!(
-            "<figure>{figure}</figure>\n<h2>Experiments</h2>\n<pre>{}</pre>\n<h2>Recommended</h2>\n<pre>{}</pre>\n\
+            "<figure>{figure}</figure>\n<h2>Experiments</h2>\n<pre>{}</pre>\n{}<h2>Recommended</h2>\n<pre>{}</pre>\n\
              <ul>{reasons}</ul>",
             escaped(&table(search)),
+            html::paragraphs(&remarks(&search.tried)),
             escaped(&toml),
         ),
     )

@@ -1,7 +1,7 @@
 //! The experiment that dynamic batching is about: one request at a time against batches that stay together against
 //! batches that requests join and leave at every step, with windows of several lengths, at the same loads.
 
-use super::{Experiment, Knobs, Trial, window};
+use super::{Experiment, Knobs, Trial, remarks, window};
 use crate::report::{
     charts::{Frame, Series, lines},
     escaped,
@@ -176,7 +176,11 @@ pub fn page(experiments: &[Experiment]) -> String {
         .collect();
     html::document(
         "Schedules and windows",
-        &format!("{figures}<pre>{}</pre>", escaped(&table(experiments))),
+        &format!(
+            "{figures}<pre>{}</pre>\n{}",
+            escaped(&table(experiments)),
+            html::paragraphs(&remarks(experiments))
+        ),
     )
 }
 
