@@ -10,6 +10,7 @@
 pub mod arrivals;
 pub mod check;
 pub mod client;
+pub mod files;
 mod intervals;
 mod live;
 mod pacer;

@@ -12,6 +12,7 @@ use sconce_loadtest::{
     arrivals::{ArrivalKind, Arrivals},
     check::{self, CheckError},
     client::{Api, Form, Target},
+    files,
     report::{
         self, Report,
         compare::ReportError,
@@ -70,6 +71,7 @@ pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
     }
     let (workload, load, loads) = checked(&settings)?;
     prepare_folders(&settings)?;
+    files::raise_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let asking = settings.clone();
     // On a worker, what this task spawns runs without waking another thread, and so starts sooner.

@@ -12,6 +12,7 @@ use sconce_loadtest::{
     Live,
     arrivals::Arrivals,
     client::Target,
+    files,
     report::{Run, figures::Figure},
     run::{Asked, Load, run as send},
     tune::{self, Experiment, Knobs, Search, Trial, schedules, toml},
@@ -60,6 +61,7 @@ pub fn run(settings: Tune) -> Result<(), TuneError> {
     let parents = parents.filter_map(|path| path.parent());
     let mut folders = parents.chain(experiments.save_svg.as_deref());
     folders.try_for_each(loadtest::folder)?;
+    files::raise_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let measured = runtime.block_on(async {
         let (mut stop, twice) = signals::stop_at(&signals::all_that_end())?;
