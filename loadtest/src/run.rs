@@ -81,6 +81,7 @@ pub struct Asked {
 pub struct Sample {
     /// Seconds from the start of the measured part; below 0 in the warm-up.
     pub seconds: f64,
+    /// This and the two below count the requests of the warm-up too.
     pub in_flight: i64,
     pub sent: u64,
     pub ended: u64,

@@ -14,7 +14,7 @@ use sconce_loadtest::{
     client::{Api, Form, Target},
     files,
     report::{
-        self, Report,
+        self, Report, Run,
         compare::ReportError,
         figures::{Figure, figures},
     },
@@ -328,8 +328,11 @@ fn write_reports(settings: &load::Reports, report: &Report) -> Result<(), Loadte
         write_figures(folder, &figures(std::slice::from_ref(report)))?;
     }
     if let Some(path) = &settings.save_hdr {
-        let logs: Vec<&str> = report.runs.iter().map(|run| run.hdr_log.as_str()).collect();
-        write(path, &logs.concat())?;
+        let logs: String = match &report.runs[..] {
+            [run] => run.hdr_log.clone(),
+            runs => runs.iter().map(Run::labelled_log).collect(),
+        };
+        write(path, &logs)?;
     }
     for (index, run) in report.runs.iter().enumerate() {
         if let Some(path) = in_folder(&format!("load-{}.hlog", index + 1)) {

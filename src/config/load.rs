@@ -246,7 +246,7 @@ pub struct Reports {
     /// A folder for the charts, each as an SVG file
     #[arg(long, value_name = "PATH")]
     pub save_svg: Option<PathBuf>,
-    /// Write the histograms as an HdrHistogram log; several loads follow one another, each with its tags
+    /// Write the histograms as an HdrHistogram log; several loads follow one another under tags that begin with their labels
     #[arg(long, value_name = "PATH")]
     pub save_hdr: Option<PathBuf>,
 }

@@ -253,6 +253,18 @@ impl Run {
             hdr_log,
         }
     }
+
+    /// The interval log under tags that begin with the load's label, such as `50%-e2e`, so that readers tell it from the
+    /// other loads' in the same file.
+    pub fn labelled_log(&self) -> String {
+        // Tags have neither spaces nor commas.
+        let label = self.label.replace([' ', ','], "");
+        let tagged = |line: &str| match line.strip_prefix("Tag=") {
+            Some(rest) => format!("Tag={label}-{rest}\n"),
+            None => format!("{line}\n"),
+        };
+        self.hdr_log.lines().map(tagged).collect()
+    }
 }
 
 /// Percentiles that come closer to 100 with each step, as far as the sample has values for.

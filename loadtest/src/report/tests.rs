@@ -1,5 +1,6 @@
 use std::time::{Duration, Instant, SystemTime};
 
+use hdrhistogram::serialization::interval_log::{IntervalLogIterator, LogEntry};
 use serde_json::json;
 
 use super::*;
@@ -154,4 +155,22 @@ fn a_run_is_remarked_on() {
             "80 %: the server had not ended what the load before it left"
         ]
     );
+}
+
+#[test]
+fn loads_in_one_log_have_tags_of_their_own() {
+    let mut run = measured(&[(1, 100)]);
+    run.label = "50 %".to_owned();
+    let tags = |log: &str| -> Vec<String> {
+        let entries = IntervalLogIterator::new(log.as_bytes()).map(Result::unwrap);
+        let tags = entries.filter_map(|entry| match entry {
+            LogEntry::Interval(interval) => Some(interval.tag().unwrap().as_str().to_owned()),
+            _ => None,
+        });
+        tags.collect()
+    };
+    let plain = tags(&run.hdr_log);
+    assert!(plain.contains(&"e2e".to_owned()), "{plain:?}");
+    let labelled: Vec<String> = plain.iter().map(|tag| format!("50%-{tag}")).collect();
+    assert_eq!(tags(&run.labelled_log()), labelled);
 }
