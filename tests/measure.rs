@@ -4,6 +4,7 @@
 mod common;
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::Path,
     process::{Command, Output, Stdio},
@@ -90,6 +91,76 @@ fn a_load_is_sent_reported_and_compared() {
     assert!(table.contains("| whole ") && table.contains("| cut "), "{table}");
     let page = fs::read_to_string(&page).expect("a page");
     assert!(page.contains("<svg") && page.contains("whole") && !page.contains("src="));
+}
+
+#[test]
+fn a_rubric_has_three_loads_and_a_report_that_the_page_describes() {
+    let server = Server::start_quietly(&[]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    let mut rubric = sconce("loadtest", &server);
+    rubric.args([
+        "--rubric",
+        "--target-qps",
+        "10",
+        "--requests",
+        "10",
+        "--slo",
+        "e2e.p99=60s",
+    ]);
+    rubric.arg("--output-dir").arg(folder.path());
+    rubric.arg("--save-hdr").arg(path("all.hlog"));
+    let table = printed(&mut rubric);
+    let found = report(&path("report.json"));
+    let runs = found["runs"].as_array().expect("loads");
+    let loads: Vec<_> = runs
+        .iter()
+        .map(|run| {
+            (
+                run["label"].as_str(),
+                run["offered_rate"].as_f64(),
+                run["requests"]["answered"].as_u64(),
+            )
+        })
+        .collect();
+    let expected = [("50 %", 5.0), ("80 %", 8.0), ("100 %", 10.0)];
+    assert_eq!(loads, expected.map(|(label, rate)| (Some(label), Some(rate), Some(10))));
+    for (label, _) in expected {
+        assert!(table.contains(&format!("| {label}")), "{table}");
+    }
+    assert!(table.contains("sent/s") && table.contains("busy"), "{table}");
+    for file in ["report.html", "load-1.hlog", "load-2.hlog", "load-3.hlog"] {
+        assert!(fs::metadata(path(file)).expect(file).len() > 0);
+    }
+    let log = fs::read_to_string(path("all.hlog")).expect("a log");
+    assert!(
+        log.contains("\nTag=50%-e2e,") && log.contains("\nTag=100%-e2e,"),
+        "{log}"
+    );
+    let page = include_str!("../docs/loadtest.md");
+    let mut keys = BTreeSet::new();
+    add_keys(&found, &mut keys);
+    for key in keys {
+        let named = ["", "."].iter().any(|dot| {
+            ["", "[]"]
+                .iter()
+                .any(|list| page.contains(&format!("`{dot}{key}{list}`")))
+        });
+        assert!(named, "{key} is not on the page");
+    }
+}
+
+/// Adds the keys of all objects in a value.
+fn add_keys(value: &Value, keys: &mut BTreeSet<String>) {
+    if let Some(fields) = value.as_object() {
+        keys.extend(fields.keys().cloned());
+        fields.values().for_each(|field| add_keys(field, keys));
+    }
+    value
+        .as_array()
+        .into_iter()
+        .flatten()
+        .for_each(|item| add_keys(item, keys));
 }
 
 /// Ctrl-C ends a run with a report of what was measured.

@@ -263,13 +263,16 @@ pub fn send(asked: &Asked, load: Load) -> Measured {
     runtime.block_on(task).unwrap()
 }
 
-/// Keeps the bytes that are read through it.
-struct Kept(TcpStream, Arc<Mutex<Vec<u8>>>);
+/// What each connection brought, headers and all.
+pub type Bytes = Arc<Mutex<Vec<Vec<u8>>>>;
+
+/// Keeps the bytes that are read through it, at its connection's place.
+struct Kept(TcpStream, Bytes, usize);
 
 impl Read for Kept {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let read = self.0.read(buffer)?;
-        self.1.lock().unwrap().extend(&buffer[..read]);
+        self.1.lock().unwrap()[self.2].extend(&buffer[..read]);
         Ok(read)
     }
 }
@@ -285,12 +288,16 @@ impl Write for Kept {
 }
 
 impl Mock {
-    /// The same as `start`; gives what clients sent too, headers and all.
-    pub fn start_keeping(reply: impl Fn(usize) -> Reply + Send + Sync + 'static) -> (Self, Arc<Mutex<Vec<u8>>>) {
-        let bytes = Arc::new(Mutex::new(Vec::new()));
+    /// The same as `start`; gives what clients sent too.
+    pub fn start_keeping(reply: impl Fn(usize) -> Reply + Send + Sync + 'static) -> (Self, Bytes) {
+        let bytes = Bytes::default();
         let kept = bytes.clone();
-        let server = Self::serve("http", move |stream| Kept(stream, kept.clone()), reply);
-        (server, bytes)
+        let keep = move |stream| {
+            let mut connections = kept.lock().unwrap();
+            connections.push(Vec::new());
+            Kept(stream, kept.clone(), connections.len() - 1)
+        };
+        (Self::serve("http", keep, reply), bytes)
     }
 
     /// A server that answers at once, and on its metrics page always has one more request that runs.
