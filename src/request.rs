@@ -1,7 +1,7 @@
 //! What every station knows of a request: its tokens, its sampling, its deadline, and where its events go.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -31,9 +31,12 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// The client request's span: what is logged of this sequence belongs to it.
     pub span: tracing::Span,
-    /// Where the events go. Dropping the receiver cancels the request. At most `max_tokens + 3` events are ever sent,
+    /// Where the events go. Dropping the receiver ends the request. At most `max_tokens + 3` events are ever sent,
     /// so the channel is bounded by what the request asked for, however slowly it is read.
     pub events: mpsc::UnboundedSender<Event>,
+    /// How the answer ended, where its reader knows that first: set before the receiver is dropped. A request whose
+    /// receiver is dropped without it is cancelled.
+    pub ended: Arc<OnceLock<FinishReason>>,
 }
 
 /// Whose requests these are: those of one API key, or everyone's where there are no keys.
@@ -149,7 +152,7 @@ pub struct Logprobs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// A stop token was generated.
+    /// A stop token was generated, or a stop string.
     Stop,
     /// `max_tokens` or the context length was reached.
     Length,

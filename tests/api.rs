@@ -128,6 +128,8 @@ fn stops(server: &Server) {
         .filter_map(|event| event["choices"][0]["delta"]["content"].as_str())
         .collect();
     assert_eq!(streamed, before);
+    server.wait_until("nothing runs", LIMIT, || server.metric("sconce_running") == 0.0);
+    assert_eq!(server.metric("sconce_sequences_total{outcome=\"cancelled\"}"), 0.0);
 }
 
 fn seeds_and_penalties(server: &Server) {

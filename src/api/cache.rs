@@ -237,6 +237,7 @@ fn request(prompt: Vec<TokenId>, cache_salt: Option<String>, tenant: Arc<Tenant>
         span: tracing::Span::current(),
         // The engine's handle puts its own in place.
         events: unbounded_channel().0,
+        ended: Arc::default(),
     }
 }
 

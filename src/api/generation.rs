@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -67,14 +67,21 @@ impl Prompt {
     }
 }
 
+/// A choice that has not ended.
+struct Live {
+    index: usize,
+    events: UnboundedReceiver<Event>,
+    /// Where the engine learns that it has ended here.
+    ended: Arc<OnceLock<FinishReason>>,
+}
+
 /// The sequences of one client request, running. Dropping it cancels those that have not ended.
 pub(super) struct Generation {
     server: Arc<Server>,
     #[cfg(any(test, feature = "fault-injection"))]
     id: String,
     choices: Vec<Choice>,
-    /// The choices that have not ended, by index.
-    live: Vec<(usize, UnboundedReceiver<Event>)>,
+    live: Vec<Live>,
     /// Which of `live` is asked first next time, so that none waits for another.
     turn: usize,
     /// Choices a prompt.
@@ -116,7 +123,12 @@ impl Generation {
             for i in 0..n {
                 let (events, receiver) = unbounded_channel();
                 let sampling = sampling(&plan.params, plan.shape, model.max_model_len - prompt.tokens.len(), i);
-                live.push((choices.len(), receiver));
+                let ended = Arc::<OnceLock<_>>::default();
+                live.push(Live {
+                    index: choices.len(),
+                    events: receiver,
+                    ended: ended.clone(),
+                });
                 choices.push(choice(model, &plan.params, plan.shape, &sampling, prompt.echo.clone()));
                 requests.push(Request {
                     id: caller.id.clone(),
@@ -129,6 +141,7 @@ impl Generation {
                     deadline,
                     span: caller.span.clone(),
                     events,
+                    ended,
                 });
             }
         }
@@ -192,7 +205,7 @@ impl Generation {
 
     fn take(&mut self, slot: usize, event: Option<Event>) -> Result<Option<(usize, Delta)>, Failure> {
         let several = self.choices.len() > 1;
-        let index = self.live[slot].0;
+        let index = self.live[slot].index;
         let choice = &mut self.choices[index];
         let delta = match event {
             Some(Event::Admitted { at, window, .. }) => {
@@ -227,8 +240,8 @@ impl Generation {
                 (None, _) | (_, FinishReason::Length) => Some(End::Finished(finish_reason(reason))),
                 (end, _) => end,
             };
-            // Dropping the receiver tells the engine that a stop string was found.
-            self.live.swap_remove(slot);
+            // A stop string is news to the engine.
+            let _ = self.live.swap_remove(slot).ended.set(reason);
             self.server
                 .observer
                 .choice_finished(self.choices[index].tokens, decode_time(&self.choices[index]));
@@ -318,13 +331,13 @@ fn answer_tokens(plan: &Plan, model: &Model) -> usize {
 
 /// The next event of those that have not ended, and its place among them.
 fn poll_event(
-    live: &mut [(usize, UnboundedReceiver<Event>)],
+    live: &mut [Live],
     turn: &mut usize,
     context: &mut Context<'_>,
 ) -> Poll<(usize, Option<Event>)> {
     for step in 0..live.len() {
         let slot = (*turn + step) % live.len();
-        if let Poll::Ready(event) = live[slot].1.poll_recv(context) {
+        if let Poll::Ready(event) = live[slot].events.poll_recv(context) {
             *turn = slot + 1;
             return Poll::Ready((slot, event));
         }

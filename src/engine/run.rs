@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -35,6 +35,8 @@ pub(super) struct Client {
     /// The span of the phase that it is in.
     phase: Span,
     events: mpsc::UnboundedSender<Event>,
+    /// [`crate::request::Request::ended`]
+    ended: Arc<OnceLock<FinishReason>>,
     pub(super) sampler: Sampler,
     pub(super) life: Life,
     pub(super) deadline: Option<Instant>,
@@ -48,6 +50,16 @@ impl Client {
     /// The most tokens that it asked for.
     pub(super) fn max_tokens(&self) -> usize {
         self.sampler.sampling().max_tokens
+    }
+
+    /// How it ended, once nobody listens to it.
+    fn unheard(&self) -> &'static str {
+        match self.ended.get() {
+            None => "cancelled",
+            Some(FinishReason::Deadline) if self.life.generated == 0 => "expired",
+            Some(FinishReason::Deadline) => "cut",
+            Some(FinishReason::Stop | FinishReason::Length) => "stop",
+        }
     }
 
     /// It left the queue: its prefill begins.
@@ -145,7 +157,7 @@ impl Runner {
                 ..
             } = &self.model;
             self.saves.advance(cache_file.as_ref(), scheduler.blocks(), cache);
-            self.drop_cancelled();
+            self.drop_unheard();
             let now = Instant::now();
             let plan = self.model.scheduler.plan(now);
             self.announce(&plan, now);
@@ -233,6 +245,7 @@ impl Runner {
                 span,
                 phase,
                 events: request.events,
+                ended: request.ended,
                 sampler,
                 life: Life {
                     sequence: id,
@@ -280,15 +293,15 @@ impl Runner {
     }
 
     /// Frees what nobody waits for any more.
-    fn drop_cancelled(&mut self) {
+    fn drop_unheard(&mut self) {
         let gone: Vec<_> = self
             .clients
             .iter()
             .filter(|(_, client)| client.events.is_closed())
-            .map(|(&id, _)| id)
+            .map(|(&id, client)| (id, client.unheard()))
             .collect();
-        for id in gone {
-            self.end(id, "cancelled", None);
+        for (id, outcome) in gone {
+            self.end(id, outcome, None);
         }
     }
 

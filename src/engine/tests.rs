@@ -59,6 +59,7 @@ pub(super) fn request(prompt: Vec<TokenId>, sampling: Sampling) -> (Request, mps
             deadline: None,
             span: tracing::Span::none(),
             events,
+            ended: Arc::default(),
         },
         receiver,
     )
@@ -264,6 +265,41 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     assert_eq!(metrics.sequences.with_label_values(&["stop"]).get(), 1);
     assert_eq!(metrics.sequences.with_label_values(&["expired"]).get(), 1);
     assert_eq!(metrics.kv_blocks.with_label_values(&["held"]).get(), 0.0);
+}
+
+#[test]
+fn an_answer_that_its_reader_ends_is_no_cancelled_one() {
+    let metrics = metrics();
+    let engine = Engine::new(&Weights::load(&settings()).unwrap(), metrics.clone()).unwrap();
+    let (handle, guard) = engine.start(places(4)).unwrap();
+    let asked = |max_tokens: usize| {
+        let sampling = Sampling {
+            ignore_eos: true,
+            ..greedy(max_tokens)
+        };
+        request(vec![300; 4], sampling)
+    };
+    // After so many steps there are predictions.
+    let (first, receiver) = asked(20);
+    handle.submit(vec![first]).unwrap();
+    answer(receiver);
+    for end in [Some(FinishReason::Stop), Some(FinishReason::Deadline), None] {
+        let (request, mut events) = asked(200);
+        let ended = request.ended.clone();
+        handle.submit(vec![request]).unwrap();
+        while !matches!(events.blocking_recv().expect("a token"), Event::Token(_)) {}
+        if let Some(reason) = end {
+            ended.set(reason).unwrap();
+        }
+    }
+    drop(handle);
+    assert_eq!(wait(guard), End::Finished);
+    let outcomes = ["stop", "cut", "cancelled", "length"];
+    assert_eq!(
+        outcomes.map(|outcome| metrics.sequences.with_label_values(&[outcome]).get()),
+        [1; 4]
+    );
+    assert_eq!(metrics.prediction_error.get_sample_count(), 1, "the stopped one was judged");
 }
 
 #[test]

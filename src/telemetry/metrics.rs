@@ -134,8 +134,8 @@ impl EngineMetrics {
             )?,
             sequences: make.counters(
                 "sconce_sequences_total",
-                "Sequences that ended; `cut` at the deadline with tokens, `expired` without any, `refused` in the queue; \
-                 one cut at a stop string counts as cancelled, as one whose client left",
+                "Sequences that ended; `stop` at a stop token or string, `cut` at the deadline with tokens, `expired` \
+                 without any, `refused` in the queue, `cancelled` by a client that left",
                 "outcome",
                 &OUTCOMES,
             )?,
