@@ -113,32 +113,59 @@ impl Teacher {
         self.gate.lock().ended(id);
     }
 
-    /// A request came to its end by itself, or at its deadline.
-    pub fn ended(&mut self, client: &Client, late: bool, metrics: &EngineMetrics, now: Instant) {
-        let took = now.saturating_duration_since(client.life.arrival).as_secs_f64();
-        let Some(predicted) = client.predicted else {
-            if !late {
-                self.estimates
-                    .lengths
-                    .observe(client.max_tokens(), client.life.generated);
-            }
-            return;
-        };
-        // One that was let in although it could not make it, on an idle server, says nothing of the prediction.
-        if client
-            .deadline
-            .is_none_or(|deadline| client.life.arrival + predicted <= deadline)
-        {
-            self.estimates.ended(late, client.life.arrival, now);
+    /// A request has ended, with its answer or without.
+    pub fn ended(&mut self, client: &Client, ending: Ending, metrics: &EngineMetrics, now: Instant) {
+        let (arrival, generated) = (client.life.arrival, client.life.generated);
+        if ending == Ending::Answered {
+            self.estimates.lengths.observe(client.max_tokens(), generated);
         }
-        if !late {
-            self.estimates
-                .lengths
-                .observe(client.max_tokens(), client.life.generated);
-            metrics
-                .prediction_error
-                .observe(predicted.as_secs_f64() / took.max(1e-6) - 1.0);
+        let Some(predicted) = client.predicted else { return };
+        let given = client
+            .deadline
+            .map(|deadline| deadline.saturating_duration_since(arrival));
+        // One that was let in although it could not make it, on an idle server, says nothing of the prediction; nor does
+        // one that waited only because others rightly went before it.
+        if ending != Ending::Overtaken && given.is_none_or(|given| predicted <= given) {
+            self.estimates.ended(ending == Ending::Late, arrival, now);
+        }
+        let took = (ending == Ending::Answered).then(|| now.saturating_duration_since(arrival));
+        if let Some(error) = error(predicted, took, given) {
+            metrics.prediction_error.observe(error);
         }
         metrics.prediction_margin.set(self.estimates.margin());
+    }
+}
+
+/// How a request ended, as far as predictions go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// By itself.
+    Answered,
+    /// At its deadline.
+    Late,
+    /// In the queue, where it could not make its deadline any more.
+    Overtaken,
+}
+
+/// By how much a prediction was off. One without its answer would have taken longer than its deadline gave it, so it is
+/// off by at least that much; nothing is known of one that was not expected to make it.
+fn error(predicted: Duration, took: Option<Duration>, given: Option<Duration>) -> Option<f64> {
+    let took = took.or(given.filter(|given| predicted <= *given))?;
+    Some(predicted.as_secs_f64() / took.as_secs_f64().max(1e-6) - 1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prediction_is_off_by_at_least_what_the_deadline_shows() {
+        let seconds = |seconds: u64| Some(Duration::from_secs(seconds));
+        let error = |took, given| error(Duration::from_secs(4), took, given);
+        assert_eq!(error(seconds(2), seconds(60)), Some(1.0));
+        assert_eq!(error(seconds(8), None), Some(-0.5));
+        assert_eq!(error(None, seconds(16)), Some(-0.75));
+        assert_eq!(error(None, seconds(3)), None, "it was not expected to be in time");
+        assert_eq!(error(None, None), None);
     }
 }

@@ -11,7 +11,7 @@ use tracing::Span;
 
 use super::{
     Message, Queued,
-    admission::{SharedGate, Teacher},
+    admission::{Ending, SharedGate, Teacher},
     budget::Budget,
     cache::{PinOrder, Savings},
     cache_file::Saves,
@@ -413,9 +413,14 @@ impl Runner {
                 }
                 _ => tracing::debug!(parent: &client.span, sequence = id, outcome, "ended"),
             }
-            if let "stop" | "length" | "cut" | "expired" = outcome {
-                let late = matches!(outcome, "cut" | "expired");
-                self.admission.ended(&client, late, &self.metrics, now);
+            let judged = match outcome {
+                "stop" | "length" => Some(Ending::Answered),
+                "cut" | "expired" => Some(Ending::Late),
+                "refused" => Some(Ending::Overtaken),
+                _ => None,
+            };
+            if let Some(ending) = judged {
+                self.admission.ended(&client, ending, &self.metrics, now);
             }
             // The last phase ends within the request, whose own span the client's side ends when it hears of this.
             client.phase = Span::none();

@@ -141,7 +141,8 @@ impl EngineMetrics {
             )?,
             prediction_error: make.histogram(
                 "sconce_prediction_error_ratio",
-                "Time a request was expected to take when it came over the time it took, less 1; what came after it counts",
+                "Time a request was expected to take when it came over the time it took, less 1; what came after it counts. One \
+                 that was cut, expired or overtaken counts as if it had ended at its deadline, so it was off by more",
                 &ERRORS,
             )?,
             prediction_margin: make.gauge(
