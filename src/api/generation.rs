@@ -84,6 +84,8 @@ pub(super) struct Generation {
     live: Vec<Live>,
     /// Which of `live` is asked first next time, so that none waits for another.
     turn: usize,
+    /// What is left to say of choices that ended without a token: nothing, unless another one has some.
+    empty: Vec<(usize, Delta)>,
     /// Choices a prompt.
     n: usize,
     prompt_tokens: usize,
@@ -155,6 +157,7 @@ impl Generation {
             choices,
             live,
             turn: 0,
+            empty: Vec::new(),
             n,
             prompt_tokens,
             arrival,
@@ -175,7 +178,13 @@ impl Generation {
     /// The next addition to a choice, with the choice's index; `None` when all have ended. After a failure the
     /// response is over: the other choices are cancelled when this is dropped.
     pub async fn next(&mut self) -> Option<Result<(usize, Delta), Failure>> {
-        while !self.live.is_empty() {
+        loop {
+            if let Some(told) = self.next_empty() {
+                return Some(Ok(told));
+            }
+            if self.live.is_empty() {
+                return None;
+            }
             let (live, turn) = (&mut self.live, &mut self.turn);
             let (slot, event) = tokio::select! {
                 biased;
@@ -200,11 +209,9 @@ impl Generation {
                 }
             }
         }
-        None
     }
 
     fn take(&mut self, slot: usize, event: Option<Event>) -> Result<Option<(usize, Delta)>, Failure> {
-        let several = self.choices.len() > 1;
         let index = self.live[slot].index;
         let choice = &mut self.choices[index];
         let delta = match event {
@@ -228,8 +235,9 @@ impl Generation {
                 choice.push(token)
             }
             Some(Event::Finished(reason)) => choice.finish(reason),
-            // The other choices may have tokens that are worth having.
-            Some(Event::Failed(Failure::DeadlinePassed)) if several => choice.finish(FinishReason::Deadline),
+            Some(Event::Failed(failure @ (Failure::DeadlinePassed | Failure::TooBusy { .. }))) => {
+                return self.give_up(slot, failure);
+            }
             Some(Event::Failed(failure)) => return Err(failure),
             None => return Err(Failure::EngineLost("it ended without a word".to_string())),
         };
@@ -240,20 +248,50 @@ impl Generation {
                 (None, _) | (_, FinishReason::Length) => Some(End::Finished(finish_reason(reason))),
                 (end, _) => end,
             };
-            // A stop string is news to the engine.
-            let _ = self.live.swap_remove(slot).ended.set(reason);
-            self.server
-                .observer
-                .choice_finished(self.choices[index].tokens, decode_time(&self.choices[index]));
-            if self.live.is_empty() {
-                self.server.observer.request_finished(self.arrival.elapsed());
-            }
-        }
-        if self.live.is_empty() && several && self.choices.iter().all(|choice| choice.tokens == 0) {
-            return Err(Failure::DeadlinePassed);
+            self.ended(slot, reason);
         }
         let shows = !delta.text.is_empty() || delta.finish.is_some();
         Ok(shows.then_some((index, delta)))
+    }
+
+    /// A choice has no time left for a token. That is the request's failure where none of its choices has one; else this
+    /// one is empty, as if it had been cut.
+    fn give_up(&mut self, slot: usize, failure: Failure) -> Result<Option<(usize, Delta)>, Failure> {
+        let index = self.live[slot].index;
+        let delta = self.choices[index].finish(FinishReason::Deadline);
+        self.ended(slot, FinishReason::Deadline);
+        if self.live.is_empty() && !self.has_tokens() {
+            return Err(failure);
+        }
+        if !matches!(self.end, Some(End::Cut(_))) {
+            self.end = Some(End::Cut(ApiError::from(failure).cause()));
+        }
+        self.empty.push((index, delta));
+        Ok(None)
+    }
+
+    /// What is left to say of a choice without tokens, once another one has some.
+    fn next_empty(&mut self) -> Option<(usize, Delta)> {
+        if self.empty.is_empty() || !self.has_tokens() {
+            return None;
+        }
+        self.empty.pop()
+    }
+
+    fn has_tokens(&self) -> bool {
+        self.choices.iter().any(|choice| choice.tokens > 0)
+    }
+
+    /// A choice has ended.
+    fn ended(&mut self, slot: usize, reason: FinishReason) {
+        let live = self.live.swap_remove(slot);
+        // A stop string is news to the engine.
+        let _ = live.ended.set(reason);
+        let choice = &self.choices[live.index];
+        self.server.observer.choice_finished(choice.tokens, decode_time(choice));
+        if self.live.is_empty() && self.has_tokens() {
+            self.server.observer.request_finished(self.arrival.elapsed());
+        }
     }
 
     pub fn usage(&self) -> Usage {
@@ -330,11 +368,7 @@ fn answer_tokens(plan: &Plan, model: &Model) -> usize {
 }
 
 /// The next event of those that have not ended, and its place among them.
-fn poll_event(
-    live: &mut [Live],
-    turn: &mut usize,
-    context: &mut Context<'_>,
-) -> Poll<(usize, Option<Event>)> {
+fn poll_event(live: &mut [Live], turn: &mut usize, context: &mut Context<'_>) -> Poll<(usize, Option<Event>)> {
     for step in 0..live.len() {
         let slot = (*turn + step) % live.len();
         if let Poll::Ready(event) = live[slot].events.poll_recv(context) {
@@ -378,3 +412,7 @@ fn decode_time(choice: &Choice) -> Duration {
 pub(super) fn milliseconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
+
+#[cfg(test)]
+#[path = "generation_tests.rs"]
+mod tests;
