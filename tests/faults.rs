@@ -224,6 +224,27 @@ fn a_hung_step_is_given_up_and_the_engine_runs_again() {
 }
 
 #[test]
+fn a_deadline_is_kept_in_a_step_that_hangs() {
+    let server = Server::start_quietly(&["--device", "cpu", "--max-batch", "1"]);
+    let mut body = question(0);
+    body["timeout_ms"] = json!(10_000);
+    let (hung, waiting) = std::thread::scope(|scope| {
+        let hung = scope.spawn(|| ask(&server, "fault.hang.1", &body));
+        server.wait_until("it runs", LIMIT, || server.metric("sconce_running") == 1.0);
+        let waiting = ask(&server, "waits", &body);
+        (hung.join().expect("no panic"), waiting)
+    });
+    let (status, answer) = hung;
+    assert_eq!(status, 200, "{answer}");
+    let answer: Value = serde_json::from_str(&answer).expect("JSON");
+    assert_eq!(answer["choices"][0]["stop_reason"], "deadline", "{answer}");
+    assert!(!text(&answer).is_empty(), "{answer}");
+    failed(waiting, false, "deadline_passed");
+    // The step goes on for as long as it may.
+    assert_eq!(server.metric("sconce_engine_restarts_total{cause=\"hung\"}"), 0.0);
+}
+
+#[test]
 fn keys_and_values_that_were_half_written_are_not_used() {
     let server = Server::start_quietly(&[PATIENT]);
     let expected = expected(&server);

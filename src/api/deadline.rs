@@ -1,14 +1,18 @@
 //! How long a client is willing to wait: the header `x-request-timeout-ms` and the body's `timeout_ms`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
+use tokio::time::{Sleep, sleep_until};
 
 use super::error::ApiError;
 
 const HEADER: &str = "x-request-timeout-ms";
 /// A day: whoever asks for more means that it does not matter.
 const MOST: u64 = 24 * 3600 * 1000;
+/// The engine sees between two steps that a deadline has passed. One that is in a step for so much longer, because the step
+/// is long or hangs, is not waited for.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// The header's time, if there is one.
 pub(super) fn of_header(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
@@ -44,6 +48,11 @@ fn refused(name: &str) -> ApiError {
 /// The shortest of the times that are given.
 pub(super) fn shortest(times: &[Option<Duration>]) -> Option<Duration> {
     times.iter().copied().flatten().min()
+}
+
+/// Until an engine should have said that a deadline has passed.
+pub(super) fn overdue(deadline: Instant) -> Sleep {
+    sleep_until((deadline + GRACE).into())
 }
 
 #[cfg(test)]

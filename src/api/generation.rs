@@ -1,13 +1,15 @@
 //! From a checked request to engine requests, and from their events to the choices of one response.
 
-use std::future::poll_fn;
+use std::future::{pending, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::Sleep;
 
 use super::access::{CLIENT_GONE, End, Generated, Report};
 use super::choice::{Choice, Delta};
@@ -86,6 +88,8 @@ pub(super) struct Generation {
     turn: usize,
     /// What is left to say of choices that ended without a token: nothing, unless another one has some.
     empty: Vec<(usize, Delta)>,
+    /// When an engine that does not say that the deadline has passed is no longer waited for.
+    overdue: Option<Pin<Box<Sleep>>>,
     /// Choices a prompt.
     n: usize,
     prompt_tokens: usize,
@@ -158,6 +162,7 @@ impl Generation {
             live,
             turn: 0,
             empty: Vec::new(),
+            overdue: deadline.map(|deadline| Box::pin(deadline::overdue(deadline))),
             n,
             prompt_tokens,
             arrival,
@@ -193,6 +198,7 @@ impl Generation {
                     self.end = Some(End::Cut("shutting_down"));
                     return Some(Err(Failure::ShuttingDown));
                 }
+                () = passed(&mut self.overdue) => (0, Some(Event::Finished(FinishReason::Deadline))),
             };
             // A panic here would end the connection without a word.
             let taken = catch_unwind(AssertUnwindSafe(|| self.take(slot, event)));
@@ -233,6 +239,9 @@ impl Generation {
                         .first_token(token.at.saturating_duration_since(self.arrival));
                 }
                 choice.push(token)
+            }
+            Some(Event::Finished(FinishReason::Deadline)) if choice.tokens == 0 => {
+                return self.give_up(slot, Failure::DeadlinePassed);
             }
             Some(Event::Finished(reason)) => choice.finish(reason),
             Some(Event::Failed(failure @ (Failure::DeadlinePassed | Failure::TooBusy { .. }))) => {
@@ -285,7 +294,7 @@ impl Generation {
     /// A choice has ended.
     fn ended(&mut self, slot: usize, reason: FinishReason) {
         let live = self.live.swap_remove(slot);
-        // A stop string is news to the engine.
+        // That a stop string was found, or the deadline has passed, may be news to the engine.
         let _ = live.ended.set(reason);
         let choice = &self.choices[live.index];
         self.server.observer.choice_finished(choice.tokens, decode_time(choice));
@@ -365,6 +374,14 @@ fn answer_tokens(plan: &Plan, model: &Model) -> usize {
         .map(each)
         .sum::<usize>()
         .saturating_mul(plan.params.n)
+}
+
+/// Completes when the time has come, if there is one.
+async fn passed(timer: &mut Option<Pin<Box<Sleep>>>) {
+    match timer {
+        Some(timer) => timer.as_mut().await,
+        None => pending().await,
+    }
 }
 
 /// The next event of those that have not ended, and its place among them.

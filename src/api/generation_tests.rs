@@ -125,6 +125,30 @@ async fn choices_that_all_end_without_a_token_are_one_failure() {
 }
 
 #[tokio::test]
+async fn a_deadline_is_kept_while_the_engine_is_silent() {
+    for (first, status) in [(Some(hi()), 200), (None, 504)] {
+        let (server, held) = held();
+        let body = asking(&json!({"n": 2, "timeout_ms": 500}));
+        let asked = tokio::spawn(async move { post(&server, CHAT, body).await });
+        let requests = come(&held).await;
+        if let Some(token) = first {
+            requests[0].events.send(token).unwrap();
+        }
+        let answer = tokio::time::timeout(LIMIT, asked).await.expect("it is not waited for");
+        let answer = answer.unwrap();
+        assert_eq!(answer.0, status, "{}", answer.1);
+        if status == 200 {
+            let cut = Some("deadline");
+            assert_eq!(choices(&answer.1), [("Hi", "length", cut), ("", "length", cut)]);
+        }
+        for request in requests {
+            assert!(request.events.is_closed());
+            assert_eq!(request.ended.get(), Some(&FinishReason::Deadline));
+        }
+    }
+}
+
+#[tokio::test]
 async fn the_engine_learns_whether_an_answer_ended_or_its_client_left() {
     let (server, held) = held();
     let body = asking(&json!({"n": 2, "stop": "Hi"}));
