@@ -12,7 +12,10 @@ use tempfile::NamedTempFile;
 /// Many wait behind many others.
 const LIMIT: Duration = Duration::from_secs(240);
 
-/// A server that runs one request at a time, for callers of these names and weights. A caller's key is its name.
+/// One that is behind many others is not refused for it.
+const PATIENT: [&str; 2] = ["--request-timeout", "24h"];
+
+/// A server and clients whose keys are their names.
 struct Keyed {
     server: Server,
     client: Client,
@@ -20,19 +23,22 @@ struct Keyed {
 }
 
 impl Keyed {
+    /// A server that runs one request at a time, for callers of these names and weights.
     fn start(callers: &[(&str, u32)]) -> Self {
-        let entry = |(name, weight): &(&str, u32)| {
-            let digest: String = sconce::api::hash_key(name)
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect();
-            format!("[[key]]\nname = \"{name}\"\nsha256 = \"{digest}\"\nweight = {weight}\nadmin = true\n")
-        };
+        let entries = callers
+            .iter()
+            .map(|(name, weight)| entry(name, &format!("weight = {weight}")));
+        Self::with(
+            &entries.collect::<String>(),
+            &[["--max-batch", "1"].as_slice(), &PATIENT].concat(),
+        )
+    }
+
+    fn with(entries: &str, arguments: &[&str]) -> Self {
         let keys = NamedTempFile::new().expect("a file");
-        fs::write(keys.path(), callers.iter().map(entry).collect::<String>()).expect("writes");
+        fs::write(keys.path(), entries).expect("writes");
         let path = keys.path().to_str().expect("text");
-        // One that is behind many others is not refused for it.
-        let server = Server::start(&["--api-keys", path, "--max-batch", "1", "--request-timeout", "24h"]);
+        let server = Server::start(&[["--api-keys", path].as_slice(), arguments].concat());
         let client = Client::builder().timeout(LIMIT).build().expect("a client");
         Self {
             server,
@@ -80,6 +86,15 @@ impl Keyed {
     }
 }
 
+/// A key of this name with more lines.
+fn entry(name: &str, lines: &str) -> String {
+    let digest: String = sconce::api::hash_key(name)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    format!("[[key]]\nname = \"{name}\"\nsha256 = \"{digest}\"\nadmin = true\n{lines}\n")
+}
+
 fn short() -> Value {
     completion(&[300, 301, 302, 303], 4)
 }
@@ -119,4 +134,32 @@ fn a_callers_urgent_request_goes_before_its_others() {
     let order = keyed.order(&asked);
     let place = order.iter().position(|name| *name == "urgent").expect("it is answered");
     assert!(place < 5, "{order:?}");
+}
+
+#[test]
+fn what_never_fits_is_refused_for_good_and_nobody_yields_to_it() {
+    let limits = ["--queue-tokens", "100", "--max-in-flight", "8"];
+    let keyed = Keyed::with(
+        &(entry("hold", "") + &entry("large", "")),
+        &[limits.as_slice(), &PATIENT].concat(),
+    );
+    let mut holding = completion(&[300, 301], 8000);
+    holding["stream"] = json!(true);
+    let _holding = keyed.post("hold", &holding).expect("the answer begins");
+    let mut many = short();
+    many["n"] = json!(9);
+    for (body, setting) in [
+        (completion(&[300; 101], 4), "--queue-tokens"),
+        (many, "--max-in-flight"),
+    ] {
+        let refused = keyed.post("large", &body).expect("an answer");
+        assert_eq!(refused.status(), 400);
+        assert!(!refused.headers().contains_key("retry-after"));
+        let answer: Value = refused.json().expect("JSON");
+        assert_eq!(answer["error"]["code"], "request_too_large");
+        let message = answer["error"]["message"].as_str().expect("a message");
+        assert!(message.contains(setting), "{message}");
+        // One that holds more would have to wait if it stood in the way of a refused one.
+        assert_eq!(keyed.post("hold", &short()).expect("an answer").status(), 200);
+    }
 }

@@ -249,6 +249,10 @@ impl ApiError {
 impl From<Refused> for ApiError {
     fn from(refused: Refused) -> Self {
         match refused {
+            Refused::TooLarge(excess) => Self {
+                code: Some("request_too_large"),
+                ..Self::invalid("", sentence(&excess.to_string()))
+            },
             Refused::Refused(refusal) => Self::for_now(
                 refusal.cause.label(),
                 sentence(&refusal.to_string()),

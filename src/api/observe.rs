@@ -6,7 +6,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Regi
 
 /// Causes of [`Observer::refused`] that stand at zero from the start: an error's code, where it has one. Any other
 /// error's code joins them when it first happens.
-const REFUSALS: [&str; 19] = [
+const REFUSALS: [&str; 20] = [
     "queue_full",
     "queue_tokens",
     "in_flight",
@@ -18,6 +18,7 @@ const REFUSALS: [&str; 19] = [
     "invalid_request",
     "unsupported_value",
     "context_length_exceeded",
+    "request_too_large",
     "body_too_large",
     "model_not_found",
     "unknown_url",

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Estimates, Line, Outlook, SequenceId, Work};
+use super::{Estimates, Limits, Line, Outlook, SequenceId, TooLarge, Work};
 use crate::request::Tenant;
 
 /// For so long after a refusal a tenant counts as wanting more: those that hold more than it yield meanwhile.
@@ -20,19 +20,6 @@ const ON_THE_WAY: f64 = 0.02;
 const SPARE_STEPS: f64 = 3.0;
 /// Requests that the scheduler has not seen yet are numbered from here.
 const UNSEEN: SequenceId = 1 << 63;
-
-/// The most that may be in the server.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Limits {
-    /// Requests that wait.
-    pub requests: usize,
-    /// Prompt tokens of requests that wait.
-    pub tokens: Option<usize>,
-    /// Requests that wait or run.
-    pub in_flight: Option<usize>,
-    /// The share of each of these that one API key may take.
-    pub key_share: f64,
-}
 
 /// A request at the gate.
 #[derive(Debug, Clone)]
@@ -165,6 +152,14 @@ impl Gate {
     pub fn ended(&mut self, id: SequenceId) {
         self.outlook.running.retain(|(_, work)| work.id != id);
         forget(&mut self.outlook, id);
+    }
+
+    /// Whether `asks` may be let in at any time; only then [`Self::ask`] whether they may be now.
+    ///
+    /// # Errors
+    /// [`TooLarge`]
+    pub fn check(&self, asks: &[Ask]) -> Result<(), TooLarge> {
+        self.limits.check(asks)
     }
 
     /// Lets all of `asks` in (the choices and prompts of one client request), or none of them. Refuses nobody for a
@@ -376,10 +371,17 @@ impl Gate {
         end * self.estimates.margin() + ON_THE_WAY
     }
 
-    /// Whether a server without anything else to do would answer in time.
+    /// Whether a server without anything else to do would answer all of them in time.
     fn fits_alone(&self, asks: &[Ask], now: Instant) -> bool {
-        let mut works = asks.iter().map(|ask| self.work(UNSEEN, ask));
-        works.all(|work| self.stretched(self.alone(&work)) <= left(&work, now))
+        let works: Vec<Work> = asks.iter().map(|ask| self.work(UNSEEN, ask)).collect();
+        let idle = Outlook {
+            running: Vec::new(),
+            lines: Vec::new(),
+            ..self.outlook
+        };
+        let ends = idle.ends(&self.estimates.step, &works);
+        let mut answers = works.iter().zip(ends);
+        answers.all(|(work, end)| self.stretched(end) <= left(work, now))
     }
 
     /// Seconds until something that runs has ended.

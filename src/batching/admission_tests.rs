@@ -452,31 +452,54 @@ fn who_has_ended_no_longer_stands_in_the_way() {
     assert!(world.gate.ask(&[ask], world.now).is_ok(), "before any new outlook");
 }
 
-/// Near its deadline a request has a few steps to spare; only who holds far less than others may use them.
-#[test]
-fn steps_are_left_to_spare() {
-    let mut world = World::new(limits());
-    for step in 0..100 {
-        world.estimates.step.observe(step % 3 * 10, 1 + step % 5, 0.1);
-    }
-    let now = world.now;
-    let asked = |tenant: &Arc<Tenant>, seconds: f64| Ask {
+/// One who takes ten steps and has so many seconds.
+fn ten_steps(tenant: &Arc<Tenant>, now: Instant, seconds: f64) -> Ask {
+    Ask {
         tenant: tenant.clone(),
         priority: 0,
         prompt: 4,
         max_tokens: 10,
         deadline: Some(now + Duration::from_secs_f64(seconds)),
-    };
+    }
+}
+
+/// A gate that knows steps of 0.1 s, whatever they run, and has let in one with ten of them and all the time it needs:
+/// alone or beside others that takes 1 s, stretched to 1.2 s.
+fn at_ten_steps_of(tenant: &Arc<Tenant>) -> (Gate, Instant) {
+    let mut world = World::new(limits());
+    for step in 0..100 {
+        world.estimates.step.observe(step % 3 * 10, 1 + step % 5, 0.1);
+    }
+    let now = world.now;
+    let mut gate = world.gate;
+    gate.update(world.scheduler.outlook(&world.estimates, now), &world.estimates);
+    gate.ask(&[ten_steps(tenant, now, 60.0)], now).unwrap();
+    (gate, now)
+}
+
+/// Near its deadline a request has a few steps to spare; only who holds far less than others may use them.
+#[test]
+fn steps_are_left_to_spare() {
     let (rich, poor) = (tenant("rich"), tenant("poor"));
-    // Each alone or beside others takes ten steps of 0.1 s, stretched to 1.2 s.
     let accepts = |tenant: &Arc<Tenant>, seconds: f64| {
-        let mut gate = Gate::new(limits(), world.scheduler.outlook(&world.estimates, now));
-        gate.update(world.scheduler.outlook(&world.estimates, now), &world.estimates);
-        gate.ask(&[asked(&rich, 60.0)], now).unwrap();
-        gate.ask(&[asked(tenant, seconds)], now).is_ok()
+        let (mut gate, now) = at_ten_steps_of(&rich);
+        gate.ask(&[ten_steps(tenant, now, seconds)], now).is_ok()
     };
     assert!(accepts(&rich, 1.6));
     assert!(!accepts(&rich, 1.3));
     assert!(accepts(&poor, 1.3));
     assert!(!accepts(&poor, 1.0));
+}
+
+/// Choices that would not all be in time with the server to themselves, as one of them alone would, are refused without
+/// costing others their turn.
+#[test]
+fn nobody_yields_to_choices_that_never_fit() {
+    let (rich, poor) = (tenant("rich"), tenant("poor"));
+    let (mut gate, now) = at_ten_steps_of(&rich);
+    // A step runs a hundred rows, so the other fifty need ten steps more.
+    let choices = vec![ten_steps(&poor, now, 1.6); 150];
+    assert_eq!(gate.ask(&choices, now).unwrap_err().cause, Cause::Deadline);
+    let next = gate.ask(&[ten_steps(&rich, now, 60.0)], now);
+    assert!(next.is_ok(), "{next:?}");
 }

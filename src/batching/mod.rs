@@ -4,6 +4,7 @@
 mod admission;
 mod blocks;
 mod buckets;
+mod limits;
 mod lru;
 mod namespace;
 mod outlook;
@@ -14,9 +15,10 @@ mod queue;
 mod scheduler;
 mod window;
 
-pub use admission::{Accepted, Ask, Cause, Gate, Limits, Refusal};
+pub use admission::{Accepted, Ask, Cause, Gate, Refusal};
 pub use blocks::{BlockCounts, BlockId, BlockPool, PinCounts};
 pub use buckets::{Buckets, BucketsError};
+pub use limits::{Limits, TooLarge};
 pub use namespace::{CacheScope, Namespace};
 pub use outlook::{Line, Outlook, Work};
 pub use policy::{Schedule, WindowPolicy};

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::run::Client;
+use super::{Refused, run::Client};
 use crate::{
     batching::{Ask, Estimates, Gate, Plan, Refusal, Scheduler, SequenceId},
     request::Request,
@@ -51,7 +51,7 @@ impl SharedGate {
     }
 
     /// Lets all of `requests` in or none.
-    pub fn ask(&self, requests: &[Request], now: Instant) -> Result<Accepted, Refusal> {
+    pub fn ask(&self, requests: &[Request], now: Instant) -> Result<Accepted, Refused> {
         let ask = |request: &Request| Ask {
             tenant: request.tenant.clone(),
             priority: request.priority,
@@ -60,7 +60,10 @@ impl SharedGate {
             deadline: request.deadline,
         };
         let asks: Vec<Ask> = requests.iter().map(ask).collect();
-        let accepted = self.lock().ask(&asks, now)?;
+        let mut gate = self.lock();
+        gate.check(&asks)?;
+        let accepted = gate.ask(&asks, now)?;
+        drop(gate);
         let place = |id| Place { id, gate: self.clone() };
         Ok(Accepted {
             places: accepted.ids.into_iter().map(place).collect(),

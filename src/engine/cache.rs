@@ -91,10 +91,7 @@ impl Handle {
     pub async fn pin(&self, mut request: Request, pin: PinRequest) -> Result<PinInfo, PinFailed> {
         let (events, mut ended) = mpsc::unbounded_channel();
         request.events = events;
-        let mut accepted = self
-            .gate
-            .ask(std::slice::from_ref(&request), Instant::now())
-            .map_err(Refused::from)?;
+        let mut accepted = self.gate.ask(std::slice::from_ref(&request), Instant::now())?;
         let Some(place) = accepted.places.pop() else {
             return Err(Refused::EngineLost.into());
         };

@@ -38,7 +38,7 @@ pub use model::{LoadError, Settings, Weights, default_dtype};
 pub use watch::{End, Guard};
 
 use crate::{
-    batching::{Change, Config, ConfigError, Estimates, Gate, Limits, Refusal},
+    batching::{Change, Config, ConfigError, Estimates, Gate, Limits, Refusal, TooLarge},
     request::Request,
     telemetry::{
         EngineMetrics,
@@ -86,6 +86,8 @@ struct Queued {
 /// Why the engine did not take a request. Nothing of it was queued.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Refused {
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
     #[error(transparent)]
     Refused(#[from] Refusal),
     #[error("the engine failed and is being started again; try again in a moment")]

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::{
-    batching::{Buckets, CacheScope, Cause, Config, Schedule, WindowPolicy},
+    batching::{Buckets, CacheScope, Config, Schedule, WindowPolicy},
     commands::model_files,
     request::{Event, Failure, FinishReason, Sampling, Tenant, TokenId},
 };
@@ -256,7 +256,7 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     let five: Vec<_> = (0..5).map(|_| request(prompt.clone(), greedy(1)).0).collect();
     let refused = handle.submit(five).unwrap_err();
     assert!(
-        matches!(&refused, Refused::Refused(refusal) if refusal.cause == Cause::Requests { limit: 4 }),
+        matches!(refused, Refused::TooLarge(_)) && refused.to_string().contains("at most 4 (`--queue`)"),
         "{refused}"
     );
 
