@@ -76,7 +76,7 @@ fn allowed(key: &Key, path: &str) -> Result<(), ApiError> {
 /// Counts the request if it asks for work, and tells those behind whose it is.
 fn enter(key: &Arc<Key>, request: &mut Request) -> Result<(), ApiError> {
     let place = match *request.method() {
-        Method::POST => key.admit()?.map(Arc::new),
+        Method::POST => Some(Arc::new(key.admit()?)),
         _ => None,
     };
     if let Some(caller) = request.extensions_mut().get_mut::<Caller>() {

@@ -7,7 +7,6 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::Sleep;
 
@@ -16,7 +15,7 @@ use super::choice::{Choice, Delta};
 use super::deadline;
 use super::ending::Running;
 use super::error::ApiError;
-use super::keys::Reservation;
+use super::keys::{InFlight, Reservation};
 use super::middleware::Caller;
 use super::observe::Place;
 use super::params::Params;
@@ -102,7 +101,7 @@ pub(super) struct Generation {
     /// What the caller's key was charged.
     reservation: Option<Reservation>,
     /// Kept from others of the same key until this has ended.
-    _place: Option<Arc<OwnedSemaphorePermit>>,
+    _place: Option<Arc<InFlight>>,
 }
 
 impl Generation {

@@ -6,13 +6,12 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tokio::sync::OwnedSemaphorePermit;
 use tracing::{Instrument, Span};
 
 use super::Server;
 use super::access::{Exchange, Report};
 use super::error::ApiError;
-use super::keys::{Key, Reservation};
+use super::keys::{InFlight, Key, Reservation};
 use super::observe::Place;
 use crate::request::Tenant;
 
@@ -31,7 +30,7 @@ pub(super) struct Caller {
     /// Their key, where there are keys.
     pub key: Option<Arc<Key>>,
     /// The key's place that this request takes until its answer has ended.
-    pub place: Option<Arc<OwnedSemaphorePermit>>,
+    pub place: Option<Arc<InFlight>>,
 }
 
 impl Caller {

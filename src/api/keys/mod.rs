@@ -7,10 +7,11 @@ use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 
 use super::error::ApiError;
 use crate::request::Tenant;
@@ -43,7 +44,18 @@ pub(super) struct Key {
     pub tenant: Arc<Tenant>,
     requests: Option<Arc<Limiter>>,
     tokens: Option<Arc<Limiter>>,
-    in_flight: Option<Arc<Semaphore>>,
+    /// How many requests run, whether or not that is limited: a limit may come.
+    in_flight: Arc<AtomicUsize>,
+}
+
+/// One of a key's requests, from its admission to the end of its answer.
+#[derive(Debug)]
+pub(super) struct InFlight(Arc<AtomicUsize>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Whether lines for a file of keys are right.
@@ -116,7 +128,8 @@ impl Table {
 }
 
 impl Key {
-    /// `old` is the key of the same name before: a limit that stays keeps its count, also when the secret changes.
+    /// `old` is the key of the same name before: a quota that stays keeps its count, also when the secret changes, and
+    /// what runs is counted whatever changes.
     fn new(old: Option<&Key>, entry: Entry) -> Self {
         let limiter = |limit: Option<NonZeroU32>, old: Option<&Arc<Limiter>>| {
             limit.map(|limit| match old.filter(|old| old.limit() == limit) {
@@ -124,14 +137,6 @@ impl Key {
                 None => Arc::new(Limiter::a_minute(limit)),
             })
         };
-        let in_flight = entry.max_in_flight.map(|most| match old {
-            Some(Key {
-                entry: was,
-                in_flight: Some(permits),
-                ..
-            }) if was.max_in_flight == Some(most) => permits.clone(),
-            _ => Arc::new(Semaphore::new(most.get() as usize)),
-        });
         Self {
             tenant: Arc::new(Tenant {
                 name: entry.name.clone(),
@@ -139,7 +144,7 @@ impl Key {
             }),
             requests: limiter(entry.requests_per_minute, old.and_then(|old| old.requests.as_ref())),
             tokens: limiter(entry.tokens_per_minute, old.and_then(|old| old.tokens.as_ref())),
-            in_flight,
+            in_flight: old.map(|old| old.in_flight.clone()).unwrap_or_default(),
             entry,
         }
     }
@@ -152,19 +157,17 @@ impl Key {
         self.entry.admin
     }
 
-    /// Counts one request and gives it one of the key's places, which is free again when the place is dropped.
-    pub fn admit(&self) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
-        let place = match &self.in_flight {
-            Some(places) => Some(places.clone().try_acquire_owned().map_err(|_| {
-                let most = self.entry.max_in_flight.map_or(0, NonZeroU32::get);
-                ApiError::quota(
-                    "in_flight",
-                    format!("This key's {most} requests at a time are all running."),
-                    Some(1),
-                )
-            })?),
-            None => None,
-        };
+    /// Counts one request, which takes one of the key's places until what this gives is dropped.
+    pub fn admit(&self) -> Result<InFlight, ApiError> {
+        let most = self.entry.max_in_flight.map_or(u32::MAX, NonZeroU32::get);
+        let one_more = |running: usize| (running < most as usize).then_some(running + 1);
+        self.in_flight
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
+            .map_err(|_| {
+                let message = format!("This key's {most} requests at a time are all running.");
+                ApiError::quota("in_flight", message, Some(1))
+            })?;
+        let place = InFlight(self.in_flight.clone());
         if let Some(limiter) = &self.requests {
             limiter
                 .charge(NonZeroU32::MIN)

@@ -165,6 +165,22 @@ async fn a_place_is_free_again_when_its_answer_has_been_read() {
 }
 
 #[tokio::test]
+async fn what_runs_counts_whatever_the_limit_becomes() {
+    let Fixture { file, keys, server } = fixture(&lines("ann", "sk-ann", ""));
+    let stream = json!({"messages": [{"role": "user", "content": "Hello"}], "stream": true});
+    let mut running = vec![ask(&server, "sk-ann", "POST", CHAT, stream).await];
+    for (limit, status) in [("max-in-flight = 1", 429), ("max-in-flight = 2", 200), ("", 200)] {
+        std::fs::write(file.path(), lines("ann", "sk-ann", limit)).unwrap();
+        keys.reload().unwrap();
+        assert_eq!(chat(&server, "sk-ann", 4).await.status(), status, "{limit}");
+    }
+    running.clear();
+    std::fs::write(file.path(), lines("ann", "sk-ann", "max-in-flight = 1")).unwrap();
+    keys.reload().unwrap();
+    assert_eq!(chat(&server, "sk-ann", 4).await.status(), 200);
+}
+
+#[tokio::test]
 async fn a_changed_file_takes_effect_and_a_broken_one_none() {
     let Fixture { file, keys, server } = fixture(&lines("ann", "sk-ann", "requests-per-minute = 1"));
     assert_eq!(chat(&server, "sk-ann", 4).await.status(), 200);
