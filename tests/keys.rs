@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::{fs, sync::Mutex, thread, time::Duration};
+use std::{fs, io::Write, net::TcpStream, sync::Mutex, thread, time::Duration};
 
 use common::{Server, completion};
 use reqwest::blocking::Client;
@@ -162,4 +162,39 @@ fn what_never_fits_is_refused_for_good_and_nobody_yields_to_it() {
         // One that holds more would have to wait if it stood in the way of a refused one.
         assert_eq!(keyed.post("hold", &short()).expect("an answer").status(), 200);
     }
+}
+
+#[test]
+fn a_prompt_to_pin_is_used_although_its_client_leaves() {
+    const LIMIT_A_MINUTE: usize = 3000;
+    let room = [
+        "--max-model-len",
+        "4096",
+        "--kv-memory",
+        "640MiB",
+        "--pin-memory",
+        "0.5",
+    ];
+    let slow = ["--max-batch", "1", "--step-tokens", "4"];
+    let keyed = Keyed::with(
+        &(entry("hold", "") + &entry("pins", &format!("tokens-per-minute = {LIMIT_A_MINUTE}"))),
+        &[room.as_slice(), &slow, &PATIENT].concat(),
+    );
+    let body = json!({"prompt": vec![300; LIMIT_A_MINUTE]}).to_string();
+    let mut socket = TcpStream::connect(keyed.server.address()).expect("connects");
+    write!(
+        socket,
+        "POST /v1/cache/prompts HTTP/1.1\r\nhost: x\r\nauthorization: Bearer pins\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .expect("sends");
+    keyed.wait_until("sconce_running", 1.0);
+    drop(socket);
+    keyed.wait_until("sconce_running", 0.0);
+    let asked = keyed.client.get(keyed.server.url("/v1/models")).bearer_auth("pins");
+    let answer = asked.send().expect("an answer");
+    let left = answer.headers()["x-ratelimit-remaining-tokens"].to_str().expect("text");
+    // Some of it has been earned back; all of it takes a minute.
+    let left: usize = left.parse().expect("a number");
+    assert!(left < LIMIT_A_MINUTE * 2 / 3, "{left}");
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 
+use super::deadline::overdue;
 use super::error::ApiError;
 use super::middleware::Caller;
 use super::params::cache_salt;
@@ -19,7 +20,7 @@ use super::types::MessageBody;
 use super::{Model, Server, body, completions, messages};
 use crate::batching::{AUTOMATIC_PIN_REQUESTS, CachedPrefix, PinError};
 use crate::engine::{CacheReport, Handle, PinFailed, PinInfo, PinRequest};
-use crate::request::{Request, Sampling, Tenant, TokenId};
+use crate::request::{Failure, Request, Sampling, Tenant, TokenId};
 
 /// The longest time for which a prompt is pinned, in seconds: ten years.
 const MAX_TTL: f64 = 3650.0 * 24.0 * 3600.0;
@@ -135,13 +136,22 @@ pub(super) async fn pin(
     let mut request = request(asked.tokens, asked.cache_salt, caller.tenant.clone(), arrival);
     request.id = caller.id;
     request.deadline = server.request_timeout().map(|timeout| arrival + timeout);
-    let answer = engine.pin(request, pin).await;
-    // What was refused cost nothing.
-    let free = matches!(answer, Err(PinFailed::Refused(_) | PinFailed::Pin(_)));
-    if let Some(reservation) = reservation.as_mut().filter(|_| !free) {
-        reservation.used(prompt_tokens);
-    }
-    Ok(Json(pinned(answer?)))
+    let deadline = request.deadline;
+    // It is used from then on, even if its client does not wait for the answer.
+    let admitted = || {
+        if let Some(reservation) = reservation.as_mut() {
+            reservation.used(prompt_tokens);
+        }
+    };
+    let pinning = engine.pin(request, pin, admitted);
+    let answer = match deadline {
+        Some(deadline) => tokio::select! {
+            answer = pinning => answer?,
+            () = overdue(deadline) => return Err(Failure::DeadlinePassed.into()),
+        },
+        None => pinning.await?,
+    };
+    Ok(Json(pinned(answer)))
 }
 
 /// `DELETE /v1/cache/prompts/{id}`
@@ -186,7 +196,7 @@ pub async fn pin_configured(model: &Model, engine: &Handle, prompts: &[Configure
         };
         let request = request(asked.tokens, asked.cache_salt, Arc::new(tenant), Instant::now());
         engine
-            .pin(request, pin)
+            .pin(request, pin, || ())
             .await
             .map_err(|error| refuse(error.to_string()))?;
     }

@@ -87,8 +87,14 @@ pub struct CacheReport {
 
 impl Handle {
     /// Computes a request's prompt and pins its full blocks; what the request says of sampling does not matter, nor
-    /// does where its events go. Takes a place in the queue until a batch takes it.
-    pub async fn pin(&self, mut request: Request, pin: PinRequest) -> Result<PinInfo, PinFailed> {
+    /// does where its events go. Takes a place in the queue until a batch takes it, which `admitted` hears of: from then
+    /// on the prompt costs time, whatever comes of it.
+    pub async fn pin(
+        &self,
+        mut request: Request,
+        pin: PinRequest,
+        mut admitted: impl FnMut(),
+    ) -> Result<PinInfo, PinFailed> {
         let (events, mut ended) = mpsc::unbounded_channel();
         request.events = events;
         let mut accepted = self.gate.ask(std::slice::from_ref(&request), Instant::now())?;
@@ -108,9 +114,22 @@ impl Handle {
         });
         let message = Message::Pin(queued, PinOrder { pin, reply });
         self.queue.send(message).map_err(|_| Refused::EngineLost)?;
-        if let Some(pinned) = self.reply(replied).await {
+        let mut reply = std::pin::pin!(self.reply(replied));
+        let pinned = loop {
+            tokio::select! {
+                biased;
+                Some(event) = ended.recv() => match event {
+                    Event::Admitted { .. } => admitted(),
+                    Event::Failed(failure) => return Err(failure.into()),
+                    _ => {}
+                },
+                pinned = &mut reply => break pinned,
+            }
+        };
+        if let Some(pinned) = pinned {
             return Ok(pinned?);
         }
+        // Whoever gave the engine up says so to all who wait.
         while let Some(event) = ended.recv().await {
             if let Event::Failed(failure) = event {
                 return Err(failure.into());

@@ -306,7 +306,7 @@ fn a_prompt_is_pinned_while_others_decode() {
         shared: false,
         ttl: None,
     };
-    let pinned = runtime.block_on(handle.pin(prompt, order)).unwrap();
+    let pinned = runtime.block_on(handle.pin(prompt, order, || ())).unwrap();
     assert_eq!(pinned.tokens, 12);
     let report = runtime.block_on(handle.cache_report("anyone".into())).unwrap();
     assert_eq!((report.pins.asked, report.prompts.len()), (3, 1));
