@@ -59,3 +59,34 @@ pub(super) async fn unknown_path(method: Method, uri: Uri) -> ApiError {
 pub(super) async fn wrong_method(method: Method, uri: Uri) -> ApiError {
     ApiError::wrong_method(method.as_str(), uri.path())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{get, model, post, saying};
+    use super::*;
+    use crate::engine::Handle;
+
+    async fn refuses(server: &Arc<Server>) {
+        for (status, answer) in [
+            get(server, "/ready").await,
+            post(server, "/v1/completions", json!({"prompt": "x"})).await,
+        ] {
+            assert_eq!((status, &answer["error"]["code"]), (503, &json!("engine_lost")));
+        }
+        assert_eq!(get(server, "/health").await.0, 200);
+    }
+
+    #[tokio::test]
+    async fn a_server_whose_engine_is_lost_is_not_ready_until_there_is_another() {
+        let (server, _) = saying("Hi");
+        server.restarting();
+        refuses(&server).await;
+        let mut lost = model();
+        lost.engine = Some(Handle::lost());
+        server.serve_model(Arc::new(lost));
+        // Nobody has noted it yet.
+        refuses(&server).await;
+        server.serve_model(Arc::new(model()));
+        assert_eq!(get(&server, "/ready").await.0, 200);
+    }
+}

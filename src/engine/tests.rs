@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::{
-    batching::{Buckets, CacheScope, Config, Schedule, WindowPolicy},
+    batching::{Buckets, CacheScope, Config, Outlook, Schedule, WindowPolicy},
     commands::model_files,
     request::{Event, Failure, FinishReason, Sampling, Tenant, TokenId},
 };
@@ -110,6 +110,29 @@ fn mixed(count: u64) -> Vec<(Vec<TokenId>, Sampling)> {
         (prompt, sampling)
     };
     (0..count).map(&mut one).collect()
+}
+
+impl Handle {
+    /// The way into an engine that has been given up.
+    pub(crate) fn lost() -> Self {
+        let (queue, _) = mpsc::unbounded_channel();
+        let outlook = Outlook {
+            schedule: Schedule::Continuous,
+            max_batch: 1,
+            step_tokens: 1,
+            capacity: 1,
+            running: Vec::new(),
+            lines: Vec::new(),
+        };
+        let watch = watch::Watch::new();
+        watch.tell(&End::Hung);
+        Self {
+            queue,
+            gate: SharedGate::new(Gate::new(places(1), outlook)),
+            timeline: Arc::default(),
+            watch,
+        }
+    }
 }
 
 /// No limit but this many requests that wait.
