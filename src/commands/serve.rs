@@ -243,6 +243,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_gate_has_the_limits_that_the_settings_name() {
+        let words = "sconce serve --queue 11 --queue-tokens 22 --max-in-flight 33 --key-share 0.25";
+        let parsed = config::parse(words.split(' ').map(std::ffi::OsString::from)).unwrap();
+        let config::Command::Serve(settings) = parsed.command else {
+            panic!()
+        };
+        let expected = batching::Limits {
+            requests: 11,
+            tokens: Some(22),
+            in_flight: Some(33),
+            key_share: 0.25,
+        };
+        assert_eq!(limits(&settings), expected);
+    }
+
+    #[test]
     fn metrics_page_is_up_to_date() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/metrics.md");
         let page = telemetry::page(&metrics().unwrap().0);
