@@ -12,11 +12,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 
+use super::bounded::{Given, Prompts};
 use super::deadline::overdue;
 use super::error::ApiError;
 use super::middleware::Caller;
 use super::params::cache_salt;
-use super::types::MessageBody;
+use super::types::Messages;
 use super::{Model, Server, body, completions, messages};
 use crate::batching::{AUTOMATIC_PIN_REQUESTS, CachedPrefix, PinError};
 use crate::engine::{CacheReport, Handle, PinFailed, PinInfo, PinRequest};
@@ -32,7 +33,7 @@ const SHOWN: usize = 10;
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ConfiguredPrompt {
     prompt: Option<String>,
-    messages: Option<Vec<MessageBody>>,
+    messages: Option<Messages>,
     /// Whose it is; without this and a salt it is everyone's.
     tenant: Option<String>,
     cache_salt: Option<String>,
@@ -50,8 +51,8 @@ pub struct NotPinned {
 #[serde(default)]
 struct PinBody {
     model: Option<String>,
-    prompt: Value,
-    messages: Option<Vec<MessageBody>>,
+    prompt: Prompts,
+    messages: Option<Messages>,
     /// Whether the text ends where the assistant's turn begins: `false`, since requests go on in other ways.
     add_generation_prompt: Option<bool>,
     cache_salt: Option<String>,
@@ -181,7 +182,7 @@ pub async fn pin_configured(model: &Model, engine: &Handle, prompts: &[Configure
         let shared = tenant.is_none() && salt.is_none();
         let tenant = tenant.map_or_else(Tenant::anyone, |name| Tenant { name, weight: 1 });
         let body = PinBody {
-            prompt: prompt.map_or(Value::Null, Value::String),
+            prompt: prompt.map_or(Prompts::Missing, |text| Prompts::One(Given::Text(text))),
             messages,
             cache_salt: salt,
             shared: Some(shared),
@@ -219,7 +220,7 @@ fn checked(model: &Model, body: PinBody) -> Result<Asked, ApiError> {
         ttl => ttl.map(Duration::from_secs_f64),
     };
     let tokens = match (body.prompt, body.messages) {
-        (Value::Null, Some(messages)) => {
+        (Prompts::Missing, Some(messages)) => {
             let end = body.add_generation_prompt.unwrap_or(false);
             messages::prompt(model, Some(messages), end)?.tokens
         }

@@ -13,7 +13,7 @@ use super::deadline;
 use super::error::ApiError;
 use super::generation::Plan;
 use super::middleware::Caller;
-use super::params::{Params, asks_nothing, chat_logprobs};
+use super::params::{Params, chat_logprobs};
 use super::respond::respond;
 use super::shape::Shape;
 use super::types::Body;
@@ -35,7 +35,7 @@ pub(super) async fn chat_completions(
 
 fn plan(model: &Arc<Model>, mut body: Body) -> Result<Plan, ApiError> {
     let name = model.served_name(body.model.as_deref())?;
-    if body.echo == Some(true) || !asks_nothing(&body.prompt) {
+    if body.echo == Some(true) || !body.prompt.is_empty() {
         let field = if body.echo == Some(true) { "echo" } else { "prompt" };
         return Err(ApiError::unsupported(
             field,

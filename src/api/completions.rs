@@ -8,8 +8,8 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::Response;
-use serde_json::Value;
 
+use super::bounded::{Given, Prompts};
 use super::deadline;
 use super::error::ApiError;
 use super::generation::{Plan, Prompt};
@@ -84,13 +84,6 @@ fn plan(model: &Arc<Model>, mut body: Body, max_choices: usize) -> Result<Plan, 
     })
 }
 
-/// One prompt as it was sent.
-#[derive(Debug, PartialEq)]
-pub(super) enum Given {
-    Text(String),
-    Tokens(Vec<TokenId>),
-}
-
 impl Given {
     fn check(self, model: &Model, param: &str, echo: bool) -> Result<Prompt, ApiError> {
         match self {
@@ -101,7 +94,8 @@ impl Given {
             }
             Self::Tokens(tokens) => {
                 check_tokens(model, param, &tokens)?;
-                let echo = if echo {
+                // What does not fit is refused below, and not made into text before.
+                let echo = if echo && tokens.len() < model.max_model_len {
                     model.tokenizer.decode(&tokens, true)
                 } else {
                     String::new()
@@ -113,7 +107,7 @@ impl Given {
 }
 
 /// A prompt that is a string or a list of token ids, and not several.
-pub(super) fn only_prompt(model: &Model, prompt: Value) -> Result<Prompt, ApiError> {
+pub(super) fn only_prompt(model: &Model, prompt: Prompts) -> Result<Prompt, ApiError> {
     match <[Given; 1]>::try_from(split(prompt)?) {
         Ok([given]) => given.check(model, "prompt", false),
         Err(_) => Err(ApiError::invalid("prompt", "Send one prompt at a time.")),
@@ -128,70 +122,24 @@ pub(super) fn check_tokens(model: &Model, param: &str, tokens: &[TokenId]) -> Re
     }
 }
 
-/// A string, a list of strings, a list of token ids, or a list of those.
-fn split(prompt: Value) -> Result<Vec<Given>, ApiError> {
-    let wrong = || {
-        let message = "`prompt` must be a string, a list of strings, a list of token ids, or a list of those lists.";
-        ApiError::invalid("prompt", message)
-    };
-    let items = match prompt {
-        Value::String(text) => return Ok(vec![Given::Text(text)]),
-        Value::Array(items) => items,
-        Value::Null => return Err(ApiError::invalid("prompt", "`prompt` is missing.")),
-        _ => return Err(wrong()),
-    };
-    match items.first() {
-        Some(Value::Number(_)) => Ok(vec![Given::Tokens(tokens(&items).ok_or_else(wrong)?)]),
-        Some(_) => items.into_iter().map(|item| one(item).ok_or_else(wrong)).collect(),
-        None => Err(ApiError::invalid(
+/// The prompts, of which there is at least one.
+fn split(prompts: Prompts) -> Result<Vec<Given>, ApiError> {
+    match prompts {
+        Prompts::One(prompt) => Ok(vec![prompt]),
+        Prompts::Missing => Err(ApiError::invalid("prompt", "`prompt` is missing.")),
+        Prompts::Many(prompts) if prompts.is_empty() => Err(ApiError::invalid(
             "prompt",
             "`prompt` is an empty list; send at least one prompt.",
         )),
+        Prompts::Many(prompts) => Ok(prompts),
     }
-}
-
-fn one(item: Value) -> Option<Given> {
-    match item {
-        Value::String(text) => Some(Given::Text(text)),
-        Value::Array(ids) => tokens(&ids).map(Given::Tokens),
-        _ => None,
-    }
-}
-
-fn tokens(ids: &[Value]) -> Option<Vec<TokenId>> {
-    ids.iter()
-        .map(|id| id.as_u64().and_then(|id| TokenId::try_from(id).ok()))
-        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::testing::model;
     use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn a_prompt_is_given_in_four_ways() {
-        let text = |text: &str| Given::Text(text.to_string());
-        assert_eq!(split(json!("a")), Ok(vec![text("a")]));
-        assert_eq!(split(json!(["a", "b"])), Ok(vec![text("a"), text("b")]));
-        assert_eq!(split(json!([1, 2])), Ok(vec![Given::Tokens(vec![1, 2])]));
-        assert_eq!(
-            split(json!([[1], [2, 3]])),
-            Ok(vec![Given::Tokens(vec![1]), Given::Tokens(vec![2, 3])])
-        );
-        for wrong in [
-            json!(null),
-            json!([]),
-            json!(7),
-            json!([1, "a"]),
-            json!([1, -1]),
-            json!([{}]),
-            json!([["a"]]),
-        ] {
-            assert!(split(wrong.clone()).is_err(), "{wrong}");
-        }
-    }
+    use serde_json::{Value, json};
 
     #[test]
     fn a_prompt_must_be_the_models_and_fit() {
@@ -209,6 +157,9 @@ mod tests {
             "context_length_exceeded"
         );
         assert_eq!(plan(json!(vec!["a"; 5])).unwrap_err()["param"], "prompt");
+        for none in [json!(null), json!([])] {
+            assert_eq!(plan(none).unwrap_err()["param"], "prompt");
+        }
         assert_eq!(plan(json!([vec![5; 8191]])), Ok(1));
     }
 }

@@ -1,29 +1,22 @@
 //! A conversation, checked, and turned into the model's prompt.
 
-use serde_json::Value;
-
 use super::Model;
+use super::bounded::{Asked, TextOr};
 use super::error::ApiError;
 use super::generation::Prompt;
-use super::params::asks_nothing;
-use super::types::MessageBody;
+use super::types::{MAX_PARTS, MessageBody, Messages, PartBody};
 use crate::text::{Message, Tokenizer};
 
-/// More turns than any conversation that fits a context has.
-const MAX_MESSAGES: usize = 4096;
-/// Text parts of one message.
-const MAX_PARTS: usize = 256;
 /// Bytes of a name or a call's id.
 const MAX_NAME: usize = 256;
 
 /// The tokens of a conversation, known to fit the model's context.
 pub(super) fn prompt(
     model: &Model,
-    messages: Option<Vec<MessageBody>>,
+    messages: Option<Messages>,
     add_generation_prompt: bool,
 ) -> Result<Prompt, ApiError> {
     let text = render(model, messages, add_generation_prompt)?;
-    check_length(model, "messages", text.len())?;
     let tokens = model.tokenizer.encode_chat(&text, false)?;
     Prompt::new(model, "messages", tokens, String::new())
 }
@@ -32,36 +25,36 @@ pub(super) fn prompt(
 /// are those of [`Tokenizer::encode_chat`].
 pub(super) fn render(
     model: &Model,
-    messages: Option<Vec<MessageBody>>,
+    messages: Option<Messages>,
     add_generation_prompt: bool,
 ) -> Result<String, ApiError> {
-    let messages = messages.filter(|messages| !messages.is_empty());
+    let messages = messages
+        .map(|messages| messages.0)
+        .filter(|messages| !messages.is_empty());
     let messages = messages.ok_or_else(|| ApiError::invalid("messages", "`messages` is empty; send at least one."))?;
-    if messages.len() > MAX_MESSAGES {
-        let message = format!(
-            "`messages` has {} messages; the most is {MAX_MESSAGES}.",
-            messages.len()
-        );
-        return Err(ApiError::invalid("messages", message));
-    }
-    let bytes = messages
-        .iter()
-        .filter_map(|message| message.content.as_str())
-        .map(str::len)
-        .sum();
-    check_length(model, "messages", bytes)?;
-    let messages: Vec<Message> = messages
+    let messages = messages
         .into_iter()
         .enumerate()
-        .map(|(i, message)| check(i, message).map(|message| defused(&model.tokenizer, message)))
-        .collect::<Result<_, _>>()?;
+        .map(|(i, message)| check(i, message))
+        .collect::<Result<Vec<_>, _>>()?;
+    check_length(
+        model,
+        "messages",
+        messages.iter().map(|message| message.content.len()).sum(),
+    )?;
+    let messages: Vec<Message> = messages
+        .into_iter()
+        .map(|message| defused(&model.tokenizer, message))
+        .collect();
     let template = model.template.as_ref().ok_or_else(|| {
         ApiError::invalid(
             "messages",
             "The model has no chat template; use /v1/completions with a prompt.",
         )
     })?;
-    Ok(template.render(&messages, add_generation_prompt)?)
+    let text = template.render(&messages, add_generation_prompt)?;
+    check_length(model, "messages", text.len())?;
+    Ok(text)
 }
 
 /// Refuses a text that is too long even if each of its tokens were the vocabulary's longest, before it costs the time
@@ -99,11 +92,11 @@ fn check(index: usize, message: MessageBody) -> Result<Message, ApiError> {
         }
         None => return Err(ApiError::invalid(at("role"), "The message has no role.")),
     };
-    for (field, value) in [
+    for (field, asked) in [
         ("tool_calls", &message.tool_calls),
         ("function_call", &message.function_call),
     ] {
-        if !asks_nothing(value) {
+        if *asked != Asked::Nothing {
             return Err(ApiError::unsupported(
                 at(field),
                 "Tool calls are not supported by this server.",
@@ -125,50 +118,42 @@ fn check(index: usize, message: MessageBody) -> Result<Message, ApiError> {
 }
 
 /// A string, or a list of text parts, which are put together line by line.
-fn content(content: Value, at: &str) -> Result<String, ApiError> {
+fn content(content: Option<TextOr<PartBody, MAX_PARTS>>, at: &str) -> Result<String, ApiError> {
     match content {
-        Value::String(text) => Ok(text),
-        Value::Array(parts) if parts.len() > MAX_PARTS => {
-            let message = format!("The content has {} parts; the most is {MAX_PARTS}.", parts.len());
-            Err(ApiError::invalid(at, message))
-        }
-        Value::Array(parts) => {
+        Some(TextOr::Text(text)) => Ok(text),
+        Some(TextOr::List(parts)) => {
             let parts = parts
                 .iter()
                 .enumerate()
                 .map(|(i, part)| text_part(part, &format!("{at}[{i}]")));
             Ok(parts.collect::<Result<Vec<_>, _>>()?.join("\n"))
         }
-        Value::Null => Err(ApiError::invalid(at, "The message has no content.")),
-        _ => Err(ApiError::invalid(
-            at,
-            "The content must be a string or a list of text parts.",
-        )),
+        None => Err(ApiError::invalid(at, "The message has no content.")),
     }
 }
 
-fn text_part<'a>(part: &'a Value, at: &str) -> Result<&'a str, ApiError> {
-    match part["type"].as_str() {
-        Some("text") => part["text"]
-            .as_str()
-            .ok_or_else(|| ApiError::invalid(format!("{at}.text"), "The text part has no text.")),
-        Some(kind) => Err(ApiError::unsupported(
-            at,
-            format!("Content parts of type `{kind}` are not supported; send text."),
-        )),
-        None => Err(ApiError::invalid(format!("{at}.type"), "The content part has no type.")),
+fn text_part<'a>(part: &'a PartBody, at: &str) -> Result<&'a str, ApiError> {
+    if part.kind != "text" {
+        let kind: String = part.kind.chars().take(32).collect();
+        let message = format!("Content parts of type `{kind}` are not supported; send text.");
+        return Err(ApiError::unsupported(at, message));
     }
+    let text = part.text.as_deref();
+    text.ok_or_else(|| ApiError::invalid(format!("{at}.text"), "The text part has no text."))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::body::parse;
     use super::super::testing::model;
+    use super::super::types::Body;
     use super::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     fn rendered(messages: Value) -> Result<String, Value> {
-        let messages = serde_json::from_value(messages).unwrap();
-        render(&model(), messages, true).map_err(|e| e.body()["error"].take())
+        let body = parse::<Body>(json!({"messages": messages}).to_string().as_bytes());
+        let text = body.and_then(|body| render(&model(), body.messages, true));
+        text.map_err(|e| e.body()["error"].take())
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod access;
 mod admin;
 mod auth;
 mod body;
+mod bounded;
 mod cache;
 mod cache_save;
 mod chat;

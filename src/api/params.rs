@@ -3,8 +3,7 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use serde_json::{Value, json};
-
+use super::bounded::{Asked, TextOr};
 use super::deadline;
 use super::error::ApiError;
 use super::types::{Body, LogprobsBody, Stop};
@@ -13,10 +12,7 @@ use crate::text::Tokenizer;
 
 /// Below this a temperature is greedy: dividing by it would overflow.
 const GREEDY: f32 = 1e-5;
-const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
-const MAX_STOP_TOKENS: usize = 128;
-const MAX_BIASES: usize = 1024;
 const MAX_LOGPROBS: usize = 20;
 const MAX_SALT_BYTES: usize = 256;
 
@@ -106,7 +102,10 @@ fn count(name: &str, top: usize) -> Result<usize, ApiError> {
 
 fn sampling(body: &Body, tokenizer: &Tokenizer, logprobs: Option<usize>) -> Result<Sampling, ApiError> {
     let temperature = in_range("temperature", body.temperature, 1.0, 0.0..=2.0)?;
-    let own_stops = stop_tokens(body.stop_token_ids.as_deref().unwrap_or(&[]), tokenizer)?;
+    let own_stops = stop_tokens(
+        body.stop_token_ids.as_ref().map_or(&[][..], |ids| ids.0.as_slice()),
+        tokenizer,
+    )?;
     let ignore_eos = body.ignore_eos.unwrap_or(false);
     let end_tokens = if ignore_eos { &[] } else { tokenizer.end_tokens() };
     let stop_token_ids: Vec<TokenId> = end_tokens.iter().chain(own_stops).copied().collect();
@@ -163,12 +162,6 @@ fn logit_bias(body: &Body, tokenizer: &Tokenizer) -> Result<Vec<(TokenId, f32)>,
     let Some(biases) = &body.logit_bias else {
         return Ok(Vec::new());
     };
-    if biases.len() > MAX_BIASES {
-        return Err(ApiError::invalid(
-            "logit_bias",
-            format!("`logit_bias` has more than {MAX_BIASES} entries."),
-        ));
-    }
     let entry = |(token, bias): (&String, &f32)| {
         let token = token
             .parse()
@@ -182,14 +175,10 @@ fn logit_bias(body: &Body, tokenizer: &Tokenizer) -> Result<Vec<(TokenId, f32)>,
             })?;
         Ok((token, in_range("logit_bias", Some(*bias), 0.0, -100.0..=100.0)?))
     };
-    biases.iter().map(entry).collect()
+    biases.0.iter().map(entry).collect()
 }
 
 fn stop_tokens<'a>(ids: &'a [TokenId], tokenizer: &Tokenizer) -> Result<&'a [TokenId], ApiError> {
-    if ids.len() > MAX_STOP_TOKENS {
-        let message = format!("`stop_token_ids` has more than {MAX_STOP_TOKENS} entries.");
-        return Err(ApiError::invalid("stop_token_ids", message));
-    }
     match ids.iter().find(|id| **id as usize >= tokenizer.vocab_size()) {
         Some(id) => Err(ApiError::invalid(
             "stop_token_ids",
@@ -202,15 +191,9 @@ fn stop_tokens<'a>(ids: &'a [TokenId], tokenizer: &Tokenizer) -> Result<&'a [Tok
 fn stops(stop: Option<Stop>) -> Result<Vec<String>, ApiError> {
     let stops = match stop {
         None => Vec::new(),
-        Some(Stop::One(stop)) => vec![stop],
-        Some(Stop::Many(stops)) => stops,
+        Some(TextOr::Text(stop)) => vec![stop],
+        Some(TextOr::List(stops)) => stops,
     };
-    if stops.len() > MAX_STOPS {
-        return Err(ApiError::invalid(
-            "stop",
-            format!("`stop` has more than {MAX_STOPS} strings."),
-        ));
-    }
     if stops.iter().any(String::is_empty) {
         return Err(ApiError::invalid("stop", "`stop` has an empty string; leave it out."));
     }
@@ -246,15 +229,15 @@ fn refuse_unsupported(body: &Body) -> Result<(), ApiError> {
         ("prediction", &body.prediction),
         ("web_search_options", &body.web_search_options),
     ];
-    for (name, value) in fields {
+    for (name, asked) in fields {
         let harmless = match name {
-            "best_of" => *value == json!(1),
-            "tool_choice" | "function_call" => *value == "auto" || *value == "none",
-            "response_format" => value["type"] == "text",
-            "modalities" => *value == json!(["text"]),
+            "best_of" => *asked == Asked::One,
+            "tool_choice" | "function_call" => matches!(asked, Asked::Word(word) if word == "auto" || word == "none"),
+            "response_format" => matches!(asked, Asked::Typed(kind) if kind == "text"),
+            "modalities" => matches!(asked, Asked::Only(word) if word == "text"),
             _ => false,
         };
-        if !harmless && !asks_nothing(value) {
+        if !harmless && *asked != Asked::Nothing {
             return Err(ApiError::unsupported(
                 name,
                 format!("`{name}` is not supported by this server; leave it out."),
@@ -264,26 +247,17 @@ fn refuse_unsupported(body: &Body) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// `null`, `false`, 0, and what is empty.
-pub(super) fn asks_nothing(value: &Value) -> bool {
-    match value {
-        Value::Null => true,
-        Value::Bool(asked) => !asked,
-        Value::Number(number) => number.as_f64() == Some(0.0),
-        Value::String(text) => text.is_empty(),
-        Value::Array(items) => items.is_empty(),
-        Value::Object(fields) => fields.is_empty(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::body::parse;
     use super::super::testing::tokenizer;
     use super::*;
+    use serde_json::{Value, json};
 
     fn params(body: Value) -> Result<Params, Value> {
-        let mut body: Body = serde_json::from_value(body).unwrap();
-        Params::new(&mut body, &tokenizer(), None).map_err(|e| e.body()["error"].take())
+        let params =
+            parse::<Body>(body.to_string().as_bytes()).and_then(|mut body| Params::new(&mut body, &tokenizer(), None));
+        params.map_err(|e| e.body()["error"].take())
     }
 
     #[test]
@@ -333,6 +307,10 @@ mod tests {
         assert!(params.stream && params.include_usage);
     }
 
+    fn biases(count: usize) -> Value {
+        (0..count).map(|id| (id.to_string(), json!(0))).collect()
+    }
+
     #[test]
     fn out_of_range_names_the_parameter() {
         for (body, param) in [
@@ -350,6 +328,8 @@ mod tests {
             (json!({"stop": ""}), "stop"),
             (json!({"stop": "x".repeat(257)}), "stop"),
             (json!({"stop_token_ids": [49152]}), "stop_token_ids"),
+            (json!({"stop_token_ids": vec![5; 129]}), "stop_token_ids"),
+            (json!({"logit_bias": biases(1025)}), "logit_bias"),
             (json!({"logit_bias": {"x": 1}}), "logit_bias"),
             (json!({"logit_bias": {"49152": 1}}), "logit_bias"),
             (json!({"logit_bias": {"1": 101}}), "logit_bias"),

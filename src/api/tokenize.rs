@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::completions::check_tokens;
 use super::error::ApiError;
-use super::types::MessageBody;
+use super::types::Messages;
 use super::{Model, Server, body, messages};
 use crate::request::TokenId;
 
@@ -18,7 +18,7 @@ use crate::request::TokenId;
 struct TokenizeBody {
     model: Option<String>,
     prompt: Option<String>,
-    messages: Option<Vec<MessageBody>>,
+    messages: Option<Messages>,
     /// Whether the tokens a raw prompt begins with are added: for a prompt unless refused, for messages if asked.
     add_special_tokens: Option<bool>,
     add_generation_prompt: Option<bool>,
@@ -59,9 +59,11 @@ pub(super) async fn detokenize(State(server): State<Arc<Server>>, bytes: Bytes) 
 fn encode(model: &Model, body: TokenizeBody) -> Result<Tokenized, ApiError> {
     model.served_name(body.model.as_deref())?;
     let tokens = match (body.prompt, body.messages) {
-        (Some(prompt), None) => model
-            .tokenizer
-            .encode(&prompt, body.add_special_tokens.unwrap_or(true))?,
+        (Some(prompt), None) => {
+            messages::check_length(model, "prompt", prompt.len())?;
+            let add_special_tokens = body.add_special_tokens.unwrap_or(true);
+            model.tokenizer.encode(&prompt, add_special_tokens)?
+        }
         (None, Some(messages)) => {
             let text = messages::render(model, Some(messages), body.add_generation_prompt.unwrap_or(true))?;
             model
@@ -79,6 +81,13 @@ fn encode(model: &Model, body: TokenizeBody) -> Result<Tokenized, ApiError> {
 
 fn decode(model: &Model, body: DetokenizeBody) -> Result<Detokenized, ApiError> {
     model.served_name(body.model.as_deref())?;
+    if body.tokens.len() > model.max_model_len {
+        let message = format!(
+            "`tokens` has more tokens than the model's context of {}.",
+            model.max_model_len
+        );
+        return Err(ApiError::invalid("tokens", message));
+    }
     check_tokens(model, "tokens", &body.tokens)?;
     Ok(Detokenized {
         prompt: model.tokenizer.decode(&body.tokens, true),

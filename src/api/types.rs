@@ -1,9 +1,25 @@
 //! OpenAI's shapes: the bodies that clients send and the bodies they get.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
+use serde::de::{Deserializer, Error, Visitor};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+
+use super::bounded::{Asked, AtMost, Numbers, Prompts, TextOr};
+use crate::request::TokenId;
+
+/// More turns than any conversation that fits a context has.
+pub(super) const MAX_MESSAGES: usize = 4096;
+/// Text parts of one message.
+pub(super) const MAX_PARTS: usize = 256;
+pub(super) const MAX_STOPS: usize = 16;
+pub(super) const MAX_STOP_TOKENS: usize = 128;
+pub(super) const MAX_BIASES: usize = 1024;
+
+/// Bounded while they are read, so that no body becomes much larger in memory than it was.
+pub(super) type Messages = AtMost<MessageBody, MAX_MESSAGES>;
+pub(super) type Stop = TextOr<String, MAX_STOPS>;
 
 /// A request to `/v1/chat/completions` or `/v1/completions`. `null` is the same as absent; fields not listed are
 /// ignored. The fields at the end are read only to refuse them when they ask for something.
@@ -11,8 +27,8 @@ use serde_json::Value;
 #[serde(default)]
 pub(super) struct Body {
     pub model: Option<String>,
-    pub messages: Option<Vec<MessageBody>>,
-    pub prompt: Value,
+    pub messages: Option<Messages>,
+    pub prompt: Prompts,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
     pub max_tokens: Option<usize>,
@@ -24,10 +40,10 @@ pub(super) struct Body {
     pub repetition_penalty: Option<f32>,
     pub presence_penalty: Option<f32>,
     pub frequency_penalty: Option<f32>,
-    pub logit_bias: Option<BTreeMap<String, f32>>,
+    pub logit_bias: Option<Numbers<MAX_BIASES>>,
     pub seed: Option<i64>,
     pub stop: Option<Stop>,
-    pub stop_token_ids: Option<Vec<u32>>,
+    pub stop_token_ids: Option<AtMost<TokenId, MAX_STOP_TOKENS>>,
     pub ignore_eos: Option<bool>,
     pub n: Option<usize>,
     pub logprobs: Option<LogprobsBody>,
@@ -37,36 +53,44 @@ pub(super) struct Body {
     pub timeout_ms: Option<u64>,
     pub priority: Option<i32>,
 
-    pub suffix: Value,
-    pub best_of: Value,
-    pub min_tokens: Value,
-    pub prompt_logprobs: Value,
-    pub use_beam_search: Value,
-    pub tools: Value,
-    pub tool_choice: Value,
-    pub functions: Value,
-    pub function_call: Value,
-    pub response_format: Value,
-    pub structured_outputs: Value,
-    pub guided_json: Value,
-    pub guided_regex: Value,
-    pub guided_choice: Value,
-    pub guided_grammar: Value,
-    pub modalities: Value,
-    pub audio: Value,
-    pub prediction: Value,
-    pub web_search_options: Value,
+    pub suffix: Asked,
+    pub best_of: Asked,
+    pub min_tokens: Asked,
+    pub prompt_logprobs: Asked,
+    pub use_beam_search: Asked,
+    pub tools: Asked,
+    pub tool_choice: Asked,
+    pub functions: Asked,
+    pub function_call: Asked,
+    pub response_format: Asked,
+    pub structured_outputs: Asked,
+    pub guided_json: Asked,
+    pub guided_regex: Asked,
+    pub guided_choice: Asked,
+    pub guided_grammar: Asked,
+    pub modalities: Asked,
+    pub audio: Asked,
+    pub prediction: Asked,
+    pub web_search_options: Asked,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub(super) struct MessageBody {
     pub role: Option<String>,
-    pub content: Value,
+    pub content: Option<TextOr<PartBody, MAX_PARTS>>,
     pub name: Option<String>,
     pub tool_call_id: Option<String>,
-    pub tool_calls: Value,
-    pub function_call: Value,
+    pub tool_calls: Asked,
+    pub function_call: Asked,
+}
+
+/// A part of a message's content. Its other fields mean nothing for text, and other types are refused.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub(super) struct PartBody {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub text: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -75,18 +99,35 @@ pub(super) struct StreamOptions {
     pub include_usage: Option<bool>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a string or a list of strings")]
-pub(super) enum Stop {
-    One(String),
-    Many(Vec<String>),
-}
-
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(untagged, expecting = "expected a boolean (chat) or a whole number (completions)")]
+#[derive(Debug, Clone, Copy)]
 pub(super) enum LogprobsBody {
     Asked(bool),
     Top(usize),
+}
+
+struct LogprobsVisitor;
+
+// By hand, because serde's untagged enums copy what they read before they look at it, however large it is.
+impl<'de> Deserialize<'de> for LogprobsBody {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(LogprobsVisitor)
+    }
+}
+
+impl Visitor<'_> for LogprobsVisitor {
+    type Value = LogprobsBody;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("a boolean (chat) or a whole number (completions)")
+    }
+
+    fn visit_bool<E: Error>(self, asked: bool) -> Result<LogprobsBody, E> {
+        Ok(LogprobsBody::Asked(asked))
+    }
+
+    fn visit_u64<E: Error>(self, top: u64) -> Result<LogprobsBody, E> {
+        Ok(LogprobsBody::Top(usize::try_from(top).unwrap_or(usize::MAX)))
+    }
 }
 
 /// Tokens used, counted exactly.

@@ -24,14 +24,16 @@ use tower::ServiceExt;
 use super::{TOKENIZER, VOCABULARY, config, json, mutated, mutations, within_memory};
 
 /// All routes; no engine stands behind it.
-static ROUTER: LazyLock<Router> = LazyLock::new(|| serving(None));
+static ROUTER: LazyLock<Router> = LazyLock::new(|| serving(None, 64 << 10));
+/// The same for bodies of the size that a server takes unless it is told otherwise.
+static ROOMY: LazyLock<Router> = LazyLock::new(|| serving(None, LARGEST));
 /// The routes that ask an engine, with one whose model is small and random.
-static WITH_ENGINE: LazyLock<Router> = LazyLock::new(|| serving(Some(engine())));
+static WITH_ENGINE: LazyLock<Router> = LazyLock::new(|| serving(Some(engine()), 64 << 10));
 
-fn serving(engine: Option<Handle>) -> Router {
+fn serving(engine: Option<Handle>, max_body_bytes: usize) -> Router {
     let observer = Observer::register(&prometheus::Registry::new()).expect("metrics");
     let settings = ApiSettings {
-        max_body_bytes: 64 << 10,
+        max_body_bytes,
         pinning: true,
         max_choices: 16,
         request_timeout: None,
@@ -148,6 +150,8 @@ fn answer(request: Sequence) {
     }
 }
 
+/// Bytes of the largest body.
+const LARGEST: usize = 4 << 20;
 /// Tokens of the longest sequence.
 const LONGEST: usize = 512;
 
@@ -351,7 +355,7 @@ fn headers() -> impl Strategy<Value = Vec<(&'static str, Vec<u8>)>> {
     (needed, others).prop_map(|(needed, others)| [needed, others].concat())
 }
 
-fn ask(route: &str, headers: Vec<(&'static str, Vec<u8>)>, body: Vec<u8>) -> (u16, Vec<u8>) {
+fn ask(router: &Router, route: &str, headers: Vec<(&'static str, Vec<u8>)>, body: Vec<u8>) -> (u16, Vec<u8>) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
@@ -364,12 +368,7 @@ fn ask(route: &str, headers: Vec<(&'static str, Vec<u8>)>, body: Vec<u8>) -> (u1
                 request.headers_mut().insert(name, value);
             }
         }
-        let router = if route == PINS { &WITH_ENGINE } else { &ROUTER };
-        let response = LazyLock::force(router)
-            .clone()
-            .oneshot(request)
-            .await
-            .expect("an answer");
+        let response = router.clone().oneshot(request).await.expect("an answer");
         let status = response.status().as_u16();
         let bytes = to_bytes(response.into_body(), usize::MAX)
             .await
@@ -385,9 +384,9 @@ proptest! {
     fn every_request_is_answered_or_refused(
         route in prop::sample::select(ROUTES.to_vec()), headers in headers(), body in bytes()
     ) {
-        LazyLock::force(&ROUTER);
-        LazyLock::force(&WITH_ENGINE);
-        let (status, answer) = within_memory(|| ask(route, headers, body));
+        let routers = [LazyLock::force(&ROUTER), LazyLock::force(&WITH_ENGINE)];
+        let router = routers[usize::from(route == PINS)];
+        let (status, answer) = within_memory(|| ask(router, route, headers, body));
         let expected = match route {
             // What is pinned may be too much already.
             PINS => matches!(status, 200 | 400 | 401 | 404 | 409 | 413),
@@ -400,5 +399,65 @@ proptest! {
             let error: Value = serde_json::from_slice(&answer).expect("an error is JSON");
             prop_assert!(error["error"]["message"].is_string() && error["error"]["type"].is_string(), "{}", error);
         }
+    }
+}
+
+/// The beginnings of bodies, what is repeated in them as often as there is room, and their ends.
+const REPEATED: [(&str, &str, &str); 23] = [
+    ("{\"messages\": [", "{},", "{}]}"),
+    ("{\"messages\": [", "[],", "{}]}"),
+    ("{\"messages\": [{\"role\": \"user\", \"content\": [", "{},", "{}]}]}"),
+    (
+        "{\"messages\": [{\"role\": \"user\", \"content\": [",
+        "{\"type\":\"\"},",
+        "{}]}]}",
+    ),
+    ("{\"messages\": [{\"role\": \"user\", \"content\": \"", "x", "\"}]}"),
+    (
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"x\", \"tool_calls\": [",
+        "[],",
+        "[]]}]}",
+    ),
+    ("{\"messages\": [", "{\"role\":\"user\",\"content\":\"x\"},", "{}]}"),
+    ("{\"prompt\": [", "1,", "1]}"),
+    ("{\"echo\": true, \"prompt\": [", "1,", "1]}"),
+    ("{\"prompt\": [", "\"\",", "\"\"]}"),
+    ("{\"prompt\": [", "[1],", "[1]]}"),
+    ("{\"prompt\": [[", "1,", "1]]}"),
+    ("{\"prompt\": \"", "x ", "\"}"),
+    ("{\"tokens\": [", "1,", "1]}"),
+    ("{\"prompt\": \"x\", \"stop\": [", "\"\",", "\"\"]}"),
+    ("{\"prompt\": \"x\", \"stop_token_ids\": [", "1,", "1]}"),
+    ("{\"prompt\": \"x\", \"logit_bias\": {", "\"1\":0,", "\"1\":0}}"),
+    ("{\"prompt\": \"x\", \"logprobs\": [", "[],", "[]]}"),
+    ("{\"prompt\": \"x\", \"tools\": [", "{},", "{}]}"),
+    ("{\"prompt\": \"x\", \"response_format\": {", "\"a\":[],", "\"a\":[]}}"),
+    ("{\"prompt\": \"x\", \"unknown\": [", "[],", "[]]}"),
+    ("{\"model\": \"", "x", "\"}"),
+    ("", "[", ""),
+];
+
+/// As few cases as are quick: each is megabytes.
+fn few() -> ProptestConfig {
+    let config = config();
+    let cases = (config.cases / 50).max(24);
+    ProptestConfig { cases, ..config }
+}
+
+proptest! {
+    #![proptest_config(few())]
+
+    #[test]
+    fn the_largest_bodies_take_little_more_memory_than_they_have_bytes(
+        route in prop::sample::select(ROUTES.to_vec()), repeated in prop::sample::select(REPEATED.to_vec()),
+        size in LARGEST - 1000..LARGEST
+    ) {
+        let router = LazyLock::force(&ROOMY);
+        let (begin, piece, end) = repeated;
+        let times = (size - begin.len() - end.len()) / piece.len();
+        let body = [begin, &piece.repeat(times), end].concat().into_bytes();
+        let headers = vec![(HEADERS[0].0, HEADERS[0].1.as_bytes().to_vec())];
+        let (status, answer) = within_memory(|| ask(router, route, headers, body));
+        prop_assert!(matches!(status, 200 | 400 | 404 | 503), "{route} {begin} {status} {}", String::from_utf8_lossy(&answer));
     }
 }
