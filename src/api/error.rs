@@ -140,6 +140,11 @@ impl ApiError {
         Self::unavailable("too_many_connections", message, 1)
     }
 
+    pub fn too_many_bytes() -> Self {
+        let message = "The bodies of other requests take the memory that there is for them. Try again.";
+        Self::unavailable("too_many_bytes", message, 1)
+    }
+
     /// No key, or none that is known here.
     pub fn unauthorized(message: &str) -> Self {
         let kind = "invalid_request_error";

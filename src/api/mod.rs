@@ -43,7 +43,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{delete, get, post};
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{Mutex, Semaphore, mpsc, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::batching::{Change, Config};
@@ -117,6 +117,7 @@ pub struct Server {
     changed: Mutex<Change>,
     observer: Observer,
     quota: access::Quota,
+    room_for_bodies: Arc<Semaphore>,
     metrics_text: Box<dyn Fn() -> String + Send + Sync>,
     /// When the server started, in seconds since 1970: the models' `created`.
     created: u64,
@@ -139,6 +140,7 @@ impl Server {
             request_timeout: RwLock::new(settings.request_timeout),
             changed: Mutex::default(),
             ending: Ending::new(),
+            room_for_bodies: limits::room_for_bodies(settings.max_body_bytes),
             settings,
             observer,
             quota: access::Quota::default(),
