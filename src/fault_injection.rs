@@ -26,13 +26,15 @@ pub enum Fault {
     Engine,
     /// The HTTP handler panics.
     Handler,
+    /// The HTTP handler panics with its prompt's text in the message, as slicing the text out of its bounds would.
+    Quote,
     /// Making text of its token panics.
     Detokenizer,
     /// Loading the model that has this name panics.
     Loader,
 }
 
-const NAMES: [(&str, Fault); 13] = [
+const NAMES: [(&str, Fault); 14] = [
     ("nan", Fault::NotANumber),
     ("infinity", Fault::Infinity),
     ("sampler", Fault::Sampler),
@@ -44,6 +46,7 @@ const NAMES: [(&str, Fault); 13] = [
     ("device-lost", Fault::DeviceLost),
     ("engine", Fault::Engine),
     ("handler", Fault::Handler),
+    ("quote", Fault::Quote),
     ("detokenizer", Fault::Detokenizer),
     ("loader", Fault::Loader),
 ];
@@ -61,6 +64,13 @@ impl Fault {
     pub fn panic_if_asked(self, id: &str, tokens: usize) {
         if Self::of(id) == Some((self, tokens)) {
             panic!("injected: {self:?}")
+        }
+    }
+
+    /// Panics with this text if the request asks for that.
+    pub fn quote_if_asked(id: &str, text: impl FnOnce() -> String) {
+        if Self::of(id) == Some((Self::Quote, 0)) {
+            panic!("injected: {}", text())
         }
     }
 }

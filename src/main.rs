@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use sconce::commands;
 use sconce::config::{self, Command, Common, ConfigError, Invocation, LogFormat};
-use sconce::telemetry::log_level;
+use sconce::telemetry::{log_level, log_panics};
 use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 /// What sends spans; dropping it sends the last ones.
@@ -37,13 +37,17 @@ fn main() -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
-    match run(invocation) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
+    log_panics();
+    let log_format = invocation.command.common().log_format;
+    let Err(error) = run(invocation) else {
+        return ExitCode::SUCCESS;
+    };
+    match log_format {
+        LogFormat::Text => eprintln!("error: {error}"),
+        // Whoever reads objects gets one.
+        LogFormat::Json => tracing::error!(%error, "ended"),
     }
+    ExitCode::FAILURE
 }
 
 fn run(invocation: Invocation) -> Result<(), Box<dyn Error>> {
@@ -63,6 +67,8 @@ fn run(invocation: Invocation) -> Result<(), Box<dyn Error>> {
 fn start_logging(settings: &Common) -> Result<Exporter, Box<dyn Error>> {
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
+        // It would tell of a line that cannot be written on standard error itself, and panic where nobody reads that.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal());
     let lines = match settings.log_format {
         LogFormat::Text => lines.boxed(),

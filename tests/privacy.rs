@@ -88,7 +88,7 @@ fn no_log_has_what_was_asked() {
         .expect("the model is loaded");
     sconce_loadtest::tls::prepare();
     let client = Client::new();
-    let mut statuses = Vec::new();
+    let (mut statuses, mut ids) = (Vec::new(), Vec::new());
     for (path, body) in bodies() {
         let request = client
             .post(format!("{address}{path}"))
@@ -96,6 +96,7 @@ fn no_log_has_what_was_asked() {
             .body(body);
         let response = request.send().expect("an answer");
         statuses.push(response.status().as_u16());
+        ids.push(response.headers()["x-request-id"].to_str().expect("an id").to_owned());
         response.bytes().expect("the whole answer");
     }
     assert!(
@@ -107,4 +108,17 @@ fn no_log_has_what_was_asked() {
     let log = log.join().expect("no panic").expect("text");
     assert!(log.contains("submitting"), "the log is not at debug: {log}");
     assert!(!log.contains(SECRET), "{log}");
+    let lines = log.lines().map(|line| {
+        let object = serde_json::from_str::<Value>(line);
+        object.unwrap_or_else(|error| panic!("{error}: {line}"))
+    });
+    let ends: Vec<Value> = lines
+        .filter(|line| line["fields"]["message"] == "request ended")
+        .collect();
+    // Those that were refused need not all be told.
+    assert!(ends.len() > 4, "{log}");
+    for line in ends {
+        let id = line["span"]["request_id"].as_str().expect("an id");
+        assert!(ids.iter().any(|known| known == id), "{line}");
+    }
 }

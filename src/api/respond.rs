@@ -22,7 +22,12 @@ pub(super) async fn respond(
     arrival: Instant,
 ) -> Result<Response, ApiError> {
     #[cfg(any(test, feature = "fault-injection"))]
-    crate::fault_injection::Fault::Handler.panic_if_asked(&caller.id, 0);
+    {
+        use crate::fault_injection::Fault;
+        Fault::Handler.panic_if_asked(&caller.id, 0);
+        let text = || plan.served.tokenizer.decode(&plan.prompts[0].tokens, true);
+        Fault::quote_if_asked(&caller.id, text);
+    }
     let prefix = match plan.shape {
         Shape::Chat => "chatcmpl",
         Shape::Completion => "cmpl",

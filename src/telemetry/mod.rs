@@ -9,12 +9,14 @@ mod metrics;
 #[cfg(feature = "otlp")]
 pub mod otlp;
 mod page;
+mod panics;
 pub mod trace;
 
 pub use chrome::chrome_trace;
 pub use gpu::register as register_gpu;
 pub use metrics::EngineMetrics;
 pub use page::page;
+pub use panics::log_panics;
 
 use prometheus::{Encoder, Registry, TextEncoder};
 
