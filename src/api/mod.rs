@@ -25,6 +25,7 @@ pub mod listen;
 mod messages;
 mod middleware;
 mod observe;
+mod origin;
 mod params;
 mod respond;
 mod service;
@@ -268,7 +269,17 @@ impl Model {
 /// Every route the server answers.
 pub fn router(server: Arc<Server>) -> Router {
     let counting = server.clone();
+    let operators = Router::new()
+        .route("/v1/cache/save", post(cache_save::save))
+        .route("/admin/batching", get(admin::show).post(admin::change))
+        .route("/admin/model", get(admin::show_model).post(admin::change_model))
+        .route("/debug/trace", get(debug::trace))
+        .route_layer(axum::middleware::from_fn_with_state(
+            server.clone(),
+            origin::refuse_pages,
+        ));
     Router::new()
+        .merge(operators)
         .route("/v1/chat/completions", post(chat::chat_completions))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/models", get(service::models))
@@ -281,10 +292,6 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/health", get(service::health))
         .route("/ready", get(service::ready))
         .route("/metrics", get(service::metrics))
-        .route("/v1/cache/save", post(cache_save::save))
-        .route("/admin/batching", get(admin::show).post(admin::change))
-        .route("/debug/trace", get(debug::trace))
-        .route("/admin/model", get(admin::show_model).post(admin::change_model))
         .fallback(service::unknown_path)
         .method_not_allowed_fallback(service::wrong_method)
         // Bodies are bounded by the next layer, before the handlers take them.
