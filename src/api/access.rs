@@ -60,7 +60,7 @@ pub(super) struct Exchange {
     probe: bool,
     began: Instant,
     status: Option<StatusCode>,
-    cause: Option<&'static str>,
+    cause: Option<Cause>,
 }
 
 impl Exchange {
@@ -80,7 +80,7 @@ impl Exchange {
         self.status = Some(response.status());
         // Only a look at the server that got its answer, or heard "not yet", is a probe.
         self.probe &= response.status().is_success() || response.status() == StatusCode::SERVICE_UNAVAILABLE;
-        self.cause = response.extensions().get::<Cause>().map(|cause| cause.0);
+        self.cause = response.extensions().get::<Cause>().copied();
         response.map(|body| Body::new(Watched { body, _exchange: self }))
     }
 
@@ -93,9 +93,9 @@ impl Exchange {
         ) {
             (Some(End::Finished(reason)), _) => reason,
             (Some(End::Cut(cause)), _) => observer.cut(cause),
-            (None, Some(cause)) if self.status == Some(StatusCode::INTERNAL_SERVER_ERROR) => observer.cut(cause),
-            (None, Some(cause)) if self.probe => cause,
-            (None, Some(cause)) => observer.refused(cause),
+            (None, Some(Cause { label, cut: true })) => observer.cut(label),
+            (None, Some(cause)) if self.probe => cause.label,
+            (None, Some(cause)) => observer.refused(cause.label),
             (None, None) if self.status.is_some() => OK,
             (None, None) => observer.cut(CLIENT_GONE),
         }

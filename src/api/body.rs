@@ -17,9 +17,14 @@ pub(super) async fn read<T: Send + 'static>(
     if body.len() <= LARGE {
         return work(&body);
     }
-    match tokio::task::spawn_blocking(move || work(&body)).await {
+    let span = tracing::Span::current();
+    match tokio::task::spawn_blocking(move || span.in_scope(|| work(&body))).await {
         Ok(result) => result,
-        Err(_) => Err(ApiError::internal("The server failed to read this request.")),
+        // The request's own, as if it had been read here: it is counted where others are.
+        Err(failure) => match failure.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(ApiError::internal("The server ended before it had read this request.")),
+        },
     }
 }
 
@@ -55,6 +60,15 @@ mod tests {
 
     fn error(body: &[u8]) -> serde_json::Value {
         parse::<Body>(body).map(|_| ()).unwrap_err().body()["error"].take()
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_the_readers_own_wherever_a_body_is_read() {
+        for size in [1, LARGE + 1] {
+            let reading = read(vec![b' '; size].into(), |_| -> Result<(), _> { panic!("injected") });
+            let ended = tokio::spawn(reading).await;
+            assert!(ended.unwrap_err().is_panic(), "{size}");
+        }
     }
 
     #[test]

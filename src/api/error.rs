@@ -22,11 +22,18 @@ pub(super) struct ApiError {
     code: Option<&'static str>,
     /// Seconds after which another try may succeed.
     retry_after: Option<u16>,
+    /// Whether the engine had taken the request.
+    taken: bool,
 }
 
-/// Goes with an error's response to where it is counted and logged: see [`ApiError::cause`].
+/// Goes with an error's response to where it is counted and logged.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Cause(pub &'static str);
+pub(super) struct Cause {
+    /// See [`ApiError::cause`].
+    pub label: &'static str,
+    /// Whether something was under way when it happened: it cut the request off, and did not refuse it.
+    pub cut: bool,
+}
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
@@ -37,6 +44,7 @@ impl ApiError {
             param: None,
             code,
             retry_after: None,
+            taken: false,
         }
     }
 
@@ -271,7 +279,7 @@ impl From<Refused> for ApiError {
 impl From<Failure> for ApiError {
     fn from(failure: Failure) -> Self {
         let message = sentence(&failure.to_string());
-        match failure {
+        let error = match failure {
             Failure::DeadlinePassed => Self::new(
                 StatusCode::GATEWAY_TIMEOUT,
                 "timeout_error",
@@ -285,7 +293,8 @@ impl From<Failure> for ApiError {
             Failure::EngineLost(_) => Self::engine_lost(&message),
             Failure::Sampler => Self::failed("sampler_failed", message),
             Failure::Text => Self::failed("text_failed", message),
-        }
+        };
+        Self { taken: true, ..error }
     }
 }
 
@@ -316,7 +325,10 @@ fn sentence(message: &str) -> String {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, axum::Json(self.body())).into_response();
-        response.extensions_mut().insert(Cause(self.cause()));
+        response.extensions_mut().insert(Cause {
+            label: self.cause(),
+            cut: self.taken || self.status == StatusCode::INTERNAL_SERVER_ERROR,
+        });
         if let Some(seconds) = self.retry_after {
             response
                 .headers_mut()
