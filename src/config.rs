@@ -264,7 +264,8 @@ pub struct Http {
     #[arg(long, value_name = "DURATION", default_value = "30s")]
     #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(10), Duration::from_secs(3600)))]
     pub read_timeout: Duration,
-    /// A client that takes nothing of its answer for this long is cut off, and its request cancelled
+    /// A client that takes nothing of its answer for this long, or makes it wait for ten times as long in all, is cut off,
+    /// and its request cancelled
     #[arg(long, value_name = "DURATION", default_value = "30s")]
     #[arg(value_parser = |s: &str| values::duration(s, Duration::from_millis(10), Duration::from_secs(3600)))]
     pub write_timeout: Duration,

@@ -1,10 +1,10 @@
 //! Connections: how many there may be, and how long each may keep the server waiting.
 //!
-//! HTTP/1.1 by hyper, which cuts who sends no head of a request in time; a socket that takes nothing for too long is cut
-//! here, and with it the response that was being written, whose request is thereby cancelled. Bodies have their own
-//! limit, in `limits`.
+//! HTTP/1.1 by hyper, which cuts who sends no head of a request in time; a socket that takes too little for too long, or
+//! whose client has left, is cut here, and with it the response that was being written, whose request is thereby
+//! cancelled. Bodies have their own limit, in `limits`.
 
-mod turn;
+mod socket;
 
 use std::error::Error as _;
 use std::future::poll_fn;
@@ -21,12 +21,11 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::AsyncWrite;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_io_timeout::TimeoutStream;
 
 use super::Server;
 use super::error::ApiError;
 use super::limits::HEAD_BUFFER;
-use turn::Noting;
+use socket::Socket;
 
 /// What a connection may cost.
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +36,8 @@ pub struct Patience {
     pub head: Duration,
     /// For which a client may take nothing of what is ready for it.
     pub stall: Duration,
+    /// For which an answer may wait for its client in all.
+    pub answer: Duration,
 }
 
 /// After the system refused a connection, for lack of descriptors perhaps: accepting again at once would spin.
@@ -94,20 +95,30 @@ async fn converse(
 ) {
     // Tokens go out as they come, however small their packets. A socket that cannot do it is as good.
     let _ = stream.set_nodelay(true);
-    let mut stream = TimeoutStream::new(stream);
-    stream.set_write_timeout(Some(patience.stall));
-    let (stream, turn) = Noting::new(Box::pin(stream));
+    let (socket, client) = Socket::new(stream, &patience);
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(patience.head)
         .max_buf_size(HEAD_BUFFER)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    if let Err(error) = watcher.watch(connection).await {
+        .serve_connection(TokioIo::new(socket), TowerToHyperService::new(router));
+    let ended = tokio::select! {
+        // Where both know of the end, HTTP's word counts.
+        biased;
+        ended = watcher.watch(connection) => ended,
+        () = client.gone() => Ok(()),
+    };
+    if let Err(error) = ended {
+        let observer = &server.observer;
         if is_stall(&error) {
-            server.observer.connection_cut("stalled");
-        } else if error.is_timeout() && turn.is_the_clients() {
+            observer.connection_cut("stalled");
+        } else if error.is_timeout() && client.has_begun() {
             // One that said nothing was idle, and is closed without being missed.
-            server.observer.connection_cut("slow_head");
+            observer.connection_cut("slow_head");
+        } else if error.is_parse_too_large() {
+            // Answered with a bare status, as are those below: there is no request to tell it to.
+            observer.refused("headers_too_large");
+        } else if error.is_parse() {
+            observer.refused("malformed_head");
         }
         // Errors of a connection hold nothing of what was sent on it.
         tracing::debug!("a connection ended: {error}");
@@ -141,7 +152,7 @@ async fn send_away(mut stream: TcpStream) {
     .await;
 }
 
-/// Whether the client took nothing of its answer for too long.
+/// Whether the client kept its answer waiting for too long.
 fn is_stall(error: &hyper::Error) -> bool {
     let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::TimedOut)

@@ -6,7 +6,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Regi
 
 /// Causes of [`Observer::refused`] that stand at zero from the start: an error's code, where it has one. Any other
 /// error's code joins them when it first happens.
-const REFUSALS: [&str; 20] = [
+const REFUSALS: [&str; 25] = [
     "queue_full",
     "queue_tokens",
     "in_flight",
@@ -20,12 +20,17 @@ const REFUSALS: [&str; 20] = [
     "context_length_exceeded",
     "request_too_large",
     "body_too_large",
+    "too_many_bytes",
+    "headers_too_large",
+    "malformed_head",
     "model_not_found",
     "unknown_url",
     "method_not_allowed",
     "invalid_api_key",
     "key_disabled",
     "not_admin",
+    "foreign_host",
+    "foreign_origin",
     "rate_limit_exceeded",
 ];
 /// Causes of [`Observer::cut`] that stand at zero from the start.
@@ -92,8 +97,8 @@ impl Observer {
         let connections_cut = IntCounterVec::new(
             Opts::new(
                 "sconce_connections_cut_total",
-                "Connections closed on a client: one too many, one that took nothing of its answer for too long, or one that \
-                 was too slow with the head of a request.",
+                "Connections closed on a client: one too many, one that kept its answer waiting for too long, or one that was \
+                 too slow with the head of a request.",
             ),
             &["cause"],
         )?;

@@ -24,6 +24,8 @@ use crate::{
 };
 use supervisor::Supervisor;
 
+/// Times `--write-timeout` for which an answer may wait for its client in all.
+const ANSWER_WAITS: u32 = 10;
 /// For clients to take the answers that tell them that the engine is lost.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -151,6 +153,7 @@ fn patience(http: &config::Http) -> listen::Patience {
         connections: http.max_connections,
         head: http.read_timeout,
         stall: http.write_timeout,
+        answer: ANSWER_WAITS * http.write_timeout,
     }
 }
 

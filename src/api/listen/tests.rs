@@ -20,6 +20,7 @@ const PATIENT: Patience = Patience {
     connections: 16,
     head: LONG,
     stall: LONG,
+    answer: LONG,
 };
 
 struct Running {
@@ -52,8 +53,12 @@ fn rest(socket: &mut Socket) -> String {
 }
 
 fn streaming(choices: usize) -> String {
+    asking(choices, true)
+}
+
+fn asking(choices: usize, stream: bool) -> String {
     let body = format!(
-        r#"{{"messages": [{{"role": "user", "content": "Hi"}}], "stream": true, "ignore_eos": true, "n": {choices}}}"#
+        r#"{{"messages": [{{"role": "user", "content": "Hi"}}], "stream": {stream}, "ignore_eos": true, "n": {choices}}}"#
     );
     format!(
         "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
@@ -109,6 +114,42 @@ async fn a_reader_that_stops_reading_is_cut_and_its_request_cancelled() {
     until("it is counted", || {
         (server.metrics_text)().contains("sconce_connections_cut_total{cause=\"stalled\"} 1")
     });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn a_reader_that_takes_a_little_now_and_then_is_cut_in_time() {
+    let (server, senders) = talkative(8000);
+    let answer = 4 * SHORT;
+    let running = start(server.clone(), Patience { answer, ..PATIENT }).await;
+    let trickling = connect(running.address, &streaming(8));
+    until("the engine hears of it", || {
+        // At its end the connection may be reset.
+        let _ = (&trickling).read(&mut [0; 64]);
+        let sent = senders.lock().unwrap();
+        sent.len() == 8 && sent.iter().all(UnboundedSender::is_closed)
+    });
+    until("it is counted", || {
+        (server.metrics_text)().contains("sconce_connections_cut_total{cause=\"stalled\"} 1")
+    });
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn a_client_that_leaves_is_missed_whatever_it_sent_behind_its_request() {
+    let (server, senders) = talkative(1);
+    let running = start(server, PATIENT).await;
+    let more = ["", "\r\n", "GET /health HTTP/1.1\r\nhost: x\r\n\r\n", "x"];
+    for (asked, more) in (1..).zip(more) {
+        let leaving = connect(running.address, &(asking(1, false) + more));
+        until("it runs", || senders.lock().unwrap().len() == asked);
+        // Sent later it is not in the same packet, nor read at the same time.
+        (&leaving).write_all(more.as_bytes()).unwrap();
+        leaving.shutdown(std::net::Shutdown::Write).unwrap();
+        let sent = || senders.lock().unwrap().clone();
+        until("the engine hears of it", || {
+            sent().iter().all(UnboundedSender::is_closed)
+        });
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
@@ -178,7 +219,7 @@ async fn a_slow_body_is_told_the_limit() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn a_large_head_is_told_the_limit() {
     let (server, _) = talkative(1);
-    let running = start(server, PATIENT).await;
+    let running = start(server.clone(), PATIENT).await;
     let with = |bytes: usize| {
         format!(
             "GET /health HTTP/1.1\r\nhost: x\r\nx-large: {}\r\n\r\n",
@@ -198,6 +239,23 @@ async fn a_large_head_is_told_the_limit() {
     // The server hangs up in the middle of it.
     let _ = huge.write_all(with(400_000).as_bytes());
     assert!(!rest(&mut huge).contains("200 OK"));
+    until("both are counted", || {
+        (server.metrics_text)().contains("sconce_refusals_total{cause=\"headers_too_large\"} 2")
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn what_is_no_http_is_refused_and_counted() {
+    let (server, _) = talkative(1);
+    let running = start(server.clone(), PATIENT).await;
+    let answer = rest(&mut connect(
+        running.address,
+        "GET /health HTTP/1.1\r\nno header\r\n\r\n",
+    ));
+    assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+    until("it is counted", || {
+        (server.metrics_text)().contains("sconce_refusals_total{cause=\"malformed_head\"} 1")
+    });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
