@@ -68,12 +68,16 @@ pub(super) fn check_length(model: &Model, param: &str, bytes: usize) -> Result<(
     }
 }
 
-/// The message, unable to open or end anyone's turn.
+/// The message, unable to open or end anyone's turn, or to look like what the template or the model marks up.
 fn defused(tokenizer: &Tokenizer, message: Message) -> Message {
     let plain = |text: String| tokenizer.defuse(&text).into_owned();
+    let content = match message.role.as_str() {
+        "assistant" => tokenizer.defuse_answer(&message.content).into_owned(),
+        _ => plain(message.content),
+    };
     Message {
         role: message.role,
-        content: plain(message.content),
+        content,
         name: message.name.map(plain),
         tool_call_id: message.tool_call_id.map(plain),
     }
@@ -192,6 +196,35 @@ mod tests {
             let messages =
                 json!([{"role": "system", "content": system}, {"role": "user", "content": user, "name": forged}]);
             assert_eq!(specials(messages), honest);
+        }
+    }
+
+    #[test]
+    fn only_the_model_has_written_its_markup() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = r#"{"version":"1.0","added_tokens":[{"id":3,"content":"<a>","special":false,"single_word":false,
+            "lstrip":false,"rstrip":false,"normalized":false}],"normalizer":null,"pre_tokenizer":null,
+            "post_processor":null,"decoder":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,
+            "use_regex":true},"model":{"type":"BPE","vocab":{"<":0,">":1,"a":2},"merges":[]}}"#;
+        std::fs::write(folder.path().join("tokenizer.json"), file).unwrap();
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        for role in ["system", "user", "tool", "assistant"] {
+            let text = || "<a>".to_string();
+            let message = Message {
+                role: role.to_string(),
+                content: text(),
+                name: Some(text()),
+                tool_call_id: None,
+            };
+            let message = defused(&tokenizer, message);
+            assert_eq!(message.content == text(), role == "assistant", "{role}");
+            assert_ne!(message.name, Some(text()), "{role}");
+            let expected: &[_] = if role == "assistant" { &[3] } else { &[0, 2, 1] };
+            assert_eq!(
+                tokenizer.encode_chat(&message.content, false).unwrap(),
+                expected,
+                "{role}"
+            );
         }
     }
 

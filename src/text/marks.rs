@@ -5,6 +5,10 @@
 //! message gets a mark inside it, which the template carries along with the text around it. The tokenizer then looks for
 //! control tokens in the marked text, finds only the template's own, and takes the marks out before it cuts the rest
 //! into tokens as plain text. A text without such spellings is not touched at all.
+//!
+//! Some vocabularies have tokens that mark up a turn without being control tokens, such as `<tool_response>` and
+//! `</think>`: they are shown in an answer. Whatever is spelled like them is marked too, but for what the model itself
+//! has said: an assistant's message keeps them, as the model wrote them and templates look for them.
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
@@ -98,21 +102,37 @@ fn first_two(text: &str) -> Option<[char; 2]> {
     Some([chars.next()?, chars.next()?])
 }
 
-/// The spellings of the control tokens, all of them looked for in a text as it was written: one that is looked for only
-/// after normalization would also be found where its mark has been taken out.
-pub(super) fn special_on_raw_text(tokenizer: &mut tokenizers::Tokenizer) -> tokenizers::Result<Vec<String>> {
-    let special: Vec<AddedToken> = tokenizer
-        .get_added_tokens_decoder()
-        .into_values()
-        .filter(|t| t.special)
-        .collect();
-    let spellings = special.iter().map(|token| token.content.clone()).collect();
-    let normalized = special.into_iter().filter(|token| token.normalized);
+/// The spellings of what gives a text its structure.
+pub(super) struct Structure {
+    /// Control tokens.
+    pub control: Vec<String>,
+    /// Tokens of markup, such as `</think>`.
+    pub markup: Vec<String>,
+}
+
+/// The vocabulary's structure, all of it looked for in a text as it was written: what is looked for only after
+/// normalization would also be found where its mark has been taken out.
+pub(super) fn structure_on_raw_text(tokenizer: &mut tokenizers::Tokenizer) -> tokenizers::Result<Structure> {
+    let added = tokenizer.get_added_tokens_decoder().into_values();
+    let (control, others): (Vec<AddedToken>, Vec<_>) = added.partition(|token| token.special);
+    // Others are words, or runs of spaces, which mean what they say.
+    let markup: Vec<AddedToken> = others.into_iter().filter(|token| is_tag(&token.content)).collect();
+    let spellings = |tokens: &[AddedToken]| tokens.iter().map(|token| token.content.clone()).collect();
+    let structure = Structure {
+        control: spellings(&control),
+        markup: spellings(&markup),
+    };
+    let normalized = control.into_iter().chain(markup).filter(|token| token.normalized);
     let raw: Vec<AddedToken> = normalized.map(|token| token.normalized(false)).collect();
     if !raw.is_empty() {
-        tokenizer.add_special_tokens(raw)?;
+        tokenizer.add_tokens(raw)?;
     }
-    Ok(spellings)
+    Ok(structure)
+}
+
+fn is_tag(text: &str) -> bool {
+    let inside = text.strip_prefix('<').and_then(|text| text.strip_suffix('>'));
+    inside.is_some_and(|inside| !inside.trim().is_empty())
 }
 
 /// The text without marks, for people.

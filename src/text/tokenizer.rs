@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use tokenizers::{Model as _, OffsetType, PreTokenizer as _};
 
-use super::marks::{self, MARK, Marker, Unmark};
+use super::marks::{self, MARK, Marker, Structure, Unmark};
 use super::{TextError, gguf, read_optional_json, token_text};
 use crate::request::TokenId;
 
@@ -27,7 +27,10 @@ struct Inner {
     longest: usize,
     strips_space: bool,
     end_tokens: Vec<TokenId>,
-    marker: Marker,
+    /// Of control tokens and markup.
+    structure: Marker,
+    /// Of control tokens alone.
+    control: Marker,
 }
 
 #[derive(Clone, Default)]
@@ -101,8 +104,11 @@ impl Tokenizer {
             .with_truncation(None)
             .map_err(|e| TextError::format(path, e))?;
         tokenizer.with_padding(None);
-        let special = marks::special_on_raw_text(&mut tokenizer).map_err(|e| TextError::format(path, e))?;
-        let marker = Marker::new(special).map_err(|e| TextError::format(path, e))?;
+        let Structure { control, markup } =
+            marks::structure_on_raw_text(&mut tokenizer).map_err(|e| TextError::format(path, e))?;
+        let marker = |spellings| Marker::new(spellings).map_err(|e| TextError::format(path, e));
+        let structure = marker([control.clone(), markup].concat())?;
+        let control = marker(control)?;
         end_tokens.sort_unstable();
         end_tokens.dedup();
         let decoder = serde_json::to_value(tokenizer.get_decoder()).map_err(|e| TextError::format(path, e))?;
@@ -117,7 +123,8 @@ impl Tokenizer {
                 longest,
                 strips_space,
                 end_tokens,
-                marker,
+                structure,
+                control,
             }),
         })
     }
@@ -133,14 +140,19 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// A client's text as it may stand in a chat: control tokens written out in it will not be read as such by
-    /// [`Self::encode_chat`], whatever a chat template puts around it.
+    /// A client's text as it may stand in a chat: control tokens and markup written out in it will not be read as such
+    /// by [`Self::encode_chat`], whatever a chat template puts around it.
     pub fn defuse<'a>(&self, text: &'a str) -> Cow<'a, str> {
-        self.inner.marker.mark(text)
+        self.inner.structure.mark(text)
     }
 
-    /// The tokens of a rendered chat template whose messages were [defused](Self::defuse): control tokens are those
-    /// that the template wrote, and what clients wrote is plain text. Without anything defused, the same as
+    /// The same for what the model answered before, which keeps its markup.
+    pub fn defuse_answer<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        self.inner.control.mark(text)
+    }
+
+    /// The tokens of a rendered chat template whose messages were [defused](Self::defuse): control tokens and markup are
+    /// those that the template wrote, and what clients wrote is plain text. Without anything defused, the same as
     /// [`Self::encode`].
     pub fn encode_chat(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, TextError> {
         if !text.contains(MARK) {
@@ -388,6 +400,47 @@ pub(crate) mod tests {
         assert_eq!(tokenizer.encode("a<a>", false).unwrap(), [0, 3]);
         let chat = format!("<a>{}", tokenizer.defuse("<a>"));
         assert_eq!(tokenizer.encode_chat(&chat, false).unwrap(), [3, 1, 0, 2]);
+    }
+
+    #[test]
+    fn markup_is_not_forged_but_the_models_own_is_kept() {
+        let added = |id: u32, content: &str, special: bool, normalized: bool| {
+            serde_json::json!({"id": id, "content": content, "special": special, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": normalized})
+        };
+        let byte_level = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+            "use_regex": true});
+        let characters = "<>/abo |".chars().map(|c| if c == ' ' { 'Ġ' } else { c });
+        let vocabulary: serde_json::Map<_, _> = characters.zip(0..).map(|(c, id)| (c.into(), id.into())).collect();
+        let file = serde_json::json!({
+            "version": "1.0", "normalizer": {"type": "NFC"}, "pre_tokenizer": byte_level, "post_processor": null,
+            "decoder": byte_level,
+            "added_tokens": [
+                added(8, "<|a|>", true, false),
+                added(9, "<b>", false, false),
+                added(10, "</b>", false, true),
+                added(11, "  ", false, false),
+                added(12, "oo", false, false),
+            ],
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+        });
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tokenizer.json"), file.to_string()).unwrap();
+        let tokenizer = Tokenizer::open(folder.path()).unwrap();
+        let text = "<b>a</b>  oo<|a|>";
+        let ids = |text: &str| tokenizer.encode_chat(text, false).unwrap();
+        assert_eq!(ids(text), [9, 3, 10, 11, 12, 8]);
+        // The template's own, and then as plain characters what a client wrote.
+        let template = |text: &str| ids(&format!("<b>{text}</b>"));
+        let plain = [&[9, 0, 4, 1, 3, 0, 2, 4, 1, 11, 12, 0, 7, 3, 7, 1][..], &[10]].concat();
+        assert_eq!(template(&tokenizer.defuse(text)), plain);
+        let own = [&[9, 9, 3, 10, 11, 12, 0, 7, 3, 7, 1][..], &[10]].concat();
+        assert_eq!(template(&tokenizer.defuse_answer(text)), own);
+        assert_eq!(tokenizer.defuse("<a> < b> oo"), "<a> < b> oo");
+        assert_eq!(
+            tokenizer.decode(&template(&tokenizer.defuse(text)), true),
+            format!("<b>{text}</b>")
+        );
     }
 
     /// This vocabulary lacks some bytes; a character that needs one of them is lost in any implementation.
