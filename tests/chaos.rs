@@ -9,6 +9,7 @@ mod common;
 
 use std::{
     collections::BTreeMap,
+    fmt::Debug,
     fs,
     io::{Read, Write},
     net::TcpStream,
@@ -99,8 +100,10 @@ fn every_request_has_exactly_one_outcome_and_nothing_is_left_behind() {
     let shapes: Vec<Shape> = (0..SHAPES).map(|_| shape(&server, &mut random)).collect();
     let (files, threads) = (open_files(&server), threads(&server));
 
+    let before = Counters::of(&server);
     let (started, next) = (Instant::now(), AtomicU64::new(0));
     let outcomes = Mutex::new(BTreeMap::<Outcome, u64>::new());
+    let told = Mutex::new(Told::default());
     thread::scope(|scope| {
         for _ in 0..CLIENTS {
             scope.spawn(|| {
@@ -117,7 +120,7 @@ fn every_request_has_exactly_one_outcome_and_nothing_is_left_behind() {
                     };
                     let shape = &shapes[random.random_range(0..SHAPES)];
                     let outcome = loop {
-                        let outcome = run(&server, index, shape, manner, &mut random);
+                        let outcome = run(&server, index, shape, manner, &mut random, &told);
                         if outcome == Outcome::EngineLost {
                             // As a client does that is told to try again.
                             server.wait_until("it is ready", LIMIT, || server.get("/ready").status() == 200);
@@ -155,6 +158,8 @@ fn every_request_has_exactly_one_outcome_and_nothing_is_left_behind() {
     server.wait_until("connections are closed", LIMIT, || open_files(&server) <= files);
     // The pool for blocking work lets its threads go after ten idle seconds.
     server.wait_until("threads have ended", LIMIT, || self::threads(&server) <= threads);
+    let told = told.into_inner().expect("no client panicked");
+    reconcile(&told, &before, &Counters::of(&server));
     for shape in &shapes {
         assert_eq!(ask(&server, "after", shape), (200, shape.answer.clone()));
     }
@@ -239,7 +244,104 @@ fn manner(random: &mut StdRng) -> Manner {
     }
 }
 
-fn run(server: &Server, index: u64, shape: &Shape, manner: Manner, random: &mut StdRng) -> Outcome {
+/// What the clients were told, and how many did not wait for it.
+#[derive(Debug, Default)]
+struct Told {
+    statuses: BTreeMap<u16, u64>,
+    /// Of refusals and failures, by what the server counts them under.
+    causes: BTreeMap<String, u64>,
+    left: u64,
+}
+
+impl Told {
+    fn note(&mut self, status: u16, answer: &Value) {
+        *self.statuses.entry(status).or_default() += 1;
+        let error = &answer["error"];
+        if !error.is_null() {
+            let unnamed = if status == 400 { "invalid_request" } else { "internal" };
+            let cause = error["code"].as_str().unwrap_or(unnamed);
+            *self.causes.entry(cause.to_owned()).or_default() += 1;
+        }
+    }
+}
+
+/// What the server counted of these routes, and of all.
+struct Counters {
+    statuses: BTreeMap<u16, u64>,
+    causes: BTreeMap<String, u64>,
+    panics: u64,
+}
+
+impl Counters {
+    fn of(server: &Server) -> Self {
+        let text = server.get("/metrics").text().expect("text");
+        let (mut statuses, mut causes, mut panics) = (BTreeMap::new(), BTreeMap::new(), 0);
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            let (series, value) = line.rsplit_once(' ').expect("a value");
+            let count = value.parse::<f64>().expect("a number") as u64;
+            let (name, labels) = series.split_once('{').unwrap_or((series, ""));
+            let label = |name: &str| {
+                let rest = labels.split_once(&format!("{name}=\"")).expect("the label").1;
+                rest.split('"').next().expect("a value")
+            };
+            match name {
+                "sconce_http_requests_total" if label("route").ends_with("/completions") => {
+                    let status = label("status").parse::<u16>().expect("a status");
+                    *statuses.entry(status).or_default() += count;
+                }
+                "sconce_refusals_total" | "sconce_cuts_total" => {
+                    *causes.entry(label("cause").to_owned()).or_default() += count;
+                }
+                "sconce_request_panics_total" => panics += count,
+                _ => {}
+            }
+        }
+        Self {
+            statuses,
+            causes,
+            panics,
+        }
+    }
+}
+
+/// The server counted each thing that it told, and besides at most what it had to say to clients that did not listen.
+fn reconcile(told: &Told, before: &Counters, after: &Counters) {
+    /// How many more were counted than told.
+    fn unheard<K: Ord + Debug>(told: &BTreeMap<K, u64>, before: &BTreeMap<K, u64>, after: &BTreeMap<K, u64>) -> u64 {
+        let count = |counts: &BTreeMap<K, u64>, key: &K| counts.get(key).copied().unwrap_or_default();
+        for (key, told) in told {
+            let counted = count(after, key) - count(before, key);
+            assert!(counted >= *told, "{key:?}: {told} were told, and {counted} counted");
+        }
+        let counted: u64 = after.keys().map(|key| count(after, key) - count(before, key)).sum();
+        counted - told.values().sum::<u64>()
+    }
+    let answers = unheard(&told.statuses, &before.statuses, &after.statuses);
+    let causes = unheard(&told.causes, &before.causes, &after.causes);
+    assert!(
+        answers.max(causes) <= told.left,
+        "{answers} and {causes} more than {told:?}"
+    );
+    let panics = ["internal", "text_failed"].map(|cause| told.causes.get(cause).copied().unwrap_or_default());
+    assert_eq!(after.panics - before.panics, panics.iter().sum::<u64>(), "{told:?}");
+}
+
+fn run(server: &Server, index: u64, shape: &Shape, manner: Manner, random: &mut StdRng, told: &Mutex<Told>) -> Outcome {
+    let outcome = send(server, index, shape, manner, random, told);
+    if outcome == Outcome::Left {
+        told.lock().expect("no client panicked").left += 1;
+    }
+    outcome
+}
+
+fn send(
+    server: &Server,
+    index: u64,
+    shape: &Shape,
+    manner: Manner,
+    random: &mut StdRng,
+    told: &Mutex<Told>,
+) -> Outcome {
     let after = random.random_range(0..shape.tokens);
     let (id, body) = match manner {
         Manner::Fault("handler") => ("fault.handler.0".into(), shape.body.to_string().into_bytes()),
@@ -275,6 +377,7 @@ fn run(server: &Server, index: u64, shape: &Shape, manner: Manner, random: &mut 
     let pause = Duration::from_millis(if manner == Manner::Stalling { 2 } else { 0 });
     read(&mut socket, &mut response, pause);
     let (status, answer) = parse(&response);
+    told.lock().expect("no client panicked").note(status, &answer);
     judge(shape, manner, status, &answer)
 }
 
