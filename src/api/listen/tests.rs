@@ -135,7 +135,7 @@ async fn a_reader_that_takes_a_little_now_and_then_is_cut_in_time() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
-async fn a_client_that_leaves_is_missed_whatever_it_sent_behind_its_request() {
+async fn a_client_that_leaves_is_noticed_whatever_it_sent_behind_its_request() {
     let (server, senders) = talkative(1);
     let running = start(server, PATIENT).await;
     let more = ["", "\r\n", "GET /health HTTP/1.1\r\nhost: x\r\n\r\n", "x"];
