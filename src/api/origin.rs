@@ -1,6 +1,6 @@
 //! Keeps web pages from the routes that change the server. A browser on the server's own machine reaches its loopback
-//! address, and sends what any page asks it to send there: the page's `Origin` gives that away, and where the page had
-//! its own name point to this machine (DNS rebinding), the `Host` does.
+//! address, and sends what any page asks it to send there: `Sec-Fetch-Site` and the page's `Origin` give that away, and
+//! where the page had its own name point to this machine (DNS rebinding), the `Host` does.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -35,7 +35,10 @@ fn check(headers: &HeaderMap) -> Result<(), ApiError> {
         let origin = origin.to_str().ok().and_then(|origin| origin.split_once("://"));
         origin.is_some_and(|(_, host)| hosts().any(|own| own.as_bytes().eq_ignore_ascii_case(host.as_bytes())))
     };
-    if !headers.get_all(header::ORIGIN).iter().all(own) {
+    // A picture's address, say, is asked for without an origin. `none` is what the user typed.
+    let fetched = headers.get_all("sec-fetch-site").iter();
+    let mut fetched = fetched.filter(|site| !matches!(site.as_bytes(), b"none" | b"same-origin"));
+    if !headers.get_all(header::ORIGIN).iter().all(own) || fetched.next().is_some() {
         let message = "These routes take no requests from pages of other sites.";
         return Err(ApiError::forbidden("foreign_origin", message));
     }
@@ -126,6 +129,17 @@ mod tests {
                     "{path} {host} {origin:?}"
                 );
                 assert_eq!(body["error"]["type"], "permission_error");
+            }
+            for (site, refused) in [
+                ("cross-site", true),
+                ("same-site", true),
+                ("same-origin", false),
+                ("none", false),
+            ] {
+                let request = HttpRequest::builder().method(method).uri(path).header("host", own);
+                let request = request.header("sec-fetch-site", site).body(Body::empty()).unwrap();
+                let status = testing::send(&server, request).await.status();
+                assert_eq!(status == StatusCode::FORBIDDEN, refused, "{path} {site}");
             }
             for origin in [None, Some("http://127.0.0.1:8080")] {
                 let response = ask(method, path, own, origin).await;
