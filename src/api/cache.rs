@@ -21,7 +21,7 @@ use super::types::Messages;
 use super::{Model, Server, body, completions, messages};
 use crate::batching::{AUTOMATIC_PIN_REQUESTS, CachedPrefix, PinError};
 use crate::engine::{CacheReport, Handle, PinFailed, PinInfo, PinRequest};
-use crate::request::{Failure, Request, Sampling, Tenant, TokenId};
+use crate::request::{Failure, FinishReason, Request, Sampling, Tenant, TokenId};
 
 /// The longest time for which a prompt is pinned, in seconds: ten years.
 const MAX_TTL: f64 = 3650.0 * 24.0 * 3600.0;
@@ -137,7 +137,7 @@ pub(super) async fn pin(
     let mut request = request(asked.tokens, asked.cache_salt, caller.tenant.clone(), arrival);
     request.id = caller.id;
     request.deadline = server.request_timeout().map(|timeout| arrival + timeout);
-    let deadline = request.deadline;
+    let (deadline, ended) = (request.deadline, request.ended.clone());
     // It is used from then on, even if its client does not wait for the answer.
     let admitted = || {
         if let Some(reservation) = reservation.as_mut() {
@@ -148,7 +148,11 @@ pub(super) async fn pin(
     let answer = match deadline {
         Some(deadline) => tokio::select! {
             answer = pinning => answer?,
-            () = overdue(deadline) => return Err(Failure::DeadlinePassed.into()),
+            () = overdue(deadline) => {
+                // The engine is not to take it for one whose client left.
+                let _ = ended.set(FinishReason::Deadline);
+                return Err(Failure::DeadlinePassed.into());
+            }
         },
         None => pinning.await?,
     };
