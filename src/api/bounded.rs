@@ -118,7 +118,8 @@ impl<'de, const MOST: usize> Visitor<'de> for NumbersVisitor<MOST> {
     }
 }
 
-/// One prompt as it was sent. A list of ids is at most half as many bytes as it had in the body.
+/// One prompt as it was sent. Ids take twice the bytes that they had in the body at most, and what a growing list leaves
+/// unused.
 #[derive(Debug, PartialEq)]
 pub(super) enum Given {
     Text(String),

@@ -115,7 +115,7 @@ async fn converse(
             // One that said nothing was idle, and is closed without being missed.
             observer.connection_cut("slow_head");
         } else if error.is_parse_too_large() {
-            // Answered with a bare status, as are those below: there is no request to tell it to.
+            // Answered with a bare status, as are most of those below: there is no request to tell it to.
             observer.refused("headers_too_large");
         } else if error.is_parse() {
             observer.refused("malformed_head");

@@ -137,9 +137,8 @@ impl AsyncRead for Socket {
         loop {
             let stream: &TcpStream = (*self.read).as_ref();
             ready!(stream.poll_read_ready(context))?;
-            match stream.try_read(buffer.initialize_unfilled()) {
+            match stream.try_read_buf(buffer) {
                 Ok(count) => {
-                    buffer.advance(count);
                     if count > 0 {
                         self.clients_turn.store(true, Ordering::Relaxed);
                         self.waits.next_answer();
