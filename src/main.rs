@@ -42,10 +42,11 @@ fn main() -> ExitCode {
     let Err(error) = run(invocation) else {
         return ExitCode::SUCCESS;
     };
-    match log_format {
-        LogFormat::Text => eprintln!("error: {error}"),
-        // Whoever reads objects gets one.
-        LogFormat::Json => tracing::error!(%error, "ended"),
+    // Whoever reads objects gets one, if errors are logged at all.
+    if log_format == LogFormat::Json && tracing::enabled!(tracing::Level::ERROR) {
+        tracing::error!(%error, "ended");
+    } else {
+        eprintln!("error: {error}");
     }
     ExitCode::FAILURE
 }
