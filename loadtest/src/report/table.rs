@@ -198,10 +198,14 @@ pub fn turns(runs: &[Run]) -> (Vec<&'static str>, Vec<Vec<String>>) {
     let rows = all().map(|(run, turn)| {
         let time = |value: Option<f64>| value.map_or("-".to_owned(), milliseconds);
         let mut row = vec![run.label.clone(), turn.turn.to_string(), turn.answered.to_string()];
-        row.push(short(turn.prompt_tokens));
+        let count = |value: Option<f64>| value.map_or("-".to_owned(), short);
+        row.push(count(turn.prompt_tokens));
         if says_cached {
-            let computed = turn.cached_tokens.map(|cached| turn.prompt_tokens - cached);
-            row.extend([turn.cached_tokens, computed].map(|value| value.map_or("-".to_owned(), short)));
+            let computed = turn
+                .prompt_tokens
+                .zip(turn.cached_tokens)
+                .map(|(all, cached)| all - cached);
+            row.extend([turn.cached_tokens, computed].map(count));
         }
         row.extend([
             time(turn.ttft_p50_ms),

@@ -13,9 +13,9 @@ pub struct Turn {
     /// From 1.
     pub turn: u32,
     pub answered: u64,
-    /// Means over the requests.
-    pub prompt_tokens: f64,
-    /// Of these, found in the server's prefix cache; absent where it does not say.
+    /// Means over the requests for which the server says: the prompt, and what of it the prefix cache had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt_tokens: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cached_tokens: Option<f64>,
     /// Medians and 99th percentiles in milliseconds; no TTFT for whole answers.
@@ -40,21 +40,21 @@ pub fn of(records: &[Record]) -> Vec<Turn> {
 
 /// `records` holds at least one.
 fn one(turn: u32, records: &[&Record]) -> Turn {
-    let cached: Vec<f64> = records
-        .iter()
-        .filter_map(|record| record.cached_tokens.map(f64::from))
-        .collect();
+    let mean = |tokens: fn(&Record) -> Option<u32>| {
+        let tokens: Vec<f64> = records
+            .iter()
+            .filter_map(|record| tokens(record))
+            .map(f64::from)
+            .collect();
+        (!tokens.is_empty()).then(|| tokens.iter().sum::<f64>() / tokens.len() as f64)
+    };
     let ttft: Vec<u64> = records.iter().filter_map(|record| record.ttft).collect();
     let e2e: Vec<u64> = records.iter().map(|record| record.e2e).collect();
     Turn {
         turn,
         answered: records.len() as u64,
-        prompt_tokens: records
-            .iter()
-            .map(|record| f64::from(record.prompt_tokens.unwrap_or(0)))
-            .sum::<f64>()
-            / records.len() as f64,
-        cached_tokens: (!cached.is_empty()).then(|| cached.iter().sum::<f64>() / cached.len() as f64),
+        prompt_tokens: mean(|record| record.prompt_tokens),
+        cached_tokens: mean(|record| record.cached_tokens),
         ttft_p50_ms: percentile(&ttft, 50),
         ttft_p99_ms: percentile(&ttft, 99),
         e2e_p50_ms: percentile(&e2e, 50).unwrap_or_default(),
@@ -95,7 +95,7 @@ mod tests {
         let turns = of(&records);
         assert_eq!(turns.len(), 2);
         let first = &turns[0];
-        assert_eq!((first.turn, first.answered, first.prompt_tokens), (1, 3, 100.0));
+        assert_eq!((first.turn, first.answered, first.prompt_tokens), (1, 3, Some(100.0)));
         assert_eq!((first.ttft_p50_ms, first.ttft_p99_ms), (Some(20.0), Some(30.0)));
         assert_eq!((first.cached_tokens, first.e2e_p50_ms), (Some(16.0), 40.0));
         assert_eq!((turns[1].turn, turns[1].cached_tokens), (2, Some(100.0)));
