@@ -91,7 +91,7 @@ fn a_conversation_prefills_each_token_once() {
 /// A prompt that is being computed when its time is over was not refused.
 #[test]
 fn a_pin_that_ran_and_failed_is_counted_as_cut() {
-    let server = Server::start(&["--request-timeout", "50ms"]);
+    let server = Server::start(&["--device", "cpu", "--request-timeout", "50ms"]);
     let answer = server.post("/v1/cache/prompts", &json!({"prompt": prompt(1, 4000)}));
     assert_eq!(answer.status(), 504);
     let metrics = server.get("/metrics").text().expect("text");

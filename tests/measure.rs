@@ -8,7 +8,7 @@ use std::{
     fs,
     path::Path,
     process::{Command, Output, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use common::Server;
@@ -218,7 +218,9 @@ fn a_tuner_that_is_ended_leaves_no_server_behind() {
         .stderr(Stdio::null())
         .spawn()
         .expect("starts");
+    let began = Instant::now();
     let server = loop {
+        assert!(began.elapsed() < LIMIT, "it starts no server");
         assert_eq!(
             tune.try_wait().expect("a child can be asked"),
             None,

@@ -12,7 +12,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn one_that_cannot_make_it_any_more_hears_so_before_its_deadline() {
-    let server = Server::start(&["--max-batch", "1", "--request-timeout", "24h"]);
+    let server = Server::start(&["--device", "cpu", "--max-batch", "1", "--request-timeout", "24h"]);
     // Teaches the server what its steps take, and that answers are short.
     for _ in 0..2 {
         server.ask(COMPLETIONS, &completion(&[300, 301], 16));

@@ -172,11 +172,12 @@ fn requests_reach_the_server_with_exponential_gaps() {
         times.sort_by(f64::total_cmp);
         distance_from_exponential(&times, rate)
     };
-    let distances: Vec<f64> = (0..TRIES)
-        .map(|_| distance())
-        .take_while(|&distance| distance >= 1.0)
-        .collect();
-    assert!(distances.len() < TRIES, "{distances:?} times the critical value");
+    let tries = (0..TRIES).map(|_| watched(distance));
+    let tries: Vec<(f64, f64)> = tries.take_while(|&(distance, _)| distance >= 1.0).collect();
+    assert!(
+        tries.len() < TRIES || tries.iter().all(|&(_, held_up)| held_up > HELD_UP),
+        "{tries:?}: times the critical value, and for how many milliseconds a thread was held up"
+    );
 }
 
 // M/M/1: the time in the system is exponential with rate (1 - load) / service. The variance of the mean over n requests
