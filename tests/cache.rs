@@ -88,24 +88,6 @@ fn a_conversation_prefills_each_token_once() {
     assert_eq!(server.metric("sconce_recomputed_tokens_total"), 0.0);
 }
 
-/// A prompt that is being computed when its time is over was not refused.
-#[test]
-fn a_pin_that_ran_and_failed_is_counted_as_cut() {
-    let server = Server::start(&["--device", "cpu", "--request-timeout", "50ms"]);
-    let answer = server.post("/v1/cache/prompts", &json!({"prompt": prompt(1, 4000)}));
-    assert_eq!(answer.status(), 504);
-    let metrics = server.get("/metrics").text().expect("text");
-    let count = |name: &str| {
-        metrics
-            .lines()
-            .find_map(|line| line.strip_prefix(name))
-            .map(str::to_owned)
-    };
-    let cut = count("sconce_cuts_total{cause=\"deadline_passed\"} ");
-    assert_eq!(cut.as_deref(), Some("1"), "{metrics}");
-    assert_eq!(count("sconce_refusals_total{cause=\"deadline_passed\"} "), None);
-}
-
 fn delete(server: &Server, id: &str) -> u16 {
     let url = server.url(&format!("/v1/cache/prompts/{id}"));
     let answer = reqwest::blocking::Client::new().delete(url).send();
