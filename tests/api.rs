@@ -231,7 +231,7 @@ fn bad_input_gets_a_clear_error_and_costs_nobody_else_anything() {
             chats,
             &with("logit_bias", json!(biases)),
             400,
-            "more than 1024",
+            "the most is 1024",
         );
         let stops: Vec<u32> = (0..129).collect();
         refused(
@@ -239,7 +239,7 @@ fn bad_input_gets_a_clear_error_and_costs_nobody_else_anything() {
             chats,
             &with("stop_token_ids", json!(stops)),
             400,
-            "more than 128",
+            "the most is 128",
         );
         refused(&server, chats, &with("top_logprobs", json!(3)), 400, "logprobs");
         refused(&server, chats, &chat(&"word ".repeat(600), 4), 400, "512");
