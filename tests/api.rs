@@ -339,7 +339,7 @@ fn a_full_queue_refuses_at_once() {
 
 #[test]
 fn ends_on_request_with_what_runs_finished() {
-    let server = Server::start(&[]);
+    let server = Server::start(&["--drain-timeout", "10m"]);
     let mut body = chat("Count to a hundred.", 120);
     body["ignore_eos"] = json!(true);
     let (stream, refused) = std::thread::scope(|scope| {
