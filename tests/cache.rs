@@ -152,6 +152,23 @@ fn prompts_are_pinned_listed_and_unpinned() {
     assert_eq!(server.metric("sconce_kv_blocks{state=\"pinned\"}"), 0.0);
 }
 
+/// A prompt that was let in, and whose time is over before it is computed, was not refused.
+#[test]
+fn a_pin_that_was_let_in_and_failed_is_counted_as_cut() {
+    let server = Server::start(&["--device", "cpu", "--threads", "1", "--request-timeout", "300ms"]);
+    let answer = server.post("/v1/cache/prompts", &json!({"prompt": prompt(1, 2000)}));
+    assert_eq!(answer.status(), 504);
+    assert_eq!(server.metric("sconce_cuts_total{cause=\"deadline_passed\"}"), 1.0);
+    let metrics = server.get("/metrics").text().expect("text");
+    let refusal = "sconce_refusals_total{cause=\"deadline_passed\"} ";
+    assert!(
+        !metrics
+            .lines()
+            .any(|line| line.starts_with(refusal) && !line.ends_with(" 0")),
+        "{metrics}"
+    );
+}
+
 #[test]
 fn the_settings_file_pins_prompts_before_the_first_request() {
     let file = tempfile::NamedTempFile::new().expect("a file");
