@@ -3,10 +3,11 @@
 
 mod common;
 
-use std::{io::Read, process::Command, time::Duration};
+use std::{fs, io::Read, process::Command, time::Duration};
 
 use common::{Server, all_at_once, chat, completion, send_by_hand, text, tiny};
 use serde_json::{Value, json};
+use tempfile::NamedTempFile;
 
 const CHAT: &str = "/v1/chat/completions";
 const LIMIT: Duration = Duration::from_secs(60);
@@ -221,6 +222,48 @@ fn a_hung_step_is_given_up_and_the_engine_runs_again() {
     }
     assert_eq!(server.metric("sconce_engine_restarts_total{cause=\"hung\"}"), 1.0);
     idle(&server);
+}
+
+#[test]
+fn a_deadline_is_kept_in_a_step_that_hangs() {
+    let server = Server::start_quietly(&["--device", "cpu", "--max-batch", "1"]);
+    let mut body = question(0);
+    body["timeout_ms"] = json!(10_000);
+    let (hung, waiting) = std::thread::scope(|scope| {
+        let hung = scope.spawn(|| ask(&server, "fault.hang.1", &body));
+        server.wait_until("it runs", LIMIT, || server.metric("sconce_running") == 1.0);
+        let waiting = ask(&server, "waits", &body);
+        (hung.join().expect("no panic"), waiting)
+    });
+    let (status, answer) = hung;
+    assert_eq!(status, 200, "{answer}");
+    let answer: Value = serde_json::from_str(&answer).expect("JSON");
+    assert_eq!(answer["choices"][0]["stop_reason"], "deadline", "{answer}");
+    assert!(!text(&answer).is_empty(), "{answer}");
+    failed(waiting, false, "deadline_passed");
+    // The step goes on for as long as it may.
+    assert_eq!(server.metric("sconce_engine_restarts_total{cause=\"hung\"}"), 0.0);
+}
+
+#[test]
+fn a_server_is_not_ready_while_its_engine_starts_again() {
+    let settings = NamedTempFile::new().expect("a file");
+    // So many steps come before the new engine serves.
+    let pin = format!("[[pin]]\nprompt = '{}'\n", "word ".repeat(1000));
+    fs::write(settings.path(), pin).expect("writes");
+    let path = settings.path().to_str().expect("a path");
+    let slow = ["--device", "cpu", "--max-batch", "1", "--step-tokens", "4"];
+    let room = ["--max-model-len", "2048", "--kv-memory", "640MiB"];
+    let server = Server::start_quietly(&[["--config", path, PATIENT].as_slice(), &slow, &room].concat());
+    failed(ask(&server, "fault.engine.0", &question(0)), false, "engine_lost");
+    let unready = server.get("/ready");
+    assert_eq!(unready.status(), 503);
+    assert!(unready.text().expect("text").contains("engine_lost"));
+    assert_eq!(server.post(CHAT, &question(0)).status(), 503);
+    server.wait_until("it is ready", Duration::from_secs(240), || {
+        server.get("/ready").status() == 200
+    });
+    server.ask(CHAT, &question(0));
 }
 
 #[test]
