@@ -10,8 +10,8 @@ use std::{
 use tokio::sync::mpsc;
 
 /// A sleep this short may end too late for several items: a processor that rests takes time to wake, on a virtual machine
-/// milliseconds. Where items follow one another so closely, this thread stays awake, and gives way to whoever has work.
-const SHORT: Duration = Duration::from_millis(1);
+/// milliseconds. Where items follow one another so closely, this thread stays awake, and yields to whoever has work.
+const SHORT: Duration = Duration::from_millis(5);
 
 /// Sends each item at its instant, in order; ends when the receiver is dropped. Items are made on this thread, each
 /// before its time has come.
