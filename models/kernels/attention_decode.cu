@@ -10,10 +10,10 @@ constexpr int WARPS = 4;
 constexpr int GROUP = 4;
 
 template <class T, int D> struct Shape {
-    static constexpr int LANES = D <= 96 ? 8 : D <= 192 ? 16 : 32;
+    static constexpr int LANES = D <= 112 ? 8 : D <= 224 ? 16 : 32;
     /// Dimensions that a lane holds, in `PACKS` packs of `N`.
     static constexpr int EACH = D / LANES;
-    static constexpr int N = EACH % WIDE<T> == 0 ? WIDE<T> : 4;
+    static constexpr int N = EACH % WIDE<T> == 0 ? WIDE<T> : EACH % 4 == 0 ? 4 : 2;
     static constexpr int PACKS = EACH / N;
     /// Keys that a warp reads at once, and rounds of them that are loaded before the first is used.
     static constexpr int KEYS = 32 / LANES;
@@ -178,7 +178,11 @@ __device__ void merge(const float *sums, const float *totals, const unsigned *ro
     REGISTER(attention_decode_##T##_##D) REGISTER(attention_merge_##T##_##D)
 #define INSTANCES(D) INSTANCE(float, D) INSTANCE(bf16, D) INSTANCE(f16, D)
 INSTANCES(64)
+INSTANCES(80)
 INSTANCES(96)
+INSTANCES(112)
 INSTANCES(128)
+INSTANCES(160)
 INSTANCES(192)
+INSTANCES(224)
 INSTANCES(256)

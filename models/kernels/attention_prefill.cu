@@ -9,8 +9,9 @@ constexpr int ROWS = 16 * WARPS;
 
 template <int D> struct Tile {
     static constexpr int KEYS = D <= 128 ? 64 : 32;
-    /// Rows lie 16 bytes apart from a multiple of the banks, so that eight of them are read at once.
+    /// Rows lie an odd multiple of 16 bytes apart, so that eight of them are in different banks and are read at once.
     static constexpr int STRIDE = D + 8;
+    static_assert(D % 16 == 0, "depths and columns are taken sixteen at a time");
     /// Two tiles of keys and of values: one is computed with while the next comes.
     static constexpr int BYTES = 2 * (ROWS + 4 * KEYS) * STRIDE;
 };
@@ -180,7 +181,11 @@ __device__ void prefill(const T *queries, int stride, const T *keys, const T *va
     REGISTER(attention_prefill_##T##_##D)
 #define INSTANCES(D) INSTANCE(bf16, D) INSTANCE(f16, D)
 INSTANCES(64)
+INSTANCES(80)
 INSTANCES(96)
+INSTANCES(112)
 INSTANCES(128)
+INSTANCES(160)
 INSTANCES(192)
+INSTANCES(224)
 INSTANCES(256)

@@ -12,7 +12,7 @@ use super::device_error;
 use super::metadata::TILE_ROWS;
 
 /// Head sizes that the attention kernels are compiled for.
-pub const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
+pub const HEAD_DIMS: [usize; 9] = [64, 80, 96, 112, 128, 160, 192, 224, 256];
 /// Query heads that a block of the decode kernel works on.
 const GROUP: usize = 4;
 const THREADS: u32 = 256;

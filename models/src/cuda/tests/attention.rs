@@ -214,7 +214,17 @@ fn decodes_attend_to_their_own_blocks() {
 
 #[test]
 fn decodes_of_every_head_size_and_of_large_groups() {
-    for (dim, heads, kv_heads) in [(96, 6, 1), (128, 8, 2), (192, 2, 2), (256, 5, 1)] {
+    let sizes = [
+        (80, 4, 2),
+        (96, 6, 1),
+        (112, 3, 1),
+        (128, 8, 2),
+        (160, 4, 4),
+        (192, 2, 2),
+        (224, 2, 1),
+        (256, 5, 1),
+    ];
+    for (dim, heads, kv_heads) in sizes {
         let spans = vec![(29, 1), (140, 1)];
         let case = Case {
             heads,
@@ -307,15 +317,28 @@ fn chunks_attend_causally() {
 
 #[test]
 fn chunks_of_every_head_size() {
-    for (dim, heads, kv_heads) in [(96, 1, 1), (128, 4, 1), (192, 2, 2), (256, 3, 3)] {
-        let spans = vec![(40, 17), (0, 3)];
-        prefill::<bf16>(&Case {
+    let sizes = [
+        (80, 2, 1),
+        (96, 1, 1),
+        (112, 3, 1),
+        (128, 4, 1),
+        (160, 2, 2),
+        (192, 2, 2),
+        (224, 4, 2),
+        (256, 3, 3),
+    ];
+    for (dim, heads, kv_heads) in sizes {
+        // More keys than a tile has.
+        let spans = vec![(90, 17), (0, 3)];
+        let case = Case {
             heads,
             kv_heads,
             dim,
             block_size: 8,
             window: 0,
             spans,
-        });
+        };
+        prefill::<bf16>(&case);
+        prefill::<f16>(&case);
     }
 }
