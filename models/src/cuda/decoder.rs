@@ -33,8 +33,6 @@ const WORDS: usize = 1 << 17;
 const LIST_WORDS: usize = 18;
 /// Floats of a row that fit beside sums into a block's shared memory.
 const MOST_HIDDEN: usize = 12_000;
-/// The largest batch that runs as a graph, a multiple of 8; beyond it launches cost little beside the step.
-const LARGEST_GRAPH: usize = 512;
 
 /// A model's weights on a GPU and the kernels that run it.
 pub(crate) struct CudaDecoder {
@@ -139,7 +137,7 @@ impl CudaDecoder {
         if draws.iter().any(|draw| unknown(&draw)) {
             bail!("step: an edit is outside the vocabulary of {}", self.config.vocab_size)
         }
-        let batch = graph_batch(rows).filter(|_| rows > 0 && Packing::is_decode(step));
+        let batch = (rows > 0 && Packing::is_decode(step)).then(|| graph_batch(rows));
         let mut metadata = self.packing(cache, batch).pack(step, draws);
         if let Some((from, tokens)) = carried {
             if !cache.workspace.as_ref().is_some_and(|workspace| workspace.holds(from)) {
@@ -177,13 +175,13 @@ impl CudaDecoder {
     /// Takes the memory for steps of up to `tokens` tokens and `rows` rows, and if `graphs`, captures graphs for batches of
     /// 1, 2, 4 and multiples of 8 up to the first that holds `rows`. There are none of quantized weights.
     pub fn prepare(&self, cache: &mut KvCache, tokens: usize, rows: usize, graphs: bool) -> Result<()> {
-        let largest = graph_batch(rows.clamp(1, LARGEST_GRAPH)).unwrap_or(LARGEST_GRAPH);
+        let largest = graph_batch(rows);
         // All at once: graphs hold addresses, and growing would take them away.
         let most = Shape {
-            tokens: tokens.max(rows).max(largest),
+            tokens: tokens.max(largest),
             decodes: 0,
             tiles: 0,
-            rows: rows.max(largest),
+            rows: largest,
         };
         self.hold(cache, &most, 0)?.run_graphs(graphs && !self.quantized);
         let mut batches = vec![1, 2, 4];
@@ -480,11 +478,11 @@ fn keep_freed_memory(stream: &CudaStream) -> Result<()> {
 }
 
 /// The batch whose graph runs `rows` decodes.
-fn graph_batch(rows: usize) -> Option<usize> {
+fn graph_batch(rows: usize) -> usize {
     match rows {
-        0..=2 => Some(rows.max(1)),
-        3..=4 => Some(4),
-        _ => Some(rows.next_multiple_of(8)).filter(|&batch| batch <= LARGEST_GRAPH),
+        0..=2 => rows.max(1),
+        3..=4 => 4,
+        _ => rows.next_multiple_of(8),
     }
 }
 
@@ -530,8 +528,7 @@ mod tests {
 
     #[test]
     fn batches_are_padded_to_the_next_graph() {
-        let padded = [1, 2, 3, 5, 8, 9, 100, 512].map(graph_batch);
-        assert_eq!(padded, [1, 2, 4, 8, 8, 16, 104, 512].map(Some));
-        assert_eq!(graph_batch(513), None);
+        let padded = [1, 2, 3, 5, 8, 9, 100, 513].map(graph_batch);
+        assert_eq!(padded, [1, 2, 4, 8, 8, 16, 104, 520]);
     }
 }
