@@ -234,7 +234,8 @@ impl CudaDecoder {
         }
         let (free, total) = self.stream.context().mem_get_info().map_err(device_error)?;
         let trial_bytes = blocks * KvCache::bytes_per_block(&self.config, BLOCK, self.dtype);
-        let taken = total - free - trial_bytes + self.temporaries(tokens, rows.max(1));
+        let padded = graph_batch(rows);
+        let taken = total - free - trial_bytes + self.temporaries(tokens.max(padded), padded);
         Ok(GpuMemory {
             total: total as u64,
             taken: taken as u64,
