@@ -20,6 +20,7 @@ mod step;
 mod weights;
 
 pub use config::{Config, Rope, RopeScaling};
+pub use cpu::softmax;
 
 pub use draw::{Draw, Edit};
 pub use error::{ModelError, without_backtrace};

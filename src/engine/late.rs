@@ -10,11 +10,11 @@ use std::{
 };
 
 use candle_core::bail;
-use sconce_models::{Decoder, Draw, Edit, KvCache, Step};
+use sconce_models::{Decoder, Draw, Edit, KvCache, Step, softmax};
 
 use super::{
     model::Awaited,
-    sampler::{greedy, pick},
+    sampler::{draw_from_all, greedy},
 };
 use crate::request::TokenId;
 
@@ -77,7 +77,7 @@ impl Late {
         let rows = logits.into_iter().zip(draws).zip(carried);
         let chosen = rows.map(|((mut logits, draw), carried)| {
             edit(&mut logits, draw, carried);
-            choose(&logits, draw).filter(|_| !failed)
+            choose(&mut logits, draw).filter(|_| !failed)
         });
         let tokens = Tokens {
             chosen: chosen.collect(),
@@ -128,16 +128,11 @@ pub fn edit(logits: &mut [f32], draw: &Draw, carried: Option<TokenId>) {
     }
 }
 
-/// As the host's sampler chooses from logits that are edited, without its cuts.
-pub fn choose(logits: &[f32], draw: &Draw) -> Option<TokenId> {
-    if !logits.iter().all(|logit| logit.is_finite()) {
-        return None;
-    }
-    if draw.temperature == 0.0 {
-        return Some(greedy(logits));
-    }
-    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weights = logits.iter().map(|logit| ((logit - highest) / draw.temperature).exp());
-    let total: f32 = weights.clone().sum();
-    Some(pick(weights.enumerate(), draw.point * total))
+/// As the host's sampler chooses from logits that are edited, which it changes, without its cuts.
+pub fn choose(logits: &mut [f32], draw: &Draw) -> Option<TokenId> {
+    let highest = softmax::highest(logits)?;
+    Some(match draw.temperature {
+        0.0 => greedy(logits, highest),
+        temperature => draw_from_all(logits, highest, temperature, draw.point),
+    })
 }

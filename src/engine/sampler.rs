@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-use sconce_models::{Draw, Edit};
+use sconce_models::{Draw, Edit, softmax};
 
 use crate::request::{Logprobs, Sampling, TokenId};
 
@@ -57,18 +57,18 @@ impl Sampler {
 
     /// Chooses the next token from `logits` (one for each token of the vocabulary), which it changes.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sample, NotANumber> {
-        if !logits.iter().fold(true, |finite, logit| finite & logit.is_finite()) {
-            return Err(NotANumber);
-        }
+        let highest = softmax::highest(logits).ok_or(NotANumber)?;
         // Reported probabilities are the model's own.
-        let normalizer = self.sampling.logprobs.map(|_| log_sum_exp(logits));
+        let normalizer = self.sampling.logprobs.map(|_| log_sum_exp(logits, highest));
         let top = self.sampling.logprobs.map(|count| likeliest(logits, count));
         let unchanged = normalizer.map(|_| logits.to_vec());
         self.penalise(logits);
+        // Penalties can lead beyond what numbers there are.
+        let highest = softmax::highest(logits).ok_or(NotANumber)?;
         let token = if self.sampling.temperature == 0.0 {
-            greedy(logits)
+            greedy(logits, highest)
         } else {
-            self.draw(logits)
+            self.draw(logits, highest)
         };
         self.chose(token);
         let logprobs = match (normalizer, top, unchanged) {
@@ -195,7 +195,7 @@ impl Sampler {
     }
 
     /// Draws from the softmax of `logits / temperature`, cut by top-k, then top-p among those, then min-p.
-    fn draw(&mut self, logits: &[f32]) -> TokenId {
+    fn draw(&mut self, logits: &mut [f32], highest: f32) -> TokenId {
         let Sampling {
             temperature,
             top_k,
@@ -203,16 +203,17 @@ impl Sampler {
             min_p,
             ..
         } = self.sampling;
-        let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let weight = |logit: f32| ((logit - highest) / temperature).exp();
         let point = self.point(0);
         if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
-            let total: f32 = logits.iter().map(|&logit| weight(logit)).sum();
-            return pick(logits.iter().map(|&logit| weight(logit)).enumerate(), point * total);
+            return draw_from_all(logits, highest, temperature, point);
         }
+        let weight = |logit: f32| ((logit - highest) / temperature).exp();
         // The mass of what top-k leaves is what top-p takes its share of.
         let (limit, total): (_, f32) = match top_k {
-            0 => (logits.len(), logits.iter().map(|&logit| weight(logit)).sum()),
+            0 => {
+                let sums = softmax::weigh(&mut logits.to_vec(), highest, temperature);
+                (logits.len(), sums.iter().sum())
+            }
             k => {
                 let kept = likeliest(logits, k);
                 (kept.len(), kept.iter().map(|&(_, logit)| weight(logit)).sum())
@@ -240,10 +241,28 @@ impl Sampler {
     }
 }
 
-/// The largest logit's token, the lower one on a tie.
-pub(super) fn greedy(logits: &[f32]) -> TokenId {
-    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+/// The token of the largest logit, which is `highest`, the lower one on a tie.
+pub(super) fn greedy(logits: &[f32], highest: f32) -> TokenId {
     logits.iter().position(|&logit| logit == highest).unwrap_or(0) as TokenId
+}
+
+/// Draws from the softmax of `logits / temperature` by the random number `point`; the largest logit is `highest`.
+pub(super) fn draw_from_all(logits: &mut [f32], highest: f32, temperature: f32, point: f32) -> TokenId {
+    let sums = softmax::weigh(logits, highest, temperature);
+    // Summed more exactly than the shares are, so that what is left of the point fits the chunk in which it lies.
+    let total: f64 = sums.iter().copied().map(f64::from).sum();
+    let mut left = f64::from(point) * total;
+    let mut last = 0;
+    for (chunk, &sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+        last = chunk;
+        if left < f64::from(sum) {
+            break;
+        }
+        left -= f64::from(sum);
+    }
+    let first = last * softmax::CHUNK;
+    let shares = logits[first..].iter().take(softmax::CHUNK).copied().enumerate();
+    first as TokenId + pick(shares, left as f32)
 }
 
 /// The token in whose share of the running sum `point` lies; the last one if rounding puts it beyond.
@@ -278,9 +297,10 @@ fn likeliest(logits: &[f32], count: usize) -> Vec<(TokenId, f32)> {
     all
 }
 
-fn log_sum_exp(logits: &[f32]) -> f32 {
-    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - highest).exp()).sum();
+/// The logarithm of what the probabilities' numerators sum to, of logits whose largest is `highest`.
+fn log_sum_exp(logits: &[f32], highest: f32) -> f32 {
+    let sums = softmax::weigh(&mut logits.to_vec(), highest, 1.0);
+    let sum: f64 = sums.into_iter().map(f64::from).sum();
     highest + sum.ln() as f32
 }
 
@@ -506,8 +526,9 @@ mod tests {
                 let draw = on_device.draw_for(usize::from(under_way.is_some()), logits.len()).unwrap();
                 let mut edited = logits;
                 edit(&mut edited, &draw, under_way);
+                prop_assert_eq!(choose(&mut edited, &draw), Some(token));
+                // The logits, or, where the choice was drawn, their weights.
                 prop_assert_eq!(&edited, &expected);
-                prop_assert_eq!(choose(&edited, &draw), Some(token));
                 under_way.into_iter().for_each(|token| on_device.chose(token));
                 under_way = Some(token);
             }

@@ -15,6 +15,7 @@ pub(crate) mod linear;
 pub(crate) mod math;
 pub(crate) mod panels;
 pub(crate) mod quantized;
+pub mod softmax;
 mod tile;
 
 use candle_core::backend::BackendStorage;
