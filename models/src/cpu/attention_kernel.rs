@@ -162,7 +162,7 @@ impl<T: Element> WithSimd for Tile<'_, T> {
         } = scratch;
         let size = self.block_size;
         let lanes = S::F32_LANES;
-        let positions = self.positions(2 * lanes);
+        let positions = self.positions(lanes);
         let (first, last) = (positions.block / size, positions.end.div_ceil(size));
         let blocks = self.queries.block_table[first..last]
             .iter()
@@ -172,11 +172,7 @@ impl<T: Element> WithSimd for Tile<'_, T> {
         let rows = self.queries.len * (heads / kv_heads);
         scores.resize(rows * positions.stride, 0.0);
         let (key_data, value_data) = (keys.data(self.keys), values.data(self.values));
-        if keys.stride % (2 * lanes) == 0 {
-            self.score::<S, 2>(simd, &keys, key_data, positions, &mut scores);
-        } else {
-            self.score::<S, 1>(simd, &keys, key_data, positions, &mut scores);
-        }
+        self.score(simd, &keys, key_data, positions, &mut scores);
         scales.clear();
         // Loops, not closures: a closure need not be compiled for the vector instructions chosen here.
         for row in 0..rows {
@@ -234,34 +230,52 @@ impl<T: Element> Tile<'_, T> {
         (query * self.width + head * head_dim, (query * heads + head) * head_dim)
     }
 
-    /// `scores[row][position - origin] = query . key`
+    /// `scores[row][position - origin] = query . key`, two vectors of keys at a time, be they of one block or of two.
     #[inline(always)]
-    fn score<S: Simd, const NV: usize>(
+    fn score<S: Simd>(&self, simd: S, keys: &Blocks, data: &[f32], positions: Positions, scores: &mut [f32]) {
+        let vectors = keys.starts.len() * (keys.stride / S::F32_LANES);
+        for first in (0..vectors).step_by(2) {
+            if first + 1 < vectors {
+                self.score_vectors::<S, 2>(simd, keys, data, first, positions, scores);
+            } else {
+                self.score_vectors::<S, 1>(simd, keys, data, first, positions, scores);
+            }
+        }
+    }
+
+    /// As [`Self::score`], for `NV` vectors of keys from `vector` on, counted over all blocks.
+    #[inline(always)]
+    fn score_vectors<S: Simd, const NV: usize>(
         &self,
         simd: S,
         keys: &Blocks,
         data: &[f32],
+        vector: usize,
         positions: Positions,
         scores: &mut [f32],
     ) {
-        let rows = self.queries.len * self.group();
-        let (dim, columns) = (self.attention.head_dim, NV * S::F32_LANES);
-        for (index, start) in keys.starts.iter().enumerate() {
-            for within in (0..self.block_size).step_by(columns) {
-                let panel = &data[start + within..][..(dim - 1) * keys.stride + columns];
-                let column = positions.block + index * self.block_size + within - positions.origin;
-                for_row_tiles!(tile_rows::<S>(), rows, |first, MR| {
-                    let a: [_; MR] = std::array::from_fn(|m| self.qkv[self.place(first + m).0..][..dim].as_ptr());
-                    let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
-                    // SAFETY: every query has `dim` floats; `panel` reaches to its last row's last vector.
-                    unsafe { multiply(simd, dim, &a, panel.as_ptr(), keys.stride, &mut acc) };
-                    for (m, acc) in acc.iter().enumerate() {
-                        let row = &mut scores[(first + m) * positions.stride + column..][..columns];
-                        S::as_mut_simd_f32s(row).0.copy_from_slice(acc);
-                    }
-                });
+        let (rows, dim) = (self.queries.len * self.group(), self.attention.head_dim);
+        let (lanes, per_block) = (S::F32_LANES, keys.stride / S::F32_LANES);
+        let places: [_; NV] = std::array::from_fn(|v| ((vector + v) / per_block, (vector + v) % per_block * lanes));
+        let panels = places.map(|(block, within)| {
+            let panel = &data[keys.starts[block] + within..][..(dim - 1) * keys.stride + lanes];
+            panel.as_ptr()
+        });
+        let columns =
+            places.map(|(block, within)| positions.block + block * self.block_size + within - positions.origin);
+        for_row_tiles!(tile_rows::<S>(), rows, |first, MR| {
+            let a: [_; MR] = std::array::from_fn(|m| self.qkv[self.place(first + m).0..][..dim].as_ptr());
+            let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
+            // SAFETY: every query has `dim` floats; each panel reaches to its last row's vector.
+            unsafe { multiply(simd, dim, &a, &panels, keys.stride, &mut acc) };
+            for (m, acc) in acc.iter().enumerate() {
+                let row = &mut scores[(first + m) * positions.stride..][..positions.stride];
+                // In order: where a block is no whole vector, the next one's scores overwrite what was too much.
+                for (&column, &scores) in columns.iter().zip(acc) {
+                    S::as_mut_simd_f32s(&mut row[column..][..lanes]).0[0] = scores;
+                }
             }
-        }
+        });
     }
 
     /// Turns a row of scores into `e^(score - maximum)`, 0 where the query may not look; answers 1 / their sum.
@@ -291,7 +305,7 @@ impl<T: Element> Tile<'_, T> {
         1.0 / sums.iter().sum::<f32>()
     }
 
-    /// `out[row] = scale[row] * sum over positions of probability * value`
+    /// `out[row] = scale[row] * sum over positions of probability * value`, by `NV` vectors at a time.
     #[inline(always)]
     fn weigh<S: Simd, const NV: usize>(
         &self,
@@ -302,28 +316,37 @@ impl<T: Element> Tile<'_, T> {
         probabilities: &[f32],
         scales: &[f32],
     ) {
-        let (dim, columns) = (self.attention.head_dim, NV * S::F32_LANES);
-        for column in (0..dim).step_by(columns) {
+        let (dim, lanes) = (self.attention.head_dim, S::F32_LANES);
+        for column in (0..dim).step_by(NV * lanes) {
             for_row_tiles!(tile_rows::<S>(), scales.len(), |first, MR| {
                 let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
                 for (index, start) in values.starts.iter().enumerate() {
                     let position = positions.block + index * self.block_size;
                     let depth = self.block_size.min(positions.end - position);
-                    let panel = &data[start + column..][..(depth - 1) * values.stride + columns];
+                    let panel = &data[start + column..][..(depth - 1) * values.stride + NV * lanes];
+                    let vectors: [_; NV] = std::array::from_fn(|v| panel[v * lanes..].as_ptr());
                     let a: [_; MR] = std::array::from_fn(|m| {
                         let at = (first + m) * positions.stride + position - positions.origin;
                         probabilities[at..][..depth].as_ptr()
                     });
                     // SAFETY: each row has `depth` probabilities; `panel` reaches to its last row's last vector.
-                    unsafe { multiply(simd, depth, &a, panel.as_ptr(), values.stride, &mut acc) };
+                    unsafe { multiply(simd, depth, &a, &vectors, values.stride, &mut acc) };
                 }
                 for (m, acc) in acc.iter().enumerate() {
                     let scale = simd.splat_f32s(scales[first + m]);
                     let acc = acc.map(|sum| simd.mul_f32s(sum, scale));
-                    let len = columns.min(dim - column);
+                    let len = (NV * lanes).min(dim - column);
                     // SAFETY: each tile has its own rows and heads, so its own places in the result.
                     let out = unsafe { self.out.part(self.place(first + m).1 + column, len) };
-                    out.copy_from_slice(&pulp::bytemuck::cast_slice::<S::f32s, f32>(&acc)[..len]);
+                    match S::as_mut_simd_f32s(out) {
+                        // Whole vectors, without a call.
+                        (vectors, []) => {
+                            for (to, sum) in vectors.iter_mut().zip(acc) {
+                                *to = sum;
+                            }
+                        }
+                        _ => out.copy_from_slice(&pulp::bytemuck::cast_slice::<S::f32s, f32>(&acc)[..len]),
+                    }
                 }
             });
         }

@@ -368,8 +368,9 @@ fn accumulate<S: Simd, W: Column>(simd: S, x: &[f32], depth: usize, k: usize, we
             acc.copy_from_slice(&sums[first..first + MR]);
         }
         let a: [_; MR] = std::array::from_fn(|m| x[(first + m) * depth + k..].as_ptr());
+        let columns = [weights.as_ptr(), weights.as_ptr().wrapping_add(S::F32_LANES)];
         // SAFETY: each row of `x` has `block` floats from `k` on, and `weights` is `[block, 2 vectors]`.
-        unsafe { multiply(simd, block, &a, weights.as_ptr(), width, &mut acc) };
+        unsafe { multiply(simd, block, &a, &columns, width, &mut acc) };
         sums[first..first + MR].copy_from_slice(&acc);
     });
 }

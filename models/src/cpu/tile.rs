@@ -44,26 +44,25 @@ pub const fn tile_rows<S: Simd>() -> usize {
     if S::REGISTER_COUNT >= 32 { 12 } else { 6 }
 }
 
-/// `acc[m][v] += sum over k of a[m][k] * b[k][v]`, for `MR` rows and `NV` vectors of columns.
+/// `acc[m][v] += sum over k of a[m][k] * b[v][k]`, for `MR` rows and `NV` vectors of columns, which may lie anywhere.
 ///
 /// Every element is a chain of fused multiply-adds in the order of `k`, so its value does not depend on `MR` or `NV`.
 ///
 /// # Safety
-/// `a[m]` must be readable for `depth` floats, and `b` for `NV` vectors at each of `depth` rows of `stride` elements.
+/// `a[m]` must be readable for `depth` floats, and `b[v]` for a vector at each of `depth` rows of `stride` elements.
 #[inline(always)]
 pub unsafe fn multiply<S: Simd, W: Column, const MR: usize, const NV: usize>(
     simd: S,
     depth: usize,
     a: &[*const f32; MR],
-    b: *const W,
+    b: &[*const W; NV],
     stride: usize,
     acc: &mut [[S::f32s; NV]; MR],
 ) {
     let mut sums = *acc;
     for k in 0..depth {
         // SAFETY: in bounds by this function's contract.
-        let columns: [S::f32s; NV] =
-            std::array::from_fn(|v| unsafe { W::load::<S>(b.add(k * stride + v * S::F32_LANES)) });
+        let columns: [S::f32s; NV] = std::array::from_fn(|v| unsafe { W::load::<S>(b[v].add(k * stride)) });
         for m in 0..MR {
             // SAFETY: in bounds by this function's contract.
             let factor = simd.splat_f32s(unsafe { *a[m].add(k) });
