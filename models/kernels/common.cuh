@@ -18,7 +18,7 @@
 constexpr unsigned ALL = 0xffffffffu;
 /// A score or maximum below all others, yet finite: a difference of two of them is no NaN.
 constexpr float LOWEST = -1e30f;
-/// No slot: the token is padding, and nothing of it is stored.
+/// No slot: the token or the row is padding, and nothing of it is stored.
 constexpr unsigned NO_SLOT = 0xffffffffu;
 /// Set in a token that the step before chose; the rest is its row there.
 constexpr unsigned CARRIED = 0x80000000u;

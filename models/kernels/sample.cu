@@ -1,6 +1,7 @@
 // From rows of logits to tokens: penalties and biases, then the largest logit or a draw from what top-k, top-p and min-p
 // leave of the softmax. Probabilities are summed as whole numbers (of 2^-40), so that a sum does not depend on its order
-// and a seed gives the same token every time.
+// and a seed gives the same token every time. What a sequence's tokens depend on besides logits, its random numbers and
+// how often it had each token, lies in a slot, which is set once and then brought up to date by each choice.
 #include "common.cuh"
 
 typedef unsigned long long u64;
@@ -17,56 +18,100 @@ struct Draw {
     float top_p;
     /// 0 is off.
     float min_p;
-    /// Where in the kept probability the draw falls, 0 to 1: the row's random number.
-    float point;
-    /// The row's edits, from `edits_begin` to before `edits_end`.
-    unsigned edits_begin, edits_end;
+    /// The slot that has the sequence's state, or `NO_SLOT`.
+    unsigned slot;
+    /// The row's biases, from `biases_begin` to before `biases_end`.
+    unsigned biases_begin, biases_end;
     /// Logits of tokens in the prompt and of generated ones are divided by it where positive, else multiplied; 1 is off.
     float repetition;
     /// Are taken from logits of generated tokens, once and for each time; 0 is off.
     float presence, frequency;
+
+    __device__ bool penalises() const {
+        return slot != NO_SLOT && (repetition != 1.f || presence != 0.f || frequency != 0.f);
+    }
 };
 
-/// Why a token's logit changes.
-struct Edit {
-    unsigned token, in_prompt, generated;
-    /// Is added, behind the penalties.
+/// What is added to a token's logit behind the penalties.
+struct Bias {
+    unsigned token;
     float bias;
 };
 
-/// Products are rounded, as on the host, and not fused with the sums.
-__device__ inline void apply(const Draw &draw, Edit edit, float *row) {
-    float v = row[edit.token];
-    if (edit.in_prompt || edit.generated) v = v > 0.f ? v / draw.repetition : __fmul_rn(v, draw.repetition);
-    if (edit.generated) v -= draw.presence + __fmul_rn(draw.frequency, (float)edit.generated);
-    row[edit.token] = v + edit.bias;
+/// A sequence's random numbers: those of `seed`, of which its next token takes the one at place `generated`. Beside it
+/// lies, if the sequence has penalties, a row of `counts`: for each token of the vocabulary how often it was generated,
+/// and `IN_PROMPT`.
+struct Slot {
+    u64 seed, generated;
+};
+constexpr unsigned IN_PROMPT = 0x80000000u;
+
+/// What a slot is set to.
+struct Set {
+    unsigned slot, seed_low, seed_high, generated;
+    /// Whether there are counts: those listed from `counts_begin` to before `counts_end`, and 0 for all other tokens.
+    unsigned counted, counts_begin, counts_end;
+};
+
+/// One token's entry in a row of `counts`.
+struct Count {
+    unsigned token, count;
+};
+
+/// Sets slots, each listed once. Grid: settings.
+KERNEL(1024)
+set_slots(const Set *sets, const Count *listed, Slot *slots, unsigned *counts, int vocabulary) {
+    Set set = sets[blockIdx.x];
+    if (threadIdx.x == 0) slots[set.slot] = Slot{(u64)set.seed_high << 32 | set.seed_low, set.generated};
+    if (!set.counted) return;
+    unsigned *row = counts + (size_t)set.slot * vocabulary;
+    for (int t = threadIdx.x; t < vocabulary; t += blockDim.x) row[t] = 0;
+    __syncthreads();
+    for (unsigned c = set.counts_begin + threadIdx.x; c < set.counts_end; c += blockDim.x)
+        row[listed[c].token] = listed[c].count;
+}
+REGISTER(set_slots)
+
+/// A logit under its token's count. Products are rounded, as on the host, and not fused with the sums.
+__device__ inline float penalised(const Draw &draw, unsigned count, float v) {
+    unsigned generated = count & ~IN_PROMPT;
+    v = v > 0.f ? v / draw.repetition : __fmul_rn(v, draw.repetition);
+    if (generated) v -= draw.presence + __fmul_rn(draw.frequency, (float)generated);
+    return v;
 }
 
-/// Applies each row's edits; no row names a token twice. Row b goes on from `tokens[rows[b]]`: where the step before chose
-/// that, and `sampled` still has it, the edits do not count it yet, and it is one more that was generated. A token that the
-/// step before failed to choose counts as none. Grid: rows.
-KERNEL(128)
-edit_logits(float *logits, const Draw *draws, const Edit *edits, const unsigned *tokens, const unsigned *rows,
-            const unsigned *sampled, int vocabulary) {
-    __shared__ bool listed;
+/// Tokens that one block edits.
+constexpr int SEGMENT = 8192;
+
+/// Applies each row's penalties, by its slot's counts, and then its biases, of which none names a token twice.
+/// Grid: rows, segments of the vocabulary.
+KERNEL(256)
+edit_logits(float *logits, const Draw *draws, const Bias *biases, const unsigned *counts, int vocabulary) {
     Draw draw = draws[blockIdx.x];
     float *row = logits + (size_t)blockIdx.x * vocabulary;
-    unsigned last = tokens[rows[blockIdx.x]];
-    unsigned carried = last & CARRIED ? sampled[last & ~CARRIED] : INVALID;
-    if (threadIdx.x == 0) listed = carried >= (unsigned)vocabulary;
-    __syncthreads();
-    for (unsigned e = draw.edits_begin + threadIdx.x; e < draw.edits_end; e += blockDim.x) {
-        Edit edit = edits[e];
-        if (edit.token == carried) {
-            edit.generated++;
-            listed = true;
-        }
-        apply(draw, edit, row);
+    unsigned begin = blockIdx.y * SEGMENT, end = min(begin + SEGMENT, (unsigned)vocabulary);
+    if (draw.penalises()) {
+        const unsigned *counted = counts + (size_t)draw.slot * vocabulary;
+        for (unsigned t = begin + threadIdx.x; t < end; t += blockDim.x)
+            if (counted[t]) row[t] = penalised(draw, counted[t], row[t]);
     }
     __syncthreads();
-    if (threadIdx.x == 0 && !listed) apply(draw, Edit{carried, 0, 1, 0.f}, row);
+    for (unsigned b = draw.biases_begin + threadIdx.x; b < draw.biases_end; b += blockDim.x) {
+        Bias bias = biases[b];
+        if (begin <= bias.token && bias.token < end) row[bias.token] += bias.bias;
+    }
 }
 REGISTER(edit_logits)
+
+/// The random number, 0 to below 1, with which a slot's next token is drawn: SplitMix64 (Steele, Lea and Flood 2014), as
+/// `src/random.rs` has it.
+__device__ inline float point(Slot slot) {
+    u64 z = slot.seed + (slot.generated + 1) * 0x9e3779b97f4a7c15ull;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    z ^= z >> 31;
+    return (float)(z >> 40) / 16777216.f;
+}
 
 __device__ inline u64 warp_add(u64 v) {
     for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(ALL, v, offset);
@@ -199,11 +244,43 @@ __device__ Place in_order(const Row &row, Place last, u64 target, Shared &shared
     return Place{prefix, token};
 }
 
-/// Chooses a token for each row of logits `[rows, vocabulary]`, or `INVALID` where a logit is not a finite number.
-/// Grid: rows.
-KERNEL(1024) sample(const float *logits, const Draw *draws, unsigned *tokens, int vocabulary) {
+/// The token of a row at `point` of the probability that its draw leaves. All threads know it.
+__device__ unsigned drawn(const Row &row, const Draw &draw, float point, Shared &shared) {
+    auto share = [](unsigned key) { return mass(key); };
+    auto total_until = [&](Place last, float least) {
+        u64 sum = 0;
+        for (int t = threadIdx.x; t < row.vocabulary; t += THREADS) {
+            unsigned key = row.key(t);
+            u64 m = mass(key);
+            if (within(key, t, last) && (float)m >= least * 1099511627776.f) sum += m;
+        }
+        return block_add(sum, shared);
+    };
+
+    Place last = {INVALID - 1, INVALID};
+    bool cut = (draw.top_k > 0 && draw.top_k < (unsigned)row.vocabulary) || draw.top_p < 1.f || draw.min_p > 0.f;
+    if (!cut) {
+        u64 total = total_until(last, 0.f);
+        return in_token_order(row.vocabulary, (u64)((double)point * (double)total), shared,
+                              [&](int t) { return mass(row.key(t)); });
+    }
+    if (draw.top_k > 0) last = in_order(row, last, draw.top_k - 1, shared, [](unsigned) -> u64 { return 1; });
+    if (draw.top_p < 1.f) {
+        double kept = ceil((double)draw.top_p * (double)total_until(last, 0.f));
+        last = in_order(row, last, kept >= 1. ? (u64)kept - 1 : 0, shared, share);
+    }
+    u64 total = total_until(last, draw.min_p);
+    // Those that min-p drops are the least likely, behind whatever is drawn.
+    return in_order(row, last, (u64)((double)point * (double)total), shared, share).token;
+}
+
+/// Chooses a token for each row of logits `[rows, vocabulary]`, or `INVALID` where a logit is not a finite number, and
+/// counts it in the row's slot, from which the next step goes on. Grid: rows.
+KERNEL(1024)
+sample(const float *logits, const Draw *draws, Slot *slots, unsigned *counts, unsigned *tokens, int vocabulary) {
     __shared__ Shared shared;
     Draw draw = draws[blockIdx.x];
+    Slot slot = draw.slot == NO_SLOT ? Slot{0, 0} : slots[draw.slot];
     Row row = {logits + (size_t)blockIdx.x * vocabulary, vocabulary, 0.f, draw.temperature};
 
     // The largest logit as a number that orders as floats do, the lower token above the higher one.
@@ -226,40 +303,16 @@ KERNEL(1024) sample(const float *logits, const Draw *draws, unsigned *tokens, in
     if (threadIdx.x % 32 == 0) shared.warps[threadIdx.x / 32] = best;
     __syncthreads();
     for (int w = 0; w < 32; w++) best = shared.warps[w] > best ? shared.warps[w] : best;
-    unsigned chosen = ~(unsigned)best;
 
-    if (bad || draw.temperature == 0.f) {
-        if (threadIdx.x == 0) tokens[blockIdx.x] = bad ? INVALID : chosen;
-        return;
+    unsigned chosen = bad ? INVALID : ~(unsigned)best;
+    if (!bad && draw.temperature != 0.f) {
+        row.highest = row.logits[chosen];
+        chosen = drawn(row, draw, point(slot), shared);
     }
-    row.highest = row.logits[chosen];
-    auto share = [](unsigned key) { return mass(key); };
-    auto total_until = [&](Place last, float least) {
-        u64 sum = 0;
-        for (int t = threadIdx.x; t < vocabulary; t += THREADS) {
-            unsigned key = row.key(t);
-            u64 m = mass(key);
-            if (within(key, t, last) && (float)m >= least * 1099511627776.f) sum += m;
-        }
-        return block_add(sum, shared);
-    };
-
-    bool cut = (draw.top_k > 0 && draw.top_k < (unsigned)vocabulary) || draw.top_p < 1.f || draw.min_p > 0.f;
-    if (!cut) {
-        u64 total = total_until(Place{INVALID - 1, INVALID}, 0.f);
-        chosen = in_token_order(vocabulary, (u64)((double)draw.point * (double)total), shared,
-                                [&](int t) { return mass(row.key(t)); });
-    } else {
-        Place last = {INVALID - 1, INVALID};
-        if (draw.top_k > 0) last = in_order(row, last, draw.top_k - 1, shared, [](unsigned) -> u64 { return 1; });
-        if (draw.top_p < 1.f) {
-            double kept = ceil((double)draw.top_p * (double)total_until(last, 0.f));
-            last = in_order(row, last, kept >= 1. ? (u64)kept - 1 : 0, shared, share);
-        }
-        u64 total = total_until(last, draw.min_p);
-        // Those that min-p drops are the least likely, behind whatever is drawn.
-        chosen = in_order(row, last, (u64)((double)draw.point * (double)total), shared, share).token;
+    if (threadIdx.x == 0) {
+        tokens[blockIdx.x] = chosen;
+        if (draw.slot != NO_SLOT) slots[draw.slot].generated = slot.generated + 1;
+        if (draw.penalises() && chosen < (unsigned)vocabulary) counts[(size_t)draw.slot * vocabulary + chosen]++;
     }
-    if (threadIdx.x == 0) tokens[blockIdx.x] = chosen;
 }
 REGISTER(sample)

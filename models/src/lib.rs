@@ -15,6 +15,7 @@ mod draw;
 mod error;
 mod kv;
 mod model;
+mod random;
 mod rope;
 mod step;
 mod weights;
@@ -22,8 +23,9 @@ mod weights;
 pub use config::{Config, Rope, RopeScaling};
 pub use cpu::softmax;
 
-pub use draw::{Draw, Edit};
+pub use draw::{Count, Draw, Slot, State};
 pub use error::{ModelError, without_backtrace};
 pub use kv::KvCache;
 pub use model::{Carried, Decoder, GpuMemory, Pending, pci_bus_id};
+pub use random::point;
 pub use step::{Span, Step};

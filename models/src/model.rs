@@ -147,7 +147,8 @@ impl Decoder {
     }
 
     /// Runs a step as [`Self::forward`] does and chooses a token for each row of logits by its draw, on the device; `None`
-    /// where a logit is not a finite number.
+    /// where a logit is not a finite number. What is in the rows' slots stays with `cache`; after an error it is not to be
+    /// relied upon.
     pub fn sample(&self, step: &Step, cache: &mut KvCache, draws: &[Draw]) -> Result<Vec<Option<u32>>> {
         let pending = self.enqueue(step, cache, draws, None)?;
         self.wait(pending, cache)

@@ -3,10 +3,10 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use rayon::prelude::*;
-use sconce_models::Draw;
+use sconce_models::{Draw, Slot};
 
 use super::{
-    run::{Client, Runner},
+    run::Runner,
     sampler::{NotANumber, Sample},
 };
 use crate::{
@@ -23,25 +23,37 @@ pub(super) enum Answer {
 }
 
 impl Runner {
-    /// How the device is to choose each row's token; `None` where the host chooses, from logits.
+    /// How the device is to choose each row's token, behind the step under way, in a step that is enqueued now. `None` where
+    /// that cannot be: where the host chooses, from logits.
     pub(super) fn draws(&mut self, plan: &Plan) -> Option<Vec<Draw>> {
         if !self.model.samples() {
             return None;
         }
+        let sampling = || plan.rows.iter().filter(|row| row.samples);
+        let rules: Vec<_> = sampling().map(|row| self.rules(row)).collect::<Option<_>>()?;
         let vocabulary = self.model.vocab_size();
-        let sampling = || plan.rows.iter().filter(|row| row.samples).map(|row| row.id);
-        let wants_logits =
-            |id| (self.clients.get(&id)).is_none_or(|client: &Client| client.sampler.sampling().logprobs.is_some());
-        if sampling().any(wants_logits) {
-            return None;
-        }
-        let scheduler = &self.model.scheduler;
-        let draw = |row: &Row| {
-            let known = scheduler.sequence(row.id)?.tokens().len();
-            let ahead = (row.start + row.len).saturating_sub(known);
-            self.clients.get_mut(&row.id)?.sampler.draw_for(ahead, vocabulary)
+        let place = |(row, (mut draw, n)): (&Row, (Draw, usize))| {
+            let place = self.slots.enqueue(row.id, n, draw.penalises());
+            // The rules are the client's, so it is there.
+            let state = || Some(self.clients.get(&row.id)?.sampler.state(vocabulary));
+            draw.slot = Some(Slot {
+                number: place.number,
+                set: place.set.then(state).flatten(),
+            });
+            draw
         };
-        plan.rows.iter().filter(|row| row.samples).map(draw).collect()
+        Some(sampling().zip(rules).map(place).collect())
+    }
+
+    /// The rules for a row's token, and which of its sequence's tokens it is, from 0.
+    fn rules(&self, row: &Row) -> Option<(Draw, usize)> {
+        let sampler = &self.clients.get(&row.id)?.sampler;
+        let draw = sampler.rules(self.model.vocab_size())?;
+        let known = self.model.scheduler.sequence(row.id)?.tokens().len();
+        // With those that the step under way chooses, of which nobody but the device can know.
+        let ahead = (row.start + row.len).saturating_sub(known);
+        let n = sampler.count() + ahead;
+        (ahead == 0 || self.slots.goes_on(row.id, n)).then_some((draw, n))
     }
 
     /// The tokens that the device chose, by sequence; what it chose for one that has ended since, or lost its blocks, is
@@ -56,6 +68,7 @@ impl Runner {
         for (row, token) in sampling.zip(tokens) {
             let runs = self.model.scheduler.sequence(row.id).is_some();
             let Some(client) = self.clients.get_mut(&row.id).filter(|_| runs) else {
+                self.slots.forget(row.id);
                 continue;
             };
             let sample = token.ok_or(Failure::NotANumber).map(|token| {
@@ -87,6 +100,8 @@ impl Runner {
             })
             .collect();
         self.clients.extend(clients);
+        // The device has not counted them.
+        samples.iter().for_each(|(id, _)| self.slots.forget(*id));
         samples
     }
 }

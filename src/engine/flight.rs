@@ -2,11 +2,11 @@
 //!
 //! The host learns a step's tokens when that step lands, and by then the next one is enqueued: its plan took for granted
 //! that every sequence goes on whose end cannot be known before, and where it goes on from an unknown token, the device
-//! takes that from the step before, and counts it where penalties do. What it computes for a sequence that has ended
-//! meanwhile, or that was preempted, is void. Such a sequence's blocks are given to others at once: the device runs all
-//! steps in the order in which they were enqueued, so whoever gets a block writes into it after the last step that knew it
-//! as the other's. A block that is kept for its tokens is full and written by nobody, so it may be shared and copied
-//! meanwhile; it is kept when its step has landed.
+//! takes that from the step before. It counts what it chooses by itself, for penalties and random numbers
+//! ([`super::slots`]). What it computes for a sequence that has ended meanwhile, or that was preempted, is void. Such a
+//! sequence's blocks are given to others at once: the device runs all steps in the order in which they were enqueued, so
+//! whoever gets a block writes into it after the last step that knew it as the other's. A block that is kept for its tokens is
+//! full and written by nobody, so it may be shared and copied meanwhile; it is kept when its step has landed.
 //!
 //! Where someone wants log-probabilities, for which logits come to the host, or where the device's memory for a step is
 //! short, a step runs to its end before the next one is enqueued, as every step does on a device that leaves sampling to the

@@ -237,6 +237,18 @@ fn penalties_do_not_keep_a_step_from_being_enqueued_ahead() {
 }
 
 #[test]
+fn the_device_is_told_of_a_sequence_once_and_again_after_a_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    let asks = [greedy(vec![1, 2], 20, "test"), greedy(vec![3, 4, 5], 16, "test")];
+    for (failing, told) in [(vec![], 2), (vec![5], 4)] {
+        let late = Late::failing(failing);
+        let sets = late.sets.clone();
+        run(&weights(folder.path(), 512, true, true), Some(late), &asks);
+        assert_eq!(sets.load(Relaxed), told);
+    }
+}
+
+#[test]
 fn a_fault_in_a_step_behind_another_has_one_victim() {
     let folder = tempfile::tempdir().unwrap();
     let weights = weights(folder.path(), 512, true, true);

@@ -1,5 +1,5 @@
 //! Stands in for a device that chooses tokens itself: a step is computed when it is enqueued, with what the step before
-//! has chosen, which the host is told only when it waits for it.
+//! has chosen, which the host is told only when it waits for it. What the sequences' next tokens depend on stays here.
 
 use std::{
     collections::HashMap,
@@ -10,7 +10,7 @@ use std::{
 };
 
 use candle_core::bail;
-use sconce_models::{Decoder, Draw, Edit, KvCache, Step, softmax};
+use sconce_models::{Count, Decoder, Draw, KvCache, State, Step, point, softmax};
 
 use super::{
     model::Awaited,
@@ -23,6 +23,9 @@ pub struct Late {
     /// Steps that fail.
     failing: Vec<usize>,
     enqueued: usize,
+    slots: HashMap<u32, Slot>,
+    /// How often a slot was set.
+    pub sets: Arc<AtomicUsize>,
     /// Steps that were not waited for yet.
     under_way: Arc<AtomicUsize>,
     /// How many steps were enqueued while another was under way.
@@ -56,39 +59,46 @@ impl Late {
         carried: Vec<(usize, usize)>,
         before: Option<&Awaited>,
     ) -> candle_core::Result<Awaited> {
-        // By where the span ends whose last token it is.
-        let mut taken = HashMap::new();
         for (index, row) in carried {
             let Some(Awaited::Late(before)) = before else {
                 bail!("no step is under way")
             };
             step.tokens[index] = before.chosen[row].unwrap_or(0);
-            taken.insert(index + 1, before.chosen[row]);
         }
-        let mut end = 0;
-        let spans = step.sequences.iter().map(|span| {
-            end += span.len;
-            (span.logits, taken.get(&end).copied().flatten())
-        });
-        let carried: Vec<_> = spans.filter(|(logits, _)| *logits).map(|(_, token)| token).collect();
         let logits = decoder.forward(&step, cache)?.to_vec2::<f32>()?;
-        assert_eq!((logits.len(), carried.len()), (draws.len(), draws.len()));
+        assert_eq!(logits.len(), draws.len());
         let failed = self.failing.contains(&self.enqueued);
-        let rows = logits.into_iter().zip(draws).zip(carried);
-        let chosen = rows.map(|((mut logits, draw), carried)| {
-            edit(&mut logits, draw, carried);
-            choose(&mut logits, draw).filter(|_| !failed)
-        });
+        self.enqueued += 1;
+        let mut chosen: Vec<_> = logits
+            .into_iter()
+            .zip(draws)
+            .map(|(row, draw)| self.choose(row, draw))
+            .collect();
+        if failed {
+            // What a failed step leaves of the slots is of no use.
+            self.slots.clear();
+            chosen.fill(None);
+        }
         let tokens = Tokens {
-            chosen: chosen.collect(),
+            chosen,
             failed,
             under_way: self.under_way.clone(),
         };
-        self.enqueued += 1;
         let others = self.under_way.fetch_add(1, Relaxed);
         assert!(others <= 1, "{others} steps are under way when another is enqueued");
         self.overlapped.fetch_add(others, Relaxed);
         Ok(Awaited::Late(tokens))
+    }
+
+    fn choose(&mut self, mut logits: Vec<f32>, draw: &Draw) -> Option<TokenId> {
+        let place = draw.slot.as_ref().expect("every sequence has a slot");
+        if let Some(state) = &place.set {
+            self.sets.fetch_add(1, Relaxed);
+            self.slots.insert(place.number, Slot::from(state));
+        }
+        let slot = self.slots.entry(place.number).or_default();
+        slot.edit(&mut logits, draw);
+        slot.choose(&mut logits, draw)
     }
 }
 
@@ -102,37 +112,55 @@ impl Tokens {
     }
 }
 
-/// Does what a draw says to the logits that follow the token `carried`, where the step before chose that.
-pub fn edit(logits: &mut [f32], draw: &Draw, carried: Option<TokenId>) {
-    let listed = draw.edits.iter().any(|edit| Some(edit.token) == carried);
-    let unlisted = carried.filter(|_| !listed).map(|token| Edit {
-        token,
-        in_prompt: false,
-        generated: 0,
-        bias: 0.0,
-    });
-    for &edit in draw.edits.iter().chain(&unlisted) {
-        let logit = &mut logits[edit.token as usize];
-        let generated = edit.generated + u32::from(Some(edit.token) == carried);
-        if edit.in_prompt || generated > 0 {
+/// A sequence's state as the device has it.
+#[derive(Debug, Default)]
+pub struct Slot {
+    seed: u64,
+    generated: u64,
+    /// Whether a token is in the prompt, and how often it was generated.
+    counts: HashMap<TokenId, (bool, u32)>,
+}
+
+impl From<&State> for Slot {
+    fn from(state: &State) -> Self {
+        let count = |count: &Count| (count.token, (count.in_prompt, count.generated));
+        Self {
+            seed: state.seed,
+            generated: state.generated.into(),
+            counts: state.counts.iter().map(count).collect(),
+        }
+    }
+}
+
+impl Slot {
+    /// Does to logits what a draw says.
+    pub fn edit(&self, logits: &mut [f32], draw: &Draw) {
+        for (&token, &(_, generated)) in &self.counts {
+            let logit = &mut logits[token as usize];
             *logit = if *logit > 0.0 {
                 *logit / draw.repetition
             } else {
                 *logit * draw.repetition
             };
+            if generated > 0 {
+                *logit -= draw.presence + draw.frequency * generated as f32;
+            }
         }
-        if generated > 0 {
-            *logit -= draw.presence + draw.frequency * generated as f32;
+        for &(token, bias) in &draw.biases {
+            logits[token as usize] += bias;
         }
-        *logit += edit.bias;
     }
-}
 
-/// As the host's sampler chooses from logits that are edited, which it changes, without its cuts.
-pub fn choose(logits: &mut [f32], draw: &Draw) -> Option<TokenId> {
-    let highest = softmax::highest(logits)?;
-    Some(match draw.temperature {
-        0.0 => greedy(logits, highest),
-        temperature => draw_from_all(logits, highest, temperature, draw.point),
-    })
+    /// As the host's sampler chooses from logits that are edited, which it changes, without its cuts.
+    pub fn choose(&mut self, logits: &mut [f32], draw: &Draw) -> Option<TokenId> {
+        let point = point(self.seed, self.generated);
+        self.generated += 1;
+        let highest = softmax::highest(logits)?;
+        let token = match draw.temperature {
+            0.0 => greedy(logits, highest),
+            temperature => draw_from_all(logits, highest, temperature, point),
+        };
+        self.counts.entry(token).or_default().1 += 1;
+        Some(token)
+    }
 }

@@ -16,6 +16,7 @@ mod memory;
 mod model;
 mod run;
 mod sampler;
+mod slots;
 mod step;
 mod watch;
 

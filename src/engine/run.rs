@@ -18,6 +18,7 @@ use super::{
     flight::Flight,
     model::Model,
     sampler::{Sample, Sampler},
+    slots::Slots,
     watch::{End, Watch},
 };
 use crate::{
@@ -101,6 +102,8 @@ pub struct Runner {
     pub(super) timeline: Arc<Timeline>,
     pub(super) admission: Teacher,
     pub(super) budget: Budget,
+    /// Where a device that samples has the sequences' states.
+    pub(super) slots: Slots,
     /// When the last step had ended.
     pub(super) landed: Instant,
     pub(super) watch: Watch,
@@ -133,6 +136,7 @@ impl Runner {
             timeline,
             admission: Teacher::new(gate),
             budget: Budget::default(),
+            slots: Slots::default(),
             flight: None,
             landed: Instant::now(),
             watch,
@@ -402,6 +406,7 @@ impl Runner {
     pub(super) fn end(&mut self, id: SequenceId, outcome: &'static str, event: Option<Event>) {
         let now = Instant::now();
         self.model.scheduler.remove(id, now);
+        self.slots.release(id);
         // Counted before its client hears of it, who may look, or ask again.
         self.admission.left(id);
         self.metrics.sequences.with_label_values(&[outcome]).inc();

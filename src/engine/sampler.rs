@@ -1,21 +1,18 @@
 //! From a row of logits to the next token.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 
-use rand::{RngExt, SeedableRng, rngs::StdRng};
-
-use sconce_models::{Draw, Edit, softmax};
+use sconce_models::{Count, Draw, State, point, softmax};
 
 use crate::request::{Logprobs, Sampling, TokenId};
 
-/// One sequence's way of choosing tokens. Holds its own random numbers and counts, so that what it chooses does not
-/// depend on the batch, nor on a preemption.
+/// One sequence's way of choosing tokens. Its token number `n` has the random number `n` of its own seed, and it counts its
+/// own tokens, so that what it chooses does not depend on the batch, nor on a preemption, nor on how often it is tried.
 #[derive(Debug)]
 pub struct Sampler {
     sampling: Sampling,
-    random: StdRng,
-    /// The random numbers of the next choices, as far as they were drawn: a choice that is tried again takes the same.
-    points: VecDeque<f32>,
+    /// How many tokens were generated.
+    count: usize,
     /// How often each token was generated.
     generated: HashMap<TokenId, u32>,
     /// The prompt's tokens, where a penalty asks for them.
@@ -41,11 +38,9 @@ impl Sampler {
             penalised.sort_unstable();
             penalised.dedup();
         }
-        let random = StdRng::seed_from_u64(sampling.seed);
         Self {
             sampling,
-            random,
-            points: VecDeque::new(),
+            count: 0,
             generated: HashMap::new(),
             prompt: penalised,
         }
@@ -84,10 +79,14 @@ impl Sampler {
         Ok(Sample { token, logprobs })
     }
 
-    /// A token's rules and random number for a device that samples, whose choice [`Self::chose`] must then be told: the
-    /// next token's, or with `ahead` 1 the one's after that, for which the device counts the next one itself. `None` where
-    /// log-probabilities are wanted, for which the logits must come to the host.
-    pub fn draw_for(&mut self, ahead: usize, vocabulary: usize) -> Option<Draw> {
+    /// How many tokens were generated.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// The rules by which a device chooses tokens out of `vocabulary`, in no slot yet; [`Self::chose`] must then be told of
+    /// each. `None` where log-probabilities are wanted, for which the logits must come to the host.
+    pub fn rules(&self, vocabulary: usize) -> Option<Draw> {
         let Sampling {
             temperature,
             top_k,
@@ -97,67 +96,67 @@ impl Sampler {
             presence_penalty,
             frequency_penalty,
             logprobs: None,
+            ref logit_bias,
             ..
         } = self.sampling
         else {
             return None;
         };
-        // As many random numbers as on the host: a greedy choice takes none.
-        let point = if temperature == 0.0 { 0.0 } else { self.point(ahead) };
+        let mut biases: BTreeMap<_, f32> = BTreeMap::new();
+        for &(token, bias) in logit_bias.iter().filter(|(token, _)| (*token as usize) < vocabulary) {
+            *biases.entry(token).or_default() += bias;
+        }
         Some(Draw {
             temperature,
             top_k: u32::try_from(top_k).unwrap_or(u32::MAX),
             top_p,
             min_p,
-            point,
             repetition: repetition_penalty,
             presence: presence_penalty,
             frequency: frequency_penalty,
-            edits: self.edits(vocabulary),
+            biases: biases.into_iter().collect(),
+            slot: None,
         })
     }
 
-    /// Counts a token that the device chose.
+    /// What a device's slot is set to for the next token, with the counts that penalties look at.
+    pub fn state(&self, vocabulary: usize) -> State {
+        let mut counts = BTreeMap::new();
+        let none = |token| Count {
+            token,
+            in_prompt: false,
+            generated: 0,
+        };
+        for &token in self.prompt.iter().filter(|&&token| (token as usize) < vocabulary) {
+            counts.entry(token).or_insert_with(|| none(token)).in_prompt = true;
+        }
+        if self.penalises() {
+            for (&token, &generated) in &self.generated {
+                counts.entry(token).or_insert_with(|| none(token)).generated = generated;
+            }
+        }
+        State {
+            seed: self.sampling.seed,
+            // A sequence is shorter than 2^32.
+            generated: self.count as u32,
+            counts: counts.into_values().collect(),
+        }
+    }
+
+    /// Counts a token that was chosen.
     pub fn chose(&mut self, token: TokenId) {
-        self.points.pop_front();
+        self.count += 1;
         *self.generated.entry(token).or_default() += 1;
     }
 
-    fn point(&mut self, ahead: usize) -> f32 {
-        while self.points.len() <= ahead {
-            self.points.push_back(self.random.random());
-        }
-        self.points[ahead]
-    }
-
-    /// The tokens whose logits [`Self::penalise`] changes, and why.
-    fn edits(&self, vocabulary: usize) -> Vec<Edit> {
+    fn penalises(&self) -> bool {
         let Sampling {
             repetition_penalty,
             presence_penalty,
             frequency_penalty,
             ..
         } = self.sampling;
-        let mut edits = BTreeMap::new();
-        let unchanged = |token| Edit {
-            token,
-            in_prompt: false,
-            generated: 0,
-            bias: 0.0,
-        };
-        for &token in &self.prompt {
-            edits.entry(token).or_insert_with(|| unchanged(token)).in_prompt = true;
-        }
-        if repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0 {
-            for (&token, &count) in &self.generated {
-                edits.entry(token).or_insert_with(|| unchanged(token)).generated = count;
-            }
-        }
-        for &(token, bias) in &self.sampling.logit_bias {
-            edits.entry(token).or_insert_with(|| unchanged(token)).bias += bias;
-        }
-        edits.retain(|&token, _| (token as usize) < vocabulary);
-        edits.into_values().collect()
+        repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0
     }
 
     fn penalise(&self, logits: &mut [f32]) {
@@ -195,7 +194,7 @@ impl Sampler {
     }
 
     /// Draws from the softmax of `logits / temperature`, cut by top-k, then top-p among those, then min-p.
-    fn draw(&mut self, logits: &mut [f32], highest: f32) -> TokenId {
+    fn draw(&self, logits: &mut [f32], highest: f32) -> TokenId {
         let Sampling {
             temperature,
             top_k,
@@ -203,7 +202,7 @@ impl Sampler {
             min_p,
             ..
         } = self.sampling;
-        let point = self.point(0);
+        let point = point(self.sampling.seed, self.count as u64);
         if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
             return draw_from_all(logits, highest, temperature, point);
         }
@@ -311,7 +310,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::engine::late::{choose, edit};
+    use crate::engine::late::Slot;
 
     fn sampler(sampling: Sampling) -> Sampler {
         Sampler::new(sampling, &[])
@@ -476,11 +475,11 @@ mod tests {
 
     #[test]
     fn no_device_draws_where_log_probabilities_are_wanted() {
-        let mut wants_logprobs = sampler(Sampling {
+        let wants_logprobs = sampler(Sampling {
             logprobs: Some(0),
             ..Sampling::default()
         });
-        assert_eq!(wants_logprobs.draw_for(0, 4), None);
+        assert_eq!(wants_logprobs.rules(4), None);
     }
 
     /// Rules of every kind, each with and without effect.
@@ -508,7 +507,7 @@ mod tests {
             prop_assert_eq!(draws(sampling.clone(), &logits, 20), draws(sampling, &logits, 20));
         }
 
-        /// Whether the device is told of the token before, or counts it itself because the host does not know it yet.
+        /// Whether the device goes on from its own state, or is told of the tokens before.
         #[test]
         fn a_devices_draw_does_what_the_host_would(
             sampling in rules(),
@@ -517,20 +516,19 @@ mod tests {
         ) {
             let mut on_host = Sampler::new(sampling.clone(), &prompt);
             let mut on_device = Sampler::new(sampling, &prompt);
-            let mut under_way = None;
-            for (logits, ahead) in rows {
+            let mut slot = Slot::from(&on_device.state(12));
+            for (mut logits, set) in rows {
                 let mut expected = logits.clone();
-                let token = on_host.sample(&mut expected).unwrap().token;
-                let known = under_way.take_if(|_| !ahead);
-                known.into_iter().for_each(|token| on_device.chose(token));
-                let draw = on_device.draw_for(usize::from(under_way.is_some()), logits.len()).unwrap();
-                let mut edited = logits;
-                edit(&mut edited, &draw, under_way);
-                prop_assert_eq!(choose(&mut edited, &draw), Some(token));
-                // The logits, or, where the choice was drawn, their weights.
-                prop_assert_eq!(&edited, &expected);
-                under_way.into_iter().for_each(|token| on_device.chose(token));
-                under_way = Some(token);
+                on_host.penalise(&mut expected);
+                let token = on_host.sample(&mut logits.clone()).unwrap().token;
+                if set {
+                    slot = Slot::from(&on_device.state(logits.len()));
+                }
+                let draw = on_device.rules(logits.len()).unwrap();
+                slot.edit(&mut logits, &draw);
+                prop_assert_eq!(&logits, &expected);
+                prop_assert_eq!(slot.choose(&mut logits, &draw), Some(token));
+                on_device.chose(token);
             }
         }
     }

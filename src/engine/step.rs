@@ -107,7 +107,8 @@ impl Runner {
         })
     }
 
-    /// Puts a pass on a device that samples, behind the step `before` and what it chooses.
+    /// Puts a pass on a device that samples, behind the step `before` and what it chooses. `draws` are this pass's:
+    /// making them told `slots` that it will be enqueued, which an error takes back.
     pub(super) fn launch(
         &mut self,
         pass: &Plan,
@@ -134,9 +135,10 @@ impl Runner {
         Ok(tokens)
     }
 
-    /// A panic on the device's side is an error like others, as long as it left the cache whole.
+    /// A panic on the device's side is an error like others, as long as it left the cache whole. After an error, what the
+    /// device has in its slots is told to it again.
     fn guarded<T>(&mut self, run: impl FnOnce(&mut Self) -> Result<T, StepError>) -> Result<T, StepError> {
-        catch_unwind(AssertUnwindSafe(|| run(self))).unwrap_or_else(|panic| {
+        let result = catch_unwind(AssertUnwindSafe(|| run(self))).unwrap_or_else(|panic| {
             let message = panic_message(&*panic);
             let whole = self.model.cache_is_whole();
             #[cfg(any(test, feature = "fault-injection"))]
@@ -146,7 +148,8 @@ impl Runner {
             } else {
                 StepError::CacheLost(message)
             })
-        })
+        });
+        result.inspect_err(|_| self.slots.forget_all())
     }
 
     /// Chooses a token for each row that reached its sequence's end. What a sequence without numbers computed, in this

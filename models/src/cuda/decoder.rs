@@ -13,7 +13,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::blas::{Blas, Matrix};
 use super::device_error;
-use super::draw::DRAW_WORDS;
+use super::draw::{DRAW_WORDS, SET_WORDS, SlotRoom, check};
 use super::kernels::{Address, Choices, Decodes, HEAD_DIMS, Kernels, Pool, Sizes, Tiles};
 use super::metadata::{Metadata, Packing, Shape};
 use super::quantized::Activations;
@@ -29,8 +29,8 @@ const BLOCKS_PER_PROCESSOR: usize = 4;
 const MOST_SPLITS: usize = 64;
 /// Words that a workspace holds for lists at least.
 const WORDS: usize = 1 << 17;
-/// Words of lists that a token may have: its own, its decode's, its row's and its draw's.
-const LIST_WORDS: usize = 18;
+/// Words of lists that a token may have: its own, its decode's, its row's, its draw's and its slot's.
+const LIST_WORDS: usize = 25;
 /// Floats of a row that fit beside sums into a block's shared memory.
 const MOST_HIDDEN: usize = 12_000;
 
@@ -126,17 +126,7 @@ impl CudaDecoder {
         carried: Option<(&Sampled, &[(usize, usize)])>,
     ) -> Result<Sampled> {
         let rows = step.sequences.iter().filter(|span| span.logits).count();
-        if draws.len() != rows {
-            bail!("step: {rows} rows want tokens, {} draws are given", draws.len())
-        }
-        let unknown = |draw: &&Draw| {
-            draw.edits
-                .iter()
-                .any(|edit| edit.token as usize >= self.config.vocab_size)
-        };
-        if draws.iter().any(|draw| unknown(&draw)) {
-            bail!("step: an edit is outside the vocabulary of {}", self.config.vocab_size)
-        }
+        check(draws, rows, self.config.vocab_size)?;
         let batch = (rows > 0 && Packing::is_decode(step)).then(|| graph_batch(rows));
         let mut metadata = self.packing(cache, batch).pack(step, draws);
         if let Some((from, tokens)) = carried {
@@ -146,6 +136,7 @@ impl CudaDecoder {
             metadata.carry(tokens, from.rows())?;
         }
         let (workspace, pools) = self.begin(&metadata, cache)?;
+        self.set_slots(&metadata, workspace.addresses())?;
         let replayed = match batch {
             Some(batch) => workspace.replay(batch)?,
             None => false,
@@ -183,7 +174,11 @@ impl CudaDecoder {
             tiles: 0,
             rows: largest,
         };
-        self.hold(cache, &most, 0)?.run_graphs(graphs && !self.quantized);
+        let room = SlotRoom {
+            slots: largest,
+            counted: largest,
+        };
+        self.hold(cache, &most, 0, room)?.run_graphs(graphs && !self.quantized);
         let mut batches = vec![1, 2, 4];
         batches.extend((8..=largest).step_by(8));
         batches.retain(|&batch| graphs && !self.quantized && batch <= largest);
@@ -270,8 +265,14 @@ impl CudaDecoder {
         }
     }
 
-    /// The cache's workspace, large enough for a shape and a step's lists of so many words.
-    fn hold<'a>(&self, cache: &'a mut KvCache, shape: &Shape, words: usize) -> Result<&'a mut Workspace> {
+    /// The cache's workspace, large enough for a shape, a step's lists of so many words, and its slots.
+    fn hold<'a>(
+        &self,
+        cache: &'a mut KvCache,
+        shape: &Shape,
+        words: usize,
+        room: SlotRoom,
+    ) -> Result<&'a mut Workspace> {
         if !cache.block_size().is_power_of_two() {
             bail!(
                 "KV cache: blocks of {} positions; on a GPU they are a power of two",
@@ -289,6 +290,10 @@ impl CudaDecoder {
             rows: shape.rows.max(1),
             words: words.max(lists).max(WORDS).next_power_of_two(),
             parts: self.sizes.heads * self.blocks_wanted().max(1),
+            slots: SlotRoom {
+                slots: room.slots.next_power_of_two(),
+                counted: room.counted.next_power_of_two(),
+            },
         };
         Workspace::holding(
             &mut cache.workspace,
@@ -311,7 +316,7 @@ impl CudaDecoder {
             })
         };
         let pools = cache.layers.iter().map(pool).collect::<Result<Vec<_>>>()?;
-        let workspace = self.hold(cache, &metadata.shape, metadata.words.len())?;
+        let workspace = self.hold(cache, &metadata.shape, metadata.words.len(), metadata.room)?;
         workspace.upload(&metadata.words)?;
         Ok((workspace, pools))
     }
@@ -447,17 +452,24 @@ impl CudaDecoder {
         }
     }
 
-    /// Puts the choice of the rows' tokens on the stream. Edits are numbered from the lists' beginning.
+    /// Puts the choice of the rows' tokens on the stream. Biases are numbered from the lists' beginning.
     fn choose(&self, run: &Run) -> Result<()> {
         let at = &run.at;
         let choices = Choices {
             count: run.shape.rows,
-            tokens: run.ids,
-            rows: run.rows,
             draws: run.draws,
-            edits: at.words,
+            pairs: at.words,
         };
-        self.kernels.sample(&self.sizes, choices, at.logits, at.sampled)
+        self.kernels
+            .sample(&self.sizes, choices, at.states, at.logits, at.sampled)
+    }
+
+    /// Puts on the stream what sets the slots of a step's rows. No graph has it, because few steps set any.
+    fn set_slots(&self, metadata: &Metadata, at: Addresses) -> Result<()> {
+        let sets = metadata.sets;
+        let list = at.words + 4 * sets.place as u64;
+        self.kernels
+            .set_slots(&self.sizes, sets.count, list, at.words, at.states)
     }
 }
 
@@ -521,7 +533,10 @@ fn sizes(config: &Config, dtype: DType) -> std::result::Result<Sizes, ModelError
     })
 }
 
-const _: () = assert!(DRAW_WORDS == 10, "kernels/sample.cu reads 10 words a row");
+const _: () = assert!(
+    DRAW_WORDS == 10 && SET_WORDS == 7,
+    "kernels/sample.cu reads 10 words a row and 7 a slot that is set"
+);
 
 #[cfg(test)]
 mod tests {

@@ -16,6 +16,8 @@ pub const HEAD_DIMS: [usize; 9] = [64, 80, 96, 112, 128, 160, 192, 224, 256];
 /// Query heads that a block of the decode kernel works on.
 const GROUP: usize = 4;
 const THREADS: u32 = 256;
+/// Tokens that a block of `edit_logits` edits: `SEGMENT` in `kernels/sample.cu`.
+const SEGMENT: usize = 8192;
 /// Shared memory that a block has without asking for more.
 const PLAIN_SHARED: u32 = 48 << 10;
 
@@ -31,7 +33,7 @@ fn image(kernel: &str) -> &'static [u8] {
         name if name.starts_with("attention_prefill") => image!("attention_prefill"),
         name if name.starts_with("attention_") => image!("attention_decode"),
         name if name.starts_with("rope_") => image!("rope"),
-        "sample" | "edit_logits" => image!("sample"),
+        "sample" | "edit_logits" | "set_slots" => image!("sample"),
         _ => image!("elementwise"),
     }
 }
@@ -100,6 +102,7 @@ pub struct Kernels {
     merge: CudaFunction,
     /// `None` for float32, which has no tensor cores.
     prefill: Option<CudaFunction>,
+    set_slots: CudaFunction,
     edit_logits: CudaFunction,
     sample: CudaFunction,
 }
@@ -152,11 +155,15 @@ pub struct Tiles {
 #[derive(Debug, Clone, Copy)]
 pub struct Choices {
     pub count: usize,
-    /// The step's tokens, and which of them each row goes on from.
-    pub tokens: Address,
-    pub rows: Address,
     pub draws: Address,
-    pub edits: Address,
+    pub pairs: Address,
+}
+
+/// What sequences' next tokens depend on, which lies on the device from step to step.
+#[derive(Debug, Clone, Copy)]
+pub struct States {
+    pub slots: Address,
+    pub counts: Address,
 }
 
 impl Kernels {
@@ -198,6 +205,7 @@ impl Kernels {
             decode: function(decode, &sized("attention_decode"), 0)?,
             merge: function(decode, &sized("attention_merge"), 0)?,
             prefill: (dtype != DType::F32).then(tiles).transpose()?,
+            set_slots: function(sample, "set_slots", 0)?,
             edit_logits: function(sample, "edit_logits", 0)?,
             sample: function(sample, "sample", 0)?,
         })
@@ -407,16 +415,26 @@ impl Kernels {
         unsafe { self.launch(function, (tiles.count, s.kv_heads, 1), 128, shared, arguments) }
     }
 
-    /// Applies the rows' edits to their logits and chooses a token for each into `sampled`, in place of what the step before
-    /// chose.
-    pub fn sample(&self, s: &Sizes, c: Choices, logits: Address, sampled: Address) -> Result<()> {
-        // SAFETY: `logits` is [count, vocabulary], `rows` names tokens of the step, `draws` has `DRAW_WORDS` a row, its edits
-        // lie behind `edits` and name tokens of the vocabulary; `sampled` is [count] and holds the rows of the step before
-        // that are carried.
+    /// Sets `count` slots as the list `sets` says, with counts out of the list `pairs`.
+    pub fn set_slots(&self, s: &Sizes, count: usize, sets: Address, pairs: Address, states: States) -> Result<()> {
+        let arguments = arguments![sets, pairs, states.slots, states.counts, s.vocabulary];
+        // SAFETY: `sets` has `SET_WORDS` a slot, whose counts lie behind `pairs` and name tokens of the vocabulary; `slots`
+        // holds all that are named, `counts` is [slots, vocabulary] for those that have counts.
+        unsafe { self.launch(&self.set_slots, (count, 1, 1), 1024, 0, arguments) }
+    }
+
+    /// Applies the rows' penalties and biases to their logits and chooses a token for each into `sampled`, in place of what
+    /// the step before chose. What that changes of the sequences' states is changed in place.
+    pub fn sample(&self, s: &Sizes, c: Choices, states: States, logits: Address, sampled: Address) -> Result<()> {
+        let States { slots, counts } = states;
+        // SAFETY: `logits` is [count, vocabulary], `draws` has `DRAW_WORDS` a row, its biases lie behind `pairs` and name
+        // tokens of the vocabulary; `slots` holds all that rows have, each one row's, `counts` is [slots, vocabulary] for
+        // those with penalties; `sampled` is [count].
         unsafe {
-            let edit = arguments![logits, c.draws, c.edits, c.tokens, c.rows, sampled, s.vocabulary];
-            self.launch(&self.edit_logits, (c.count, 1, 1), 128, 0, edit)?;
-            let choose = arguments![logits, c.draws, sampled, s.vocabulary];
+            let edit = arguments![logits, c.draws, c.pairs, counts, s.vocabulary];
+            let segments = s.vocabulary.div_ceil(SEGMENT);
+            self.launch(&self.edit_logits, (c.count, segments, 1), 256, 0, edit)?;
+            let choose = arguments![logits, c.draws, slots, counts, sampled, s.vocabulary];
             self.launch(&self.sample, (c.count, 1, 1), 1024, 0, choose)
         }
     }

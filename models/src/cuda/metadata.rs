@@ -4,13 +4,11 @@ use std::ops::Range;
 
 use candle_core::{Result, bail};
 
-use super::draw::{DRAW_WORDS, EDIT_WORDS, pack};
+use super::draw::{DRAW_WORDS, NO_SLOT, PAIR_WORDS, SET_WORDS, SlotRoom, pack};
 use crate::{Draw, Span, Step};
 
 /// Set in a token that the step before chose; the rest is its row there (`kernels/common.cuh`).
 pub const CARRIED: u32 = 1 << 31;
-/// The slot of a token that is padding.
-const NO_SLOT: u32 = u32::MAX;
 /// Rows of a tile of queries in `kernels/attention_prefill.cu`.
 pub const TILE_ROWS: usize = 64;
 
@@ -26,7 +24,7 @@ pub struct Shape {
     pub rows: usize,
 }
 
-/// Where each list begins, in words. The block tables and the edits follow behind the last.
+/// Where each list begins, in words. The block tables, the draws' biases and what slots are set to follow behind the last.
 #[derive(Debug, Clone, Copy)]
 pub struct Places {
     pub tokens: usize,
@@ -70,6 +68,17 @@ impl Shape {
 pub struct Metadata {
     pub shape: Shape,
     pub words: Vec<u32>,
+    pub sets: Sets,
+    /// The slots that its rows have.
+    pub room: SlotRoom,
+}
+
+/// The list of slots that are set before the step's tokens are chosen. It depends on no shape: no graph has it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sets {
+    pub count: usize,
+    /// Where it begins, in words.
+    pub place: usize,
 }
 
 impl Metadata {
@@ -117,17 +126,19 @@ impl Packing {
             token = range.end;
             self.span(span, range, &mut lists);
         }
-        // Padding writes its zeros into its own rows, and goes on from its own token, which is never carried.
+        // Padding writes its zeros into its own rows.
         for row in lists.decodes..shape.decodes {
             lists.words[places.decode_rows + row] = row as u32;
         }
         for row in lists.rows..shape.rows {
             lists.words[places.rows + row] = row as u32;
         }
-        lists.draws(draws);
+        let sets = lists.draws(draws, shape.rows);
         Metadata {
             shape,
             words: lists.words,
+            sets,
+            room: SlotRoom::of(draws),
         }
     }
 
@@ -191,19 +202,23 @@ struct Lists {
 }
 
 impl Lists {
-    /// Draws, and behind everything their edits, whose numbers count from the words' beginning.
-    fn draws(&mut self, draws: &[Draw]) {
-        self.words.resize(self.words.len().next_multiple_of(EDIT_WORDS), 0);
-        let (packed, edits) = pack(draws, self.words.len() / EDIT_WORDS);
-        self.words[self.places.draws..][..packed.len()].copy_from_slice(&packed);
-        self.words.extend(edits);
+    /// Draws, and behind everything their pairs, whose numbers count from the words' beginning, and what sets slots.
+    fn draws(&mut self, draws: &[Draw], rows: usize) -> Sets {
+        self.words.resize(self.words.len().next_multiple_of(PAIR_WORDS), 0);
+        let packed = pack(draws, rows, self.words.len() / PAIR_WORDS);
+        self.words[self.places.draws..][..packed.draws.len()].copy_from_slice(&packed.draws);
+        self.words.extend(packed.pairs);
+        let place = self.words.len();
+        let count = packed.sets.len() / SET_WORDS;
+        self.words.extend(packed.sets);
+        Sets { count, place }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Edit;
+    use crate::{Count, Slot, State};
 
     fn span(start: usize, len: usize, block_table: &[u32], logits: bool) -> Span {
         Span {
@@ -234,20 +249,26 @@ mod tests {
             tiles: true,
             pad_to: None,
         };
-        let edit = Edit {
+        let count = Count {
             token: 3,
             in_prompt: true,
             generated: 2,
-            bias: -0.5,
         };
-        let draw = |edits| Draw {
+        let state = State {
+            seed: 9,
+            generated: 4,
+            counts: vec![count],
+        };
+        let draw = |number, set, biases| Draw {
             temperature: 0.5,
             top_k: 4,
             frequency: 0.25,
-            edits,
+            biases,
+            slot: Some(Slot { number, set }),
             ..Draw::greedy()
         };
-        let metadata = packing.pack(&step, &[draw(vec![]), draw(vec![edit])]);
+        let draws = [draw(2, None, vec![]), draw(1, Some(state), vec![(8, -0.5)])];
+        let metadata = packing.pack(&step, &draws);
         let shape = Shape {
             tokens: 42,
             decodes: 2,
@@ -265,8 +286,14 @@ mod tests {
         let table = metadata.words[places.tiles[3]] as usize;
         assert_eq!(list(&metadata, table, 3), [7, 0, 1]);
         let second = list(&metadata, places.draws + DRAW_WORDS, DRAW_WORDS);
-        let edits = &metadata.words[second[5] as usize * EDIT_WORDS..second[6] as usize * EDIT_WORDS];
-        assert_eq!(edits, [3, 1, 2, (-0.5f32).to_bits()]);
+        let pairs = |range: &[u32]| &metadata.words[range[0] as usize * PAIR_WORDS..range[1] as usize * PAIR_WORDS];
+        assert_eq!(second[4], 1);
+        assert_eq!(pairs(&second[5..]), [8, (-0.5f32).to_bits()]);
+        assert_eq!(metadata.sets.count, 1);
+        let set = list(&metadata, metadata.sets.place, SET_WORDS);
+        assert_eq!(set[..5], [1, 9, 0, 4, 1]);
+        assert_eq!(pairs(&set[5..]), [3, 1 << 31 | 2]);
+        assert_eq!(metadata.room, SlotRoom { slots: 3, counted: 3 });
         assert_eq!(second[7..], [1f32, 0.0, 0.25].map(f32::to_bits));
     }
 
@@ -292,5 +319,7 @@ mod tests {
         assert_eq!(list(&metadata, places.decode_rows, 4), [0, 1, 2, 3]);
         assert_eq!(list(&metadata, places.rows, 4), [0, 1, 2, 3]);
         assert_eq!(list(&metadata, places.decode_lengths, 4), [1, 10, 0, 0]);
+        let draws = list(&metadata, places.draws, 4 * DRAW_WORDS);
+        assert!(draws.chunks(DRAW_WORDS).all(|draw| draw[4] == NO_SLOT));
     }
 }

@@ -1,5 +1,5 @@
 //! What a cache's steps need on the device besides weights and pools: activations, the step's lists, the sampled tokens,
-//! and the graphs that were captured over them.
+//! the states of the sequences that sample, and the graphs that were captured over them.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -11,7 +11,8 @@ use cudarc::driver::result::{memcpy_dtod_async, memcpy_dtoh_async, memcpy_htod_a
 use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr, DeviceRepr, PinnedHostSlice};
 
 use super::device_error;
-use super::kernels::{Address, Sizes};
+use super::draw::SlotRoom;
+use super::kernels::{Address, Sizes, States};
 
 /// How much a workspace holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -22,11 +23,12 @@ pub struct Capacity {
     pub words: usize,
     /// Splits of decodes, over all heads.
     pub parts: usize,
+    pub slots: SlotRoom,
 }
 
 impl Capacity {
     fn holds(&self, other: &Self) -> bool {
-        self.tokens >= other.tokens && self.rows >= other.rows && self.words >= other.words && self.parts >= other.parts
+        *self == self.with(other)
     }
 
     fn with(&self, other: &Self) -> Self {
@@ -35,6 +37,10 @@ impl Capacity {
             rows: self.rows.max(other.rows),
             words: self.words.max(other.words),
             parts: self.parts.max(other.parts),
+            slots: SlotRoom {
+                slots: self.slots.slots.max(other.slots.slots),
+                counted: self.slots.counted.max(other.slots.counted),
+            },
         }
     }
 }
@@ -44,12 +50,20 @@ struct Memory<T>(CudaSlice<T>);
 
 impl<T: DeviceRepr> Memory<T> {
     fn new(stream: &Arc<CudaStream>, len: usize) -> Result<Self> {
-        // SAFETY: every kernel writes what a later one reads; what padding leaves unwritten is never used.
+        // SAFETY: every kernel writes what a later one reads, and a slot is set before a row goes on from it; what padding
+        // leaves unwritten is never used.
         Ok(Self(unsafe { stream.alloc(len.max(1)) }.map_err(device_error)?))
     }
 
     fn address(&self) -> Address {
         self.0.device_ptr(self.0.stream()).0
+    }
+
+    /// Begins to copy what `from` holds, as far as there is room.
+    fn take_over(&self, from: &Self) -> Result<()> {
+        let (stream, bytes) = (self.0.stream(), size_of::<T>() * from.0.len().min(self.0.len()));
+        // SAFETY: `bytes` are within both; `from` is given back on the same stream, behind the copy.
+        unsafe { memcpy_dtod_async(self.address(), from.address(), bytes, stream.cu_stream()) }.map_err(device_error)
     }
 }
 
@@ -104,6 +118,19 @@ impl Drop for Sampled {
     }
 }
 
+/// What steps leave for those behind them.
+struct Kept {
+    sampled: Memory<u32>,
+    /// Steps that chose tokens: the last one's are in `sampled`.
+    steps: u64,
+    /// Seed and number of generated tokens of the sequence that has the slot: `[slots, 2]`.
+    slots: Memory<u64>,
+    /// How often each token was generated there, and whether it is in the prompt: `[counted slots, vocabulary]`.
+    counts: Memory<u32>,
+    /// Whether decodes run as graphs.
+    with_graphs: bool,
+}
+
 /// The memory of one cache's steps. Everything runs on one stream, so that a step may be enqueued before the one before
 /// has ended.
 pub struct Workspace {
@@ -124,17 +151,13 @@ pub struct Workspace {
     sums: Memory<f32>,
     totals: Memory<f32>,
     logits: Memory<f32>,
-    sampled: Memory<u32>,
-    /// Steps that chose tokens: the last one's are in `sampled`.
-    steps: u64,
+    kept: Kept,
     /// Where tokens were fetched to, to be used again.
     spare: Vec<Sampled>,
     words: Memory<u32>,
     staging: PinnedHostSlice<u32>,
     /// When the last copy out of `staging` was done.
     copied: CudaEvent,
-    /// Whether decodes run as graphs.
-    with_graphs: bool,
     graphs: HashMap<usize, Captured>,
 }
 
@@ -153,7 +176,18 @@ pub struct Addresses {
     pub totals: Address,
     pub logits: Address,
     pub sampled: Address,
+    pub states: States,
     pub words: Address,
+}
+
+impl Kept {
+    /// Goes on from what was kept before, in memory that was no larger.
+    fn take_over(&mut self, before: &Self) -> Result<()> {
+        (self.steps, self.with_graphs) = (before.steps, before.with_graphs);
+        self.sampled.take_over(&before.sampled)?;
+        self.slots.take_over(&before.slots)?;
+        self.counts.take_over(&before.counts)
+    }
 }
 
 impl Workspace {
@@ -164,6 +198,7 @@ impl Workspace {
             rows,
             words,
             parts,
+            slots,
         } = capacity;
         let typed = |columns: usize| Memory::new(stream, tokens * columns * dtype.size_in_bytes());
         let (queries, all) = (
@@ -189,13 +224,17 @@ impl Workspace {
             sums: Memory::new(stream, parts * sizes.head_dim)?,
             totals: Memory::new(stream, parts * 2)?,
             logits: Memory::new(stream, rows * sizes.vocabulary)?,
-            sampled: Memory::new(stream, rows)?,
-            steps: 0,
+            kept: Kept {
+                sampled: Memory::new(stream, rows)?,
+                steps: 0,
+                slots: Memory::new(stream, slots.slots * 2)?,
+                counts: Memory::new(stream, slots.counted * sizes.vocabulary)?,
+                with_graphs: false,
+            },
             spare: Vec::new(),
             words: Memory::new(stream, words)?,
             staging,
             copied,
-            with_graphs: false,
             graphs: HashMap::new(),
         })
     }
@@ -216,13 +255,8 @@ impl Workspace {
             // The old memory first: both might not fit.
             let before = workspace.take().map(Self::retire).transpose()?;
             let mut new = Self::new(decoder, stream, dtype, sizes, held.with(&needed))?;
-            if let Some((sampled, steps, with_graphs)) = before {
-                (new.steps, new.with_graphs) = (steps, with_graphs);
-                // SAFETY: the new memory is at least as long, and the old one is given back behind the copy.
-                unsafe {
-                    let (to, from) = (new.sampled.address(), sampled.address());
-                    memcpy_dtod_async(to, from, 4 * sampled.0.len(), stream.cu_stream()).map_err(device_error)?;
-                }
+            if let Some(before) = before {
+                new.kept.take_over(&before)?;
             }
             *workspace = Some(new);
         }
@@ -232,12 +266,11 @@ impl Workspace {
         }
     }
 
-    /// Gives back all memory but what the last step chose, which the next one may go on from; tells how many steps there
-    /// were and whether decodes run as graphs.
-    fn retire(self) -> Result<(Memory<u32>, u64, bool)> {
+    /// Gives back all memory but what the next step may go on from.
+    fn retire(self) -> Result<Kept> {
         // Graphs and copies may be under way.
         self.stream.synchronize().map_err(device_error)?;
-        Ok((self.sampled, self.steps, self.with_graphs))
+        Ok(self.kept)
     }
 
     pub fn addresses(&self) -> Addresses {
@@ -253,7 +286,11 @@ impl Workspace {
             sums: self.sums.address(),
             totals: self.totals.address(),
             logits: self.logits.address(),
-            sampled: self.sampled.address(),
+            sampled: self.kept.sampled.address(),
+            states: States {
+                slots: self.kept.slots.address(),
+                counts: self.kept.counts.address(),
+            },
             words: self.words.address(),
         }
     }
@@ -275,12 +312,12 @@ impl Workspace {
             Some(spare) => spare,
             None => Sampled::new(&self.stream, self.capacity.rows)?,
         };
-        self.steps += 1;
-        (fetched.rows, fetched.step) = (rows, self.steps);
+        self.kept.steps += 1;
+        (fetched.rows, fetched.step) = (rows, self.kept.steps);
         if rows > 0 {
             let tokens = &mut fetched.tokens.as_mut_slice().map_err(device_error)?[..rows];
             // SAFETY: the device's memory holds so many; the host's stays as it is until `arrived` has come.
-            unsafe { memcpy_dtoh_async(tokens, self.sampled.address(), self.stream.cu_stream()) }
+            unsafe { memcpy_dtoh_async(tokens, self.kept.sampled.address(), self.stream.cu_stream()) }
                 .map_err(device_error)?;
         }
         fetched.arrived.record(&self.stream).map_err(device_error)?;
@@ -289,7 +326,7 @@ impl Workspace {
 
     /// Whether what a step chose is still on the device.
     pub fn holds(&self, sampled: &Sampled) -> bool {
-        self.steps == sampled.step
+        self.kept.steps == sampled.step
     }
 
     pub fn take_back(&mut self, sampled: Sampled) {
@@ -316,11 +353,11 @@ impl Workspace {
 
     /// Lets decodes run as graphs, or not.
     pub fn run_graphs(&mut self, with_graphs: bool) {
-        self.with_graphs = with_graphs;
+        self.kept.with_graphs = with_graphs;
     }
 
     pub fn runs_graphs(&self) -> bool {
-        self.with_graphs
+        self.kept.with_graphs
     }
 
     /// Keeps what `enqueue` puts on the stream as the graph for `batch` decodes, without running it.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device};
 
-use crate::{Carried, Decoder, Draw, Edit, KvCache, Span, Step};
+use crate::{Carried, Count, Decoder, Draw, KvCache, Slot, Span, State, Step};
 
 const BLOCK: usize = 16;
 const BLOCKS: usize = 12;
@@ -90,21 +90,31 @@ fn logits_are_the_cpus() {
     }
 }
 
-/// A draw that counts the tokens of a row as far as they are known.
-fn penalised(known: impl Iterator<Item = u32>) -> Draw {
-    let mut counts = BTreeMap::new();
-    known.for_each(|token| *counts.entry(token).or_default() += 1);
-    let edit = |(token, generated)| Edit {
-        token,
-        in_prompt: false,
-        generated,
-        bias: 0.0,
-    };
+/// A draw of the sequence that has the slot, which is set, if that is to be, to the tokens that it has generated.
+fn penalised(number: usize, generated: Option<&[u32]>) -> Draw {
+    let set = generated.map(|tokens| {
+        let mut counts = BTreeMap::new();
+        tokens.iter().for_each(|&token| *counts.entry(token).or_default() += 1);
+        let count = |(token, generated)| Count {
+            token,
+            in_prompt: false,
+            generated,
+        };
+        State {
+            seed: number as u64,
+            generated: tokens.len() as u32,
+            counts: counts.into_iter().map(count).collect(),
+        }
+    });
     Draw {
+        temperature: 0.8,
         repetition: 1.5,
         presence: 0.2,
         frequency: 0.4,
-        edits: counts.into_iter().map(edit).collect(),
+        slot: Some(Slot {
+            number: number as u32,
+            set,
+        }),
         ..Draw::greedy()
     }
 }
@@ -121,9 +131,12 @@ fn a_step_goes_on_from_tokens_that_the_host_has_not_seen() {
     // The other way round than before, and then as before.
     let next = |number| step(vec![span(1, 33 + number, 1), span(0, 70 + number, 1)]);
     let place = |number: usize, row: usize| if number == 0 { 1 - row } else { row };
-    let draws = |known: &[Vec<Option<u32>>]| {
-        let tokens = |row| (0..).zip(known).map(move |(n, tokens)| tokens[place(n, row)].unwrap());
-        [0, 1].map(|row| penalised(tokens(row)))
+    let begin = [0, 1].map(|slot| penalised(slot, Some(&[])));
+    let go_on = [1, 0].map(|slot| penalised(slot, None));
+    // As if every step were the slots' first.
+    let set = |steps: &[Vec<Option<u32>>]| {
+        let tokens = |row| (0..).zip(steps).map(move |(n, tokens)| tokens[place(n, row)].unwrap());
+        [0, 1].map(|row| penalised(1 - row, Some(&tokens(row).collect::<Vec<_>>())))
     };
     for graphs in [false, true] {
         let cache = || {
@@ -132,21 +145,21 @@ fn a_step_goes_on_from_tokens_that_the_host_has_not_seen() {
             cache
         };
         let (mut waited, mut ahead) = (cache(), cache());
-        let mut expected = vec![decoder.sample(&first, &mut waited, &draws(&[])).unwrap()];
-        let mut pending = decoder.enqueue(&first, &mut ahead, &draws(&[]), None).unwrap();
+        let mut expected = vec![decoder.sample(&first, &mut waited, &begin).unwrap()];
+        let mut pending = decoder.enqueue(&first, &mut ahead, &begin, None).unwrap();
         let mut found = Vec::new();
         for number in 0..5 {
             let rows = [0, 1].map(|row| place(number, row));
             let mut known = next(number);
             known.tokens = rows.map(|row| expected[number][row].unwrap()).to_vec();
-            let (all, but_last) = (draws(&expected), draws(&expected[..number]));
+            let all = set(&expected);
             expected.push(decoder.sample(&known, &mut waited, &all).unwrap());
             let carried = Carried {
                 from: &pending,
                 tokens: rows.into_iter().enumerate().collect(),
             };
             let later = decoder
-                .enqueue(&next(number), &mut ahead, &but_last, Some(carried))
+                .enqueue(&next(number), &mut ahead, &go_on, Some(carried))
                 .unwrap();
             found.push(decoder.wait(pending, &mut ahead).unwrap());
             pending = later;
@@ -195,6 +208,9 @@ fn graphs_come_back_after_memory_was_too_small() {
             .unwrap()
     };
     let before = decode(&mut cache);
+    decoder
+        .sample(&step(vec![span(2, 0, 1)]), &mut cache, &[penalised(3, Some(&[]))])
+        .unwrap();
     let none = |cache: &KvCache| format!("{:?}", cache.workspace).contains("graphs: 0");
     assert!(!none(&cache));
     let prompt = step(vec![span(1, 0, 150)]);
@@ -202,6 +218,14 @@ fn graphs_come_back_after_memory_was_too_small() {
     assert!(none(&cache), "the prompt needed more memory");
     assert_eq!([decode(&mut cache), decode(&mut cache)], [before.clone(), before]);
     assert!(!none(&cache));
+    // Slots move to the larger memory with what they hold.
+    let mut other = KvCache::new(decoder.config(), 3 * BLOCKS, BLOCK, DType::BF16, &device).unwrap();
+    decoder.prepare(&mut other, 256, 8, true).unwrap();
+    let prompt = step(vec![span(2, 0, 1)]);
+    decoder.sample(&prompt, &mut other, &[penalised(3, Some(&[]))]).unwrap();
+    let next = step(vec![span(2, 1, 1)]);
+    let found = decoder.sample(&next, &mut cache, &[penalised(3, None)]).unwrap();
+    assert_eq!(found, decoder.sample(&next, &mut other, &[penalised(3, None)]).unwrap());
 }
 
 #[test]
