@@ -254,11 +254,19 @@ impl Workspace {
         if workspace.is_none() || !held.holds(&needed) {
             // The old memory first: both might not fit.
             let before = workspace.take().map(Self::retire).transpose()?;
-            let mut new = Self::new(decoder, stream, dtype, sizes, held.with(&needed))?;
-            if let Some(before) = before {
-                new.kept.take_over(&before)?;
+            let make = |capacity| -> Result<Self> {
+                let mut new = Self::new(decoder, stream, dtype, sizes, capacity)?;
+                if let Some(before) = &before {
+                    new.kept.take_over(before)?;
+                }
+                Ok(new)
+            };
+            let larger = make(held.with(&needed));
+            if larger.is_err() && before.is_some() {
+                // Smaller steps go on, as before, in as much memory as there was.
+                *workspace = make(held).ok();
             }
-            *workspace = Some(new);
+            *workspace = Some(larger?);
         }
         match workspace {
             Some(workspace) => Ok(workspace),
