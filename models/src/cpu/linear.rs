@@ -14,8 +14,12 @@ use super::{Stripes, math, slice, slice_mut};
 
 /// Most inputs that are multiplied before the next rows' turn, so that a block of a panel stays in the first-level cache.
 const DEPTH_BLOCK: usize = 384;
-/// Activations, in floats, that a thread works on at a time: a quarter of a usual second-level cache.
+/// Activations, in floats, that a thread works on at a time: a quarter of a usual second-level cache, or more where that is
+/// less than `ROW_STEP` rows.
 const ROW_BLOCK: usize = 32 * 1024;
+/// Rows of a block, or half of one: whole tiles of every kind of product.
+const ROW_STEP: usize = 48;
+const _: () = assert!(ROW_STEP.is_multiple_of(quantized::TILE));
 
 /// What becomes of a product.
 #[derive(Clone, Copy)]
@@ -307,7 +311,8 @@ impl WithSimd for Stripe<'_> {
             Operands::Bfloat16 { .. } => 2 * ROW_BLOCK,
             Operands::Quantized { .. } => 4 * ROW_BLOCK,
         };
-        let block = (activations / depth).clamp(24, 96).min(self.rows);
+        let steps = if 2 * ROW_STEP * depth <= activations { 2 } else { 1 };
+        let block = (steps * ROW_STEP).min(self.rows);
         // Vectors of sums that lie across two cache lines take longer.
         let mut sums = Aligned::zeros(per_unit * block * width);
         let sums = sums.get_mut();
@@ -388,8 +393,12 @@ impl Stripe<'_> {
             let out = unsafe { self.out.part((first + row) * outputs + column, columns) };
             match self.epilogue {
                 Epilogue::Write { bias: None } => match (S::as_mut_simd_f32s(out), S::as_simd_f32s(sums_row)) {
-                    // A whole panel, without a call.
-                    (([to, next], []), ([sum, after], [])) => (*to, *next) = (*sum, *after),
+                    // Whole vectors, without a call.
+                    ((out, []), (sums, [])) => {
+                        for (to, sum) in out.iter_mut().zip(sums) {
+                            *to = *sum;
+                        }
+                    }
                     _ => out.copy_from_slice(sums_row),
                 },
                 Epilogue::Write { bias: Some(bias) } => {

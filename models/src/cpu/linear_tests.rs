@@ -28,6 +28,7 @@ fn products_of_odd_sizes_are_exact_to_rounding() {
         (13, 511, 67),
         (25, 600, 33),
         (97, 31, 101),
+        (97, 700, 33),
     ] {
         let (x, weight) = (numbers(rows * inputs, 1), numbers(outputs * inputs, 2));
         let (up, bias) = (numbers(outputs * inputs, 3), numbers(outputs, 4));
@@ -60,6 +61,7 @@ fn quantized_products_of_odd_sizes_are_near() {
         (3, 64, 9, GgmlDType::Q8_0),
         (5, 96, 17, GgmlDType::Q4_0),
         (97, 576, 67, GgmlDType::Q4_1),
+        (97, 1408, 33, GgmlDType::Q4_1),
         (25, 1024, 43, GgmlDType::Q8_0),
     ] {
         let stored = |seed| {
@@ -175,18 +177,29 @@ impl Near {
 
 #[test]
 fn a_row_is_the_same_in_any_batch() {
-    let (inputs, outputs) = (300, 83);
+    let (inputs, outputs) = (320, 83);
     let weight = numbers(outputs * inputs, 5);
     let x = Tensor::from_vec(numbers(128 * inputs, 6), (128, inputs), &Device::Cpu).unwrap();
-    for dtype in [DType::F32, DType::BF16, DType::F16] {
+    let dense = [DType::F32, DType::BF16, DType::F16].map(|dtype| {
         let linear = Linear::new(&weight, inputs, None, dtype).unwrap();
+        (format!("{dtype:?}"), linear)
+    });
+    let quantized = [GgmlDType::Q4_1, GgmlDType::Q8_0].map(|dtype| {
+        let weight = Tensor::from_slice(&weight, (outputs, inputs), &Device::Cpu).unwrap();
+        let stored = QTensor::quantize(&weight, dtype).unwrap();
+        (
+            format!("{dtype:?}"),
+            Linear::quantized(&Rows::read(&stored).unwrap(), None),
+        )
+    });
+    for (dtype, linear) in dense.into_iter().chain(quantized) {
         let all: Vec<Vec<f32>> = linear.forward(&x).unwrap().to_vec2().unwrap();
         for batch in 1..=128 {
             let first = 128 - batch;
             let some = linear.forward(&x.narrow(0, first, batch).unwrap()).unwrap();
             assert!(
                 some.to_vec2::<f32>().unwrap() == all[first..],
-                "batch of {batch} as {dtype:?}"
+                "batch of {batch} as {dtype}"
             );
         }
     }

@@ -7,8 +7,8 @@ use rayon::prelude::*;
 
 use super::BLOCK;
 
-/// Rows below which waking other threads costs more than it saves.
-const ROWS_A_THREAD: usize = 16;
+/// Rows that lie together.
+pub const TILE: usize = 16;
 
 /// A row's part of a block: each activation is nearly `scale * value`.
 #[derive(Debug, Clone, Copy)]
@@ -23,10 +23,12 @@ pub struct Group {
     pub whole: i32,
 }
 
-/// Rows of activations, block by block: `[blocks, rows]`.
+/// Rows of activations, in tiles of [`TILE`] of which the last may have fewer.
 pub struct Activations {
+    /// Of each tile `[blocks, rows]`.
     groups: Vec<Group>,
     rows: usize,
+    blocks: usize,
 }
 
 impl Activations {
@@ -40,27 +42,41 @@ impl Activations {
             whole: 0,
         };
         let mut groups = vec![empty; rows * blocks];
-        let at_least = (ROWS_A_THREAD * blocks).div_ceil(rows.max(1));
-        groups
-            .par_chunks_mut(rows.max(1))
-            .with_min_len(at_least)
-            .enumerate()
-            .for_each(|(block, groups)| {
-                let x = &x[block * BLOCK..];
-                Arch::new().dispatch(Round { x, depth, groups });
-            });
-        Self { groups, rows }
+        let tiles = groups.par_chunks_mut(TILE * blocks).zip(x.par_chunks(TILE * depth));
+        tiles.for_each(|(groups, x)| Arch::new().dispatch(Round { x, depth, groups }));
+        Self { groups, rows, blocks }
     }
 
-    /// Some rows' parts of block `index`.
-    pub fn block(&self, index: usize, rows: Range<usize>) -> &[Group] {
-        &self.groups[index * self.rows..][rows]
+    /// One row's part of a block.
+    #[cfg(test)]
+    pub fn group(&self, row: usize, block: usize) -> Group {
+        let first = row - row % TILE;
+        let tile = self.tiles(first..self.rows).next().unwrap();
+        tile.groups[block * tile.rows + row % TILE]
+    }
+
+    /// The tiles of some rows, which begin where a tile does, and end there as well or with the last row.
+    pub fn tiles(&self, rows: Range<usize>) -> impl Iterator<Item = Tile<'_>> {
+        assert!(rows.start.is_multiple_of(TILE) && (rows.end.is_multiple_of(TILE) || rows.end == self.rows));
+        let groups = &self.groups[rows.start * self.blocks..rows.end * self.blocks];
+        groups.chunks(TILE * self.blocks).map(|groups| Tile {
+            groups,
+            rows: groups.len() / self.blocks,
+        })
     }
 }
 
-/// One block of all rows.
+/// Up to [`TILE`] rows of activations.
+#[derive(Clone, Copy)]
+pub struct Tile<'a> {
+    /// `[blocks, rows]`
+    pub groups: &'a [Group],
+    pub rows: usize,
+}
+
+/// One tile.
 struct Round<'a> {
-    /// From the block's first activation on.
+    /// `[rows, depth]`
     x: &'a [f32],
     depth: usize,
     groups: &'a mut [Group],
@@ -71,30 +87,38 @@ impl WithSimd for Round<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        for (row, group) in self.groups.iter_mut().enumerate() {
-            if let Some(x) = self.x[row * self.depth..].first_chunk() {
-                round(x, group);
+        let rows = self.x.len() / self.depth;
+        for (row, x) in self.x.chunks_exact(self.depth).enumerate() {
+            let (blocks, _) = x.as_chunks();
+            for (x, group) in blocks.iter().zip(self.groups[row..].iter_mut().step_by(rows)) {
+                *group = round(x);
             }
         }
     }
 }
 
 #[inline(always)]
-fn round(x: &[f32; BLOCK], group: &mut Group) {
+fn round(x: &[f32; BLOCK]) -> Group {
     // Adding 1.5 * 2^23 rounds to a whole number, and leaves it in the low bits of the sum.
     const ROUND: f32 = 12_582_912.0;
     // As whole numbers, magnitudes are in the same order, and what is not a number is above them all.
     let largest = x.iter().fold(0, |most: u32, x| most.max(x.to_bits() & 0x7FFF_FFFF));
     let largest = f32::from_bits(largest);
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-    group.whole = 0;
-    for (value, x) in group.values.iter_mut().zip(x) {
-        let whole = x.mul_add(inverse, ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
-        *value = whole as i8;
-        group.whole += i32::from(*value);
+    let (mut values, mut whole) = ([0; BLOCK], 0);
+    for (value, x) in values.iter_mut().zip(x) {
+        *value = (x.mul_add(inverse, ROUND).to_bits() as i32 - ROUND.to_bits() as i32) as i8;
     }
-    group.scale = largest / 127.0;
-    group.sum = group.scale * group.whole as f32;
+    for &value in &values {
+        whole += i32::from(value);
+    }
+    let scale = largest / 127.0;
+    Group {
+        values,
+        scale,
+        sum: scale * whole as f32,
+        whole,
+    }
 }
 
 #[cfg(test)]
@@ -111,7 +135,7 @@ mod tests {
             let rounded = Activations::round(&x, 96);
             for row in 0..rows {
                 for block in 0..3 {
-                    let group = rounded.block(block, row..row + 1)[0];
+                    let group = rounded.group(row, block);
                     let exact = &x[row * 96 + block * BLOCK..][..BLOCK];
                     let values = group.values.map(|value| f32::from(value) * group.scale);
                     for (value, exact) in values.iter().zip(exact) {
@@ -129,10 +153,9 @@ mod tests {
             let mut x = numbers(3 * 32, 12);
             x[40] = bad;
             let rounded = Activations::round(&x, 32);
-            let groups = rounded.block(0, 0..3);
-            let product = |group: &Group| group.scale * 0.0 + group.sum;
-            assert!(!product(&groups[1]).is_finite(), "{bad}");
-            assert!(product(&groups[0]).is_finite() && product(&groups[2]).is_finite());
+            let product = |row| rounded.group(row, 0).scale * 0.0 + rounded.group(row, 0).sum;
+            assert!(!product(1).is_finite(), "{bad}");
+            assert!(product(0).is_finite() && product(2).is_finite());
         }
     }
 }

@@ -4,13 +4,26 @@
 //! sums of a whole block fit there (8 times 2 times 15 times 127 is 30,480); those of eight bits are widened at once.
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
+use super::activations::{Group, Tile};
 use super::panels::{EightBits, FourBits, LANES, STEP};
-use super::{Activations, BLOCK, WIDTH, activations::Group, for_tiles};
+use super::{BLOCK, WIDTH};
 
 /// Rows of a tile: so many sums of 16 outputs fit into the registers beside their factors.
 const ROWS: usize = 4;
+
+/// Calls `$tile` with `$rows` rows at a time, and with those that are left one by one.
+macro_rules! for_tiles {
+    ($rows:ident, $sums:expr, $groups:expr, $tile:ident($($argument:expr),*)) => {{
+        let ((tiles, rest), (groups, last)) = ($sums.as_chunks_mut::<$rows>(), $groups.as_chunks::<$rows>());
+        for (sums, groups) in tiles.iter_mut().zip(groups) {
+            $tile($($argument,)* sums, groups);
+        }
+        for (sums, group) in rest.iter_mut().zip(last) {
+            $tile($($argument,)* std::array::from_mut(sums), std::array::from_ref(group));
+        }
+    }};
+}
 
 /// A panel's weights in one block: what they are multiplied by, and added to.
 struct Scales {
@@ -25,9 +38,9 @@ pub fn is_there() -> bool {
 
 /// As [`super::portable::multiply`].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub fn four_bits(panel: &[FourBits], x: &Activations, rows: Range<usize>, sums: &mut [[f32; WIDTH]]) {
+pub fn four_bits(panel: &[FourBits], x: Tile, sums: &mut [[f32; WIDTH]]) {
     let low = _mm256_set1_epi8(15);
-    for (index, block) in panel.iter().enumerate() {
+    for (block, groups) in panel.iter().zip(x.groups.chunks_exact(x.rows)) {
         let mut weights = [[low; 2]; 8];
         for (i, halves) in block.nibbles.iter().enumerate() {
             for (half, vector) in halves.iter().enumerate() {
@@ -40,20 +53,18 @@ pub fn four_bits(panel: &[FourBits], x: &Activations, rows: Range<usize>, sums: 
             scales: [widen(&block.scales[0]), widen(&block.scales[1])],
             minima: Some([widen(&block.minima[0]), widen(&block.minima[1])]),
         };
-        let groups = x.block(index, rows.clone());
         for_tiles!(ROWS, sums, groups, four_bit_tile(&weights, &scales));
     }
 }
 
 /// As [`super::portable::multiply`].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub fn eight_bits(panel: &[EightBits], x: &Activations, rows: Range<usize>, sums: &mut [[f32; WIDTH]]) {
-    for (index, block) in panel.iter().enumerate() {
+pub fn eight_bits(panel: &[EightBits], x: Tile, sums: &mut [[f32; WIDTH]]) {
+    for (block, groups) in panel.iter().zip(x.groups.chunks_exact(x.rows)) {
         let scales = Scales {
             scales: [widen(&block.scales[0]), widen(&block.scales[1])],
             minima: None,
         };
-        let groups = x.block(index, rows.clone());
         for_tiles!(ROWS, sums, groups, eight_bit_tile(block, &scales));
     }
 }

@@ -4,20 +4,24 @@
 //! eight bits are made unsigned by adding 128 to each, so 128 times the sum of the activations is taken off.
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
+use super::activations::{Group, Tile};
 use super::panels::{EightBits, FourBits, STEP};
-use super::{Activations, BLOCK, WIDTH, activations::Group, for_tiles};
+use super::{BLOCK, WIDTH};
+use crate::cpu::tile::for_row_tiles;
 
-/// Rows of a tile. A dot product takes four or five cycles and two can start in each: so many sums keep them busy.
+/// Rows whose sums of a block are in registers at once. A dot product takes four or five cycles and one or two can start in
+/// each: so many keep them busy.
 const ROWS: usize = 8;
 
 /// Dot products of a block: four inputs each.
 const STEPS: usize = BLOCK / STEP;
 
-/// A panel's weights in one block: what they are multiplied by, and added to.
-struct Scales {
+/// A panel's weights in one block, as unsigned bytes.
+struct Weights {
+    values: [__m512i; STEPS],
     scales: __m512,
+    /// With four bits.
     minima: Option<__m512>,
 }
 
@@ -30,72 +34,95 @@ pub fn is_there() -> bool {
 
 /// As [`super::portable::multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub fn four_bits(panel: &[FourBits], x: &Activations, rows: Range<usize>, sums: &mut [[f32; WIDTH]]) {
-    let low = _mm512_set1_epi8(15);
-    for (index, block) in panel.iter().enumerate() {
-        let mut weights = [low; STEPS];
-        for (i, nibbles) in block.nibbles.iter().enumerate() {
-            let nibbles = load(nibbles);
-            weights[i] = _mm512_and_si512(nibbles, low);
-            weights[i + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(nibbles), low);
-        }
-        let scales = Scales {
-            scales: widen(&block.scales),
-            minima: Some(widen(&block.minima)),
-        };
-        let groups = x.block(index, rows.clone());
-        for_tiles!(ROWS, sums, groups, tile(&weights, 0, &scales));
-    }
+pub fn four_bits(panel: &[FourBits], x: Tile, sums: &mut [[f32; WIDTH]]) {
+    for_row_tiles!(ROWS, x.rows, |first, MR| {
+        tile::<_, MR>(panel, x, first, sums, |block| unpack(block));
+    });
 }
 
 /// As [`super::portable::multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub fn eight_bits(panel: &[EightBits], x: &Activations, rows: Range<usize>, sums: &mut [[f32; WIDTH]]) {
-    // Turning the highest bit over adds 128.
-    let highest = _mm512_set1_epi8(i8::MIN);
-    for (index, block) in panel.iter().enumerate() {
-        let mut weights = [highest; STEPS];
-        for (weights, values) in weights.iter_mut().zip(&block.values) {
-            *weights = _mm512_xor_si512(*weights, load(values));
-        }
-        let scales = Scales {
-            scales: widen(&block.scales),
-            minima: None,
-        };
-        let groups = x.block(index, rows.clone());
-        for_tiles!(ROWS, sums, groups, tile(&weights, 128, &scales));
+pub fn eight_bits(panel: &[EightBits], x: Tile, sums: &mut [[f32; WIDTH]]) {
+    for_row_tiles!(ROWS, x.rows, |first, MR| {
+        tile::<_, MR>(panel, x, first, sums, |block| shift(block));
+    });
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn unpack(block: &FourBits) -> Weights {
+    let low = _mm512_set1_epi8(15);
+    let mut values = [low; STEPS];
+    for (i, nibbles) in block.nibbles.iter().enumerate() {
+        let nibbles = load(nibbles);
+        values[i] = _mm512_and_si512(nibbles, low);
+        values[i + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(nibbles), low);
+    }
+    Weights {
+        values,
+        scales: widen(&block.scales),
+        minima: Some(widen(&block.minima)),
     }
 }
 
-/// Adds to `sums` the products of one block, whose weights are `above` too large.
+/// Weights that are 128 too large.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn tile<const M: usize>(
-    weights: &[__m512i; STEPS],
-    above: i32,
-    scales: &Scales,
-    sums: &mut [[f32; WIDTH]; M],
-    groups: &[Group; M],
+fn shift(block: &EightBits) -> Weights {
+    // Turning the highest bit over adds 128.
+    let mut values = [_mm512_set1_epi8(i8::MIN); STEPS];
+    for (values, signed) in values.iter_mut().zip(&block.values) {
+        *values = _mm512_xor_si512(*values, load(signed));
+    }
+    Weights {
+        values,
+        scales: widen(&block.scales),
+        minima: None,
+    }
+}
+
+/// Adds to the sums of `M` rows from `first` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn tile<B, const M: usize>(
+    panel: &[B],
+    x: Tile,
+    first: usize,
+    sums: &mut [[f32; WIDTH]],
+    weights: impl Fn(&B) -> Weights,
 ) {
-    let mut wholes = [_mm512_setzero_si512(); M];
-    for (whole, group) in wholes.iter_mut().zip(groups) {
-        *whole = _mm512_set1_epi32(-above * group.whole);
-    }
-    for (i, &weights) in weights.iter().enumerate() {
-        for (whole, group) in wholes.iter_mut().zip(groups) {
-            *whole = _mm512_dpbusd_epi32(*whole, weights, inputs(group, i));
-        }
-    }
-    for ((&whole, sums), group) in wholes.iter().zip(sums).zip(groups) {
-        let scale = _mm512_mul_ps(scales.scales, _mm512_set1_ps(group.scale));
+    let sums = &mut sums[first..][..M];
+    let mut acc = [_mm512_setzero_ps(); M];
+    for (acc, sums) in acc.iter_mut().zip(&*sums) {
         // SAFETY: the array is as long as the vector; the read needs no alignment.
-        let mut sum = unsafe { _mm512_loadu_ps(sums.as_ptr()) };
-        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, sum);
-        if let Some(minima) = scales.minima {
-            sum = _mm512_fmadd_ps(minima, _mm512_set1_ps(group.sum), sum);
+        *acc = unsafe { _mm512_loadu_ps(sums.as_ptr()) };
+    }
+    for (block, groups) in panel.iter().zip(x.groups.chunks_exact(x.rows)) {
+        let weights = weights(block);
+        let groups = &groups[first..][..M];
+        let mut wholes = [_mm512_setzero_si512(); M];
+        if weights.minima.is_none() {
+            for (whole, group) in wholes.iter_mut().zip(groups) {
+                let above = _mm512_slli_epi32::<7>(_mm512_set1_epi32(group.whole));
+                *whole = _mm512_sub_epi32(*whole, above);
+            }
         }
+        for (i, &values) in weights.values.iter().enumerate() {
+            for (whole, group) in wholes.iter_mut().zip(groups) {
+                *whole = _mm512_dpbusd_epi32(*whole, values, inputs(group, i));
+            }
+        }
+        for ((&whole, acc), group) in wholes.iter().zip(&mut acc).zip(groups) {
+            let scale = _mm512_mul_ps(weights.scales, _mm512_set1_ps(group.scale));
+            *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, *acc);
+            if let Some(minima) = weights.minima {
+                *acc = _mm512_fmadd_ps(minima, _mm512_set1_ps(group.sum), *acc);
+            }
+        }
+    }
+    for (acc, sums) in acc.iter().zip(sums) {
         // SAFETY: as above, of the write.
-        unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), sum) };
+        unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), *acc) };
     }
 }
 

@@ -15,7 +15,7 @@ mod panels;
 mod portable;
 mod rows;
 
-pub use activations::Activations;
+pub use activations::{Activations, TILE};
 pub use panels::QuantizedPanels;
 pub use rows::Rows;
 
@@ -23,19 +23,3 @@ pub use rows::Rows;
 pub const BLOCK: usize = 32;
 /// Columns of a panel: two vectors of eight, or one of sixteen.
 pub const WIDTH: usize = 16;
-
-/// Calls `$tile` with `$rows` rows at a time, and with those that are left one by one.
-#[cfg(target_arch = "x86_64")]
-macro_rules! for_tiles {
-    ($rows:ident, $sums:expr, $groups:expr, $tile:ident($($argument:expr),*)) => {{
-        let ((tiles, rest), (groups, last)) = ($sums.as_chunks_mut::<$rows>(), $groups.as_chunks::<$rows>());
-        for (sums, groups) in tiles.iter_mut().zip(groups) {
-            $tile($($argument,)* sums, groups);
-        }
-        for (sums, group) in rest.iter_mut().zip(last) {
-            $tile($($argument,)* std::array::from_mut(sums), std::array::from_ref(group));
-        }
-    }};
-}
-#[cfg(target_arch = "x86_64")]
-use for_tiles;

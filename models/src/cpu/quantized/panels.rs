@@ -10,7 +10,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::rows::Bits;
-use super::{Activations, BLOCK, Rows, WIDTH, portable};
+use super::{Activations, BLOCK, Rows, TILE, WIDTH, portable};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 
@@ -232,24 +232,28 @@ impl QuantizedPanels {
     fn multiply_by(&self, kernel: Kernel, index: usize, x: &Activations, rows: Range<usize>, sums: &mut [f32]) {
         assert!(kernel.is_there());
         let (sums, _) = sums.as_chunks_mut::<WIDTH>();
+        assert_eq!(sums.len(), rows.len());
         sums.fill([0.0; WIDTH]);
         let per_panel = self.depth / BLOCK;
         let range = index * per_panel..(index + 1) * per_panel;
-        match (kernel, &self.blocks) {
-            (Kernel::Portable, Blocks::Four(blocks)) => portable::multiply(&blocks[range], x, rows, sums),
-            (Kernel::Portable, Blocks::Eight(blocks)) => portable::multiply(&blocks[range], x, rows, sums),
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: the processor has what the function needs, by the assertion; so in the other cases.
-            (Kernel::Avx512, Blocks::Four(blocks)) => unsafe { avx512::four_bits(&blocks[range], x, rows, sums) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            (Kernel::Avx512, Blocks::Eight(blocks)) => unsafe { avx512::eight_bits(&blocks[range], x, rows, sums) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            (Kernel::Avx2, Blocks::Four(blocks)) => unsafe { avx2::four_bits(&blocks[range], x, rows, sums) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            (Kernel::Avx2, Blocks::Eight(blocks)) => unsafe { avx2::eight_bits(&blocks[range], x, rows, sums) },
+        for (x, sums) in x.tiles(rows).zip(sums.chunks_mut(TILE)) {
+            let range = range.clone();
+            match (kernel, &self.blocks) {
+                (Kernel::Portable, Blocks::Four(blocks)) => portable::multiply(&blocks[range], x, sums),
+                (Kernel::Portable, Blocks::Eight(blocks)) => portable::multiply(&blocks[range], x, sums),
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: the processor has what the function needs, by the assertion; so in the other cases.
+                (Kernel::Avx512, Blocks::Four(blocks)) => unsafe { avx512::four_bits(&blocks[range], x, sums) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                (Kernel::Avx512, Blocks::Eight(blocks)) => unsafe { avx512::eight_bits(&blocks[range], x, sums) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                (Kernel::Avx2, Blocks::Four(blocks)) => unsafe { avx2::four_bits(&blocks[range], x, sums) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                (Kernel::Avx2, Blocks::Eight(blocks)) => unsafe { avx2::eight_bits(&blocks[range], x, sums) },
+            }
         }
     }
 
@@ -307,7 +311,14 @@ mod tests {
     /// then two fused multiply-adds.
     #[test]
     fn kernels_do_what_the_definition_says() {
-        for (outputs, depth, count) in [(1, 32, 1), (16, 64, 2), (17, 96, 5), (40, 1024, 17)] {
+        for (outputs, depth, count) in [
+            (1, 32, 1),
+            (16, 64, 2),
+            (17, 96, 5),
+            (18, 64, 6),
+            (33, 64, 39),
+            (40, 1024, 17),
+        ] {
             for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0] {
                 let (rows, _) = stored(outputs, depth, dtype, 4);
                 let panels = QuantizedPanels::pack(&rows);
@@ -346,7 +357,7 @@ mod tests {
     fn defined(rows: &Rows, x: &Activations, row: usize, output: usize) -> f32 {
         let blocks = rows.depth / BLOCK;
         (0..blocks).fold(0.0, |sum, block| {
-            let (at, group) = (output * blocks + block, x.block(block, row..row + 1)[0]);
+            let (at, group) = (output * blocks + block, x.group(row, block));
             let values = rows.values[at * BLOCK..][..BLOCK].iter().zip(&group.values);
             let whole: i32 = values.map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
             let sum = (whole as f32).mul_add(rows.scales[at].to_f32() * group.scale, sum);
