@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 use crate::cpu::attention::{Attention, Queries};
-use crate::cpu::elementwise::{Half, RmsNorm, Rotate, Store};
+use crate::cpu::elementwise::{Half, ROWS_A_THREAD, RmsNorm, Rotate, Store};
 use crate::cpu::linear::{GateUp, Linear};
 use crate::cpu::panels::stored_as;
 use crate::cpu::quantized::Rows;
@@ -176,18 +176,17 @@ impl Layer {
         rotate.forward(&qkv, &pass.cos, &pass.sin)?;
         let keys_at = config.heads * config.head_dim;
         let values_at = keys_at + config.kv_heads * config.head_dim;
-        Store {
-            half: Half::Keys,
-            slots: &pass.slots,
-            column: keys_at,
-        }
-        .forward(&pools.keys, &qkv)?;
-        Store {
-            half: Half::Values,
-            slots: &pass.slots,
-            column: values_at,
-        }
-        .forward(&pools.values, &qkv)?;
+        let store = |half, column, pool: &Tensor| {
+            let slots = &pass.slots;
+            Store { half, slots, column }.forward(pool, &qkv)
+        };
+        let keys = || store(Half::Keys, keys_at, &pools.keys);
+        let values = || store(Half::Values, values_at, &pools.values);
+        let (keys, values) = match pass.slots.len() {
+            ..ROWS_A_THREAD => (keys(), values()),
+            _ => rayon::join(keys, values),
+        };
+        keys.and(values)?;
         Ok(qkv)
     }
 

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::{slice, slice_mut};
 
 /// Rows below which waking other threads costs more than it saves.
-const ROWS_A_THREAD: usize = 16;
+pub const ROWS_A_THREAD: usize = 16;
 
 /// Sum of squares, in 16 interleaved sums that are then added up in order.
 #[inline(always)]
