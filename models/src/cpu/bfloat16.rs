@@ -13,12 +13,14 @@ use super::panels::Aligned;
 
 /// Columns of a panel: three vectors of 16 sums, which eight rows keep in 24 of the 32 registers.
 pub const WIDTH: usize = 48;
-/// Pairs of inputs that are multiplied before the next rows' turn: 24 KiB of a panel, which stay in the first-level cache.
-const DEPTH_BLOCK: usize = 128;
+/// Most pairs of inputs that are multiplied before the next rows' turn: 192 KiB of a panel, which stay in the second-level
+/// cache. Few enough for the first-level one would mean to load and store sums more often, which takes longer.
+const DEPTH_BLOCK: usize = 1024;
 /// Rows below which waking other threads costs more than it saves.
 const ROWS_A_THREAD: usize = 16;
 
-type Pair = [bf16; 2];
+/// Two neighbours that are multiplied at once.
+pub type Pair = [bf16; 2];
 
 /// A packed matrix. The last panel is filled up with zeros, and so is an odd depth.
 pub struct Bfloat16Panels {
@@ -101,8 +103,10 @@ impl Bfloat16Panels {
         let (sums, _) = sums.as_chunks_mut::<WIDTH>();
         sums.fill([0.0; WIDTH]);
         assert_eq!(x.len(), sums.len() * pairs);
-        for first in (0..pairs).step_by(DEPTH_BLOCK) {
-            let weights = &panel[first..(first + DEPTH_BLOCK).min(pairs)];
+        // Blocks of nearly equal depth, so that none is hardly worth its overhead.
+        let block = pairs.div_ceil(pairs.div_ceil(DEPTH_BLOCK));
+        for first in (0..pairs).step_by(block) {
+            let weights = &panel[first..(first + block).min(pairs)];
             #[cfg(target_arch = "x86_64")]
             if fast {
                 // SAFETY: the processor has what the function needs, by the assertion.
@@ -169,8 +173,9 @@ fn accumulate(weights: &[[Pair; WIDTH]], x: &[Pair], pairs: usize, first: usize,
 }
 
 #[cfg(target_arch = "x86_64")]
-mod avx512 {
+pub mod avx512 {
     use std::arch::x86_64::*;
+    use std::ops::Range;
 
     use half::bf16;
 
@@ -189,6 +194,7 @@ mod avx512 {
     }
 
     /// As the one for any processor, but that numbers below the normal ones become zero.
+    #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub fn round(x: &[f32], numbers: &mut [bf16]) {
         let ((x, last), (numbers, rest)) = (x.as_chunks::<LANES>(), numbers.as_chunks_mut::<LANES>());
@@ -205,17 +211,29 @@ mod avx512 {
     /// As the one for any processor, but that numbers below the normal ones count as zero.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub fn accumulate(weights: &[[Pair; WIDTH]], x: &[Pair], pairs: usize, first: usize, sums: &mut [[f32; WIDTH]]) {
+        // What lies behind these weights is most often multiplied next: the first tiles fetch it, some vectors of each pair's.
+        let tiles = sums.len().div_ceil(ROWS);
+        let mut left = VECTORS;
         for_row_tiles!(ROWS, sums.len(), |row, MR| {
             let x = std::array::from_fn(|m| &x[(row + m) * pairs + first..][..weights.len()]);
             let (sums, _) = sums[row..].as_chunks_mut::<MR>();
-            tile(weights, &x, &mut sums[0]);
+            let fetch = left.min(VECTORS.div_ceil(tiles));
+            tile(weights, &x, &mut sums[0], VECTORS - left..VECTORS - left + fetch);
+            left -= fetch;
         });
     }
 
     /// `sums[row] += x[row] * weights`.
+    #[allow(unused_unsafe, reason = "older compilers want it around a prefetch")]
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    fn tile<const MR: usize>(weights: &[[Pair; WIDTH]], x: &[&[Pair]; MR], sums: &mut [[f32; WIDTH]; MR]) {
+    fn tile<const MR: usize>(
+        weights: &[[Pair; WIDTH]],
+        x: &[&[Pair]; MR],
+        sums: &mut [[f32; WIDTH]; MR],
+        fetch: Range<usize>,
+    ) {
+        let next = weights.as_ptr_range().end.cast::<[Pair; LANES]>();
         let mut acc = [[_mm512_setzero_ps(); VECTORS]; MR];
         for (acc, sums) in acc.iter_mut().zip(&*sums) {
             for (acc, sums) in acc.iter_mut().zip(sums.as_chunks::<LANES>().0) {
@@ -224,15 +242,17 @@ mod avx512 {
             }
         }
         for (k, weights) in weights.iter().enumerate() {
+            for vector in fetch.clone() {
+                // SAFETY: a hint, which reads nothing and cannot fail, whatever the address.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(k * VECTORS + vector).cast()) };
+            }
             let (columns, _) = weights.as_chunks::<LANES>();
             // SAFETY: the array is as long as the vector; the read needs no alignment.
             let load = |v: usize| as_pairs(unsafe { _mm512_loadu_si512(columns[v].as_ptr().cast()) });
             let columns: [_; VECTORS] = [load(0), load(1), load(2)];
             for (acc, x) in acc.iter_mut().zip(x) {
-                let [low, high] = x[k].map(|number| u32::from(number.to_bits()));
-                let pair = as_pairs(_mm512_set1_epi32((high << 16 | low) as i32));
                 for (acc, &column) in acc.iter_mut().zip(&columns) {
-                    *acc = _mm512_dpbf16_ps(*acc, pair, column);
+                    *acc = _mm512_dpbf16_ps(*acc, broadcast(x[k]), column);
                 }
             }
         }
@@ -244,9 +264,17 @@ mod avx512 {
         }
     }
 
+    /// The pair in every lane.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    fn as_pairs(bits: __m512i) -> __m512bh {
+    pub fn broadcast(pair: Pair) -> __m512bh {
+        let [low, high] = pair.map(|number| u32::from(number.to_bits()));
+        as_pairs(_mm512_set1_epi32((high << 16 | low) as i32))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub fn as_pairs(bits: __m512i) -> __m512bh {
         // SAFETY: both are 512 bits of anything.
         unsafe { std::mem::transmute(bits) }
     }
@@ -274,7 +302,14 @@ mod tests {
     /// Each product is what the same numbers give in float64, but for rounding to float32 along the way.
     #[test]
     fn products_of_rounded_numbers_are_exact_to_rounding() {
-        for (outputs, depth, count) in [(1, 1, 1), (48, 16, 2), (49, 17, 5), (97, 600, 25), (16, 257, 8)] {
+        for (outputs, depth, count) in [
+            (1, 1, 1),
+            (48, 16, 2),
+            (49, 17, 5),
+            (97, 600, 25),
+            (16, 257, 8),
+            (49, 2051, 9),
+        ] {
             let (weights, x) = (numbers(outputs * depth, 32), numbers(count * depth, 33));
             let panels = Bfloat16Panels::pack(&weights, depth);
             let rounded = Activations::round(&x, depth);
@@ -303,7 +338,7 @@ mod tests {
 
     #[test]
     fn a_row_is_the_same_in_any_batch() {
-        let (depth, count) = (300, 33);
+        let (depth, count) = (2500, 33);
         let panels = Bfloat16Panels::pack(&numbers(WIDTH * depth, 34), depth);
         let x = Activations::round(&numbers(count * depth, 35), depth);
         let product = |rows: Range<usize>| {
