@@ -4,6 +4,10 @@ use half::{bf16, f16};
 use pulp::{Simd, WithSimd};
 
 use super::attention::{Attention, Queries};
+#[cfg(target_arch = "x86_64")]
+use super::attention_bfloat16;
+#[cfg(target_arch = "x86_64")]
+use super::bfloat16::Pair;
 use super::tile::{for_row_tiles, multiply, tile_rows};
 use super::{Stripes, math};
 
@@ -16,6 +20,12 @@ pub trait Element: Copy + Send + Sync + candle_core::WithDType {
 
     /// The elements themselves, where they are float32 already.
     fn float32(data: &[Self]) -> Option<&[f32]>;
+
+    /// The elements themselves, where they are bfloat16.
+    #[cfg(target_arch = "x86_64")]
+    fn bfloat16(_: &[Self]) -> Option<&[bf16]> {
+        None
+    }
 }
 
 impl Element for f32 {
@@ -37,6 +47,11 @@ impl Element for bf16 {
 
     fn float32(_: &[Self]) -> Option<&[f32]> {
         None
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn bfloat16(data: &[Self]) -> Option<&[bf16]> {
+        Some(data)
     }
 }
 
@@ -60,6 +75,15 @@ pub struct Scratch {
     scales: Vec<f32>,
     keys: Blocks,
     values: Blocks,
+    /// Where the blocks begin in pools of bfloat16 numbers that are read as they are.
+    #[cfg(target_arch = "x86_64")]
+    starts: Vec<usize>,
+    /// Queries, then probabilities, in pairs.
+    #[cfg(target_arch = "x86_64")]
+    pairs: Vec<Pair>,
+    /// What the latter give: `[rows, head_dim]`.
+    #[cfg(target_arch = "x86_64")]
+    sums: Vec<f32>,
 }
 
 /// One head's part of the blocks that a tile reads, in rows of whole vectors.
@@ -147,53 +171,113 @@ impl<T: Element> WithSimd for Tile<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Attention {
-            kv_heads,
-            head_dim,
-            heads,
-            ..
-        } = *self.attention;
-        let scratch = std::mem::take(self.scratch);
-        let Scratch {
-            mut scores,
-            mut scales,
-            mut keys,
-            mut values,
-        } = scratch;
-        let size = self.block_size;
-        let lanes = S::F32_LANES;
-        let positions = self.positions(lanes);
-        let (first, last) = (positions.block / size, positions.end.div_ceil(size));
-        let blocks = self.queries.block_table[first..last]
-            .iter()
-            .map(|&block| block as usize * kv_heads + self.head);
-        keys.find(self.keys, blocks.clone(), [head_dim, size], lanes);
-        values.find(self.values, blocks, [size, head_dim], lanes);
-        let rows = self.queries.len * (heads / kv_heads);
-        scores.resize(rows * positions.stride, 0.0);
-        let (key_data, value_data) = (keys.data(self.keys), values.data(self.values));
-        self.score(simd, &keys, key_data, positions, &mut scores);
-        scales.clear();
-        // Loops, not closures: a closure need not be compiled for the vector instructions chosen here.
-        for row in 0..rows {
-            let scores = &mut scores[row * positions.stride..][..positions.stride];
-            scales.push(self.softmax(row, positions, scores));
+        let mut scratch = std::mem::take(self.scratch);
+        #[cfg(target_arch = "x86_64")]
+        let done = self.attend_in_bfloat16(&mut scratch);
+        #[cfg(not(target_arch = "x86_64"))]
+        let done = false;
+        if !done {
+            self.attend(simd, &mut scratch);
         }
-        if values.stride % (2 * lanes) == 0 {
-            self.weigh::<S, 2>(simd, &values, value_data, positions, &scores, &scales);
-        } else {
-            self.weigh::<S, 1>(simd, &values, value_data, positions, &scores, &scales);
-        }
-        *self.scratch = Scratch {
-            scores,
-            scales,
-            keys,
-            values,
-        };
+        *self.scratch = scratch;
     }
 }
 
 impl<T: Element> Tile<'_, T> {
+    /// In float32, to which keys and values of other types are widened.
+    #[inline(always)]
+    fn attend<S: Simd>(&self, simd: S, scratch: &mut Scratch) {
+        let (size, dim, lanes) = (self.block_size, self.attention.head_dim, S::F32_LANES);
+        let positions = self.positions(lanes);
+        let Scratch {
+            scores,
+            scales,
+            keys,
+            values,
+            ..
+        } = scratch;
+        scores.resize(self.rows() * positions.stride, 0.0);
+        keys.find(self.keys, self.blocks(positions), [dim, size], lanes);
+        values.find(self.values, self.blocks(positions), [size, dim], lanes);
+        let (key_data, value_data) = (keys.data(self.keys), values.data(self.values));
+        self.score(simd, keys, key_data, positions, scores);
+        self.softmax(positions, scores, scales);
+        if values.stride % (2 * lanes) == 0 {
+            self.weigh::<S, 2>(simd, values, value_data, positions, scores, scales);
+        } else {
+            self.weigh::<S, 1>(simd, values, value_data, positions, scores, scales);
+        }
+    }
+
+    /// With queries and probabilities in bfloat16, if keys and values are and the processor multiplies such; answers whether.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn attend_in_bfloat16(&self, scratch: &mut Scratch) -> bool {
+        let (size, head_dim) = (self.block_size, self.attention.head_dim);
+        let (Some(keys), Some(values)) = (T::bfloat16(self.keys), T::bfloat16(self.values)) else {
+            return false;
+        };
+        if !attention_bfloat16::fits(head_dim, size) {
+            return false;
+        }
+        let positions = self.positions(0);
+        let Scratch {
+            scores,
+            scales,
+            starts,
+            pairs,
+            sums,
+            ..
+        } = scratch;
+        starts.clear();
+        starts.extend(self.blocks(positions).map(|index| index * size * head_dim));
+        let blocks = |pool| attention_bfloat16::Blocks {
+            pool,
+            starts,
+            size,
+            head_dim,
+        };
+        let columns = attention_bfloat16::Columns {
+            end: positions.end - positions.origin,
+            stride: positions.stride,
+        };
+        pairs.clear();
+        for row in 0..self.rows() {
+            attention_bfloat16::round(&self.qkv[self.place(row).0..][..head_dim], pairs);
+        }
+        scores.resize(self.rows() * positions.stride, 0.0);
+        attention_bfloat16::score(&blocks(keys), pairs, columns, scores);
+        self.softmax(positions, scores, scales);
+        pairs.clear();
+        for scores in scores.chunks_exact(positions.stride) {
+            attention_bfloat16::split(scores, pairs);
+        }
+        sums.resize(self.rows() * head_dim, 0.0);
+        attention_bfloat16::weigh(&blocks(values), pairs, columns, sums);
+        for (row, (sums, scale)) in sums.chunks_exact(head_dim).zip(&*scales).enumerate() {
+            // SAFETY: each tile has its own rows and heads, so its own places in the result.
+            let out = unsafe { self.out.part(self.place(row).1, head_dim) };
+            for (to, sum) in out.iter_mut().zip(sums) {
+                *to = sum * scale;
+            }
+        }
+        true
+    }
+
+    /// The head's blocks that are read, counted over all heads.
+    #[inline(always)]
+    fn blocks(&self, positions: Positions) -> impl Iterator<Item = usize> {
+        let range = positions.block / self.block_size..positions.end.div_ceil(self.block_size);
+        let table = &self.queries.block_table[range];
+        table
+            .iter()
+            .map(|&block| block as usize * self.attention.kv_heads + self.head)
+    }
+
+    fn rows(&self) -> usize {
+        self.queries.len * self.group()
+    }
+
     fn group(&self) -> usize {
         self.attention.heads / self.attention.kv_heads
     }
@@ -254,7 +338,7 @@ impl<T: Element> Tile<'_, T> {
         positions: Positions,
         scores: &mut [f32],
     ) {
-        let (rows, dim) = (self.queries.len * self.group(), self.attention.head_dim);
+        let (rows, dim) = (self.rows(), self.attention.head_dim);
         let (lanes, per_block) = (S::F32_LANES, keys.stride / S::F32_LANES);
         let places: [_; NV] = std::array::from_fn(|v| ((vector + v) / per_block, (vector + v) % per_block * lanes));
         let panels = places.map(|(block, within)| {
@@ -278,9 +362,18 @@ impl<T: Element> Tile<'_, T> {
         });
     }
 
-    /// Turns a row of scores into `e^(score - maximum)`, 0 where the query may not look; answers 1 / their sum.
+    /// Turns each row of scores into `e^(score - maximum)`, 0 where the query may not look, and sets its scale: 1 / their sum.
     #[inline(always)]
-    fn softmax(&self, row: usize, positions: Positions, scores: &mut [f32]) -> f32 {
+    fn softmax(&self, positions: Positions, scores: &mut [f32], scales: &mut Vec<f32>) {
+        scales.clear();
+        // Loops, not closures: a closure need not be compiled for the vector instructions chosen here.
+        for (row, scores) in scores.chunks_exact_mut(positions.stride).enumerate() {
+            scales.push(self.softmax_row(row, positions, scores));
+        }
+    }
+
+    #[inline(always)]
+    fn softmax_row(&self, row: usize, positions: Positions, scores: &mut [f32]) -> f32 {
         let position = self.queries.start + row / self.group();
         let seen = self.window_start(position) - positions.origin..position + 1 - positions.origin;
         let scores = &mut scores[..(positions.end - positions.origin).next_multiple_of(LANES)];

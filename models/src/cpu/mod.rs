@@ -1,11 +1,13 @@
 //! Arithmetic on the CPU: candle custom operators over vectorised kernels that are chosen at run time.
 //!
 //! Activations are float32, whatever the weights and the KV cache are stored as; products with weights that stay
-//! quantized round them to eight bits, and those with bfloat16 weights to bfloat16 where the processor multiplies such.
-//! Every result is computed by a sequence of roundings that depends neither on the number of rows in the step nor on the
-//! number of threads.
+//! quantized round them to eight bits, and those with bfloat16 weights or keys to bfloat16 where the processor multiplies
+//! such numbers. Every result is computed by a sequence of roundings that depends neither on the number of rows in the
+//! step nor on the number of threads.
 
 pub mod attention;
+#[cfg(target_arch = "x86_64")]
+mod attention_bfloat16;
 mod attention_kernel;
 #[cfg(test)]
 mod attention_reference;
