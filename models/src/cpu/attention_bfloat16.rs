@@ -38,11 +38,11 @@ pub struct Blocks<'a> {
 pub struct Columns {
     /// One past the last; the first is 0.
     pub end: usize,
-    /// From one row to the next; an even number.
+    /// From one row to the next; whole vectors.
     pub stride: usize,
 }
 
-/// Appends rows of an even number of columns to `pairs`.
+/// Appends a row of an even number of columns to `pairs`: `[columns / 2]`.
 pub fn round(row: &[f32], pairs: &mut Vec<Pair>) {
     assert!(is_there());
     let before = pairs.len();

@@ -211,13 +211,15 @@ proptest! {
 
     /// Blocks keep what earlier sequences left there, which may be no numbers.
     #[test]
-    fn what_lies_behind_a_sequence_is_of_no_account(case in cases()) {
+    fn what_no_query_sees_is_of_no_account(case in cases()) {
         let [qkv, keys, values] = tensors(&case);
         let (mut poisoned_keys, mut poisoned_values) = (flat(&keys), flat(&values));
         let Case { kv_heads, head_dim, block_size, .. } = case;
         for sequence in &case.sequences {
             let end = sequence.start + sequence.len;
-            for position in end..sequence.block_table.len() * block_size {
+            // Whole blocks that the first query's window has left behind.
+            let left = case.window.map_or(0, |window| (sequence.start + 1).saturating_sub(window) / block_size);
+            for position in (0..left * block_size).chain(end..sequence.block_table.len() * block_size) {
                 let block = sequence.block_table[position / block_size] as usize;
                 for (head, dim) in (0..kv_heads).flat_map(|head| (0..head_dim).map(move |dim| (head, dim))) {
                     let (first, within) = ((block * kv_heads + head) * head_dim * block_size, position % block_size);
