@@ -7,7 +7,7 @@ use crate::cpu::attention::{Attention, Queries};
 use crate::cpu::elementwise::{Half, ROWS_A_THREAD, RmsNorm, Rotate, Store};
 use crate::cpu::linear::{GateUp, Linear};
 use crate::cpu::panels::stored_as;
-use crate::cpu::quantized::Rows;
+use crate::cpu::quantized;
 use crate::kv::Pools;
 use crate::rope::{cos_sin, inverse_frequencies};
 use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, StoredLayer, Weights};
@@ -37,14 +37,29 @@ struct Layer {
     down: Linear,
 }
 
-/// What every layer of one step needs to know.
-struct Pass<'a> {
+/// Most rows of a part: few enough for what a layer makes of them to stay in a usual second-level cache.
+const MOST_ROWS: usize = 64;
+/// Fewest rows for which it is worth reading all weights again.
+const FEWEST_ROWS: usize = 12;
+/// Whole tiles of most products.
+const ROW_STEP: usize = 8;
+
+/// Some rows of a step on their way through the layers.
+struct Part<'a> {
+    rows: Rows<'a>,
+    /// `[rows, hidden_size]`
+    x: Tensor,
+    /// Queries, keys and values of the layer that comes next: `[rows, (heads + 2 * kv_heads) * head_dim]`.
+    qkv: Tensor,
+}
+
+/// What every layer needs to know of a part.
+struct Rows<'a> {
     slots: Vec<usize>,
     cos: Tensor,
     sin: Tensor,
     queries: Vec<Queries<'a>>,
-    /// The last layer's queries: only the rows whose logits are wanted.
-    last_queries: Vec<Queries<'a>>,
+    /// Rows whose logits are wanted.
     logit_rows: Tensor,
 }
 
@@ -96,59 +111,73 @@ impl CpuDecoder {
         rayon::scope(|_| self.run(step, cache))
     }
 
+    /// Each part of the rows goes through a layer on one thread, while what it makes of them is in that thread's cache; where
+    /// threads outnumber parts, they share out the operators' work instead. A query attends to keys of other parts, so
+    /// all parts store theirs before any goes on to attention.
     fn run(&self, step: &Step, cache: &KvCache) -> candle_core::Result<Tensor> {
-        let pass = self.pass(step, cache)?;
-        let mut x = self.embed(&step.tokens)?;
-        for (index, (layer, pools)) in self.layers.iter().zip(&cache.layers).enumerate() {
-            let qkv = layer.qkv(&x, &pass, pools, &self.config)?;
-            if index + 1 < self.layers.len() {
-                layer.finish(&x, &qkv, &pass.queries, pools, &self.config)?;
-                continue;
-            }
-            // The last layer's keys and values are stored; the rest of it matters only for the rows that answer.
-            if pass.last_queries.is_empty() {
-                return Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device);
-            }
-            x = x.index_select(&pass.logit_rows, 0)?;
-            let qkv = qkv.index_select(&pass.logit_rows, 0)?;
-            layer.finish(&x, &qkv, &pass.last_queries, pools, &self.config)?;
+        let steps = step.split(rows_a_part(step.tokens.len(), rayon::current_num_threads()));
+        let parts = steps.par_iter().map(|step| self.enter(step, cache));
+        let mut parts: Vec<Part> = parts.collect::<candle_core::Result<_>>()?;
+        let next = self.layers.iter().zip(&cache.layers).skip(1);
+        for ((layer, pools), (next, next_pools)) in self.layers.iter().zip(&cache.layers).zip(next) {
+            parts.par_iter_mut().try_for_each(|Part { rows, x, qkv }| {
+                layer.finish(x, qkv, &rows.queries, pools, &self.config)?;
+                *qkv = next.qkv(x, rows, next_pools, &self.config)?;
+                Ok::<_, candle_core::Error>(())
+            })?;
         }
-        self.output.forward(&self.norm.forward(&x)?)
+        self.leave(step, &parts, cache)
     }
 
-    fn pass<'a>(&self, step: &'a Step, cache: &KvCache) -> candle_core::Result<Pass<'a>> {
+    /// A part's embedding, and its queries, keys and values in the first layer.
+    fn enter<'a>(&self, step: &'a Step, cache: &KvCache) -> candle_core::Result<Part<'a>> {
         let (cos, sin) = cos_sin(&self.inverse_frequencies, &step.positions());
-        let shape = (step.tokens.len(), self.config.head_dim / 2);
+        let angles = (step.tokens.len(), self.config.head_dim / 2);
+        let logit_rows = step.logit_rows();
         let mut row = 0;
-        let mut queries = Vec::new();
-        let mut last_queries = Vec::new();
-        for span in &step.sequences {
-            let block_table = span.block_table.as_slice();
-            queries.push(Queries {
-                row,
+        let queries = step.sequences.iter().map(|span| {
+            row += span.len;
+            Queries {
+                row: row - span.len,
                 start: span.start,
                 len: span.len,
-                block_table,
-            });
-            if span.logits {
-                let start = span.start + span.len - 1;
-                last_queries.push(Queries {
-                    row: last_queries.len(),
-                    start,
-                    len: 1,
-                    block_table,
-                });
+                block_table: &span.block_table,
             }
-            row += span.len;
-        }
-        Ok(Pass {
+        });
+        let rows = Rows {
+            queries: queries.collect(),
             slots: step.slots(cache.block_size()),
-            cos: Tensor::from_vec(cos, shape, &self.device)?,
-            sin: Tensor::from_vec(sin, shape, &self.device)?,
-            logit_rows: Tensor::from_vec(step.logit_rows(), last_queries.len(), &self.device)?,
-            queries,
-            last_queries,
-        })
+            cos: Tensor::from_vec(cos, angles, &self.device)?,
+            sin: Tensor::from_vec(sin, angles, &self.device)?,
+            logit_rows: Tensor::from_slice(&logit_rows, logit_rows.len(), &self.device)?,
+        };
+        let x = self.embed(&step.tokens)?;
+        let qkv = self.layers[0].qkv(&x, &rows, &cache.layers[0], &self.config)?;
+        Ok(Part { rows, x, qkv })
+    }
+
+    /// The logits that are wanted, once the last layer's keys and values are stored: the rest of that layer matters only for
+    /// these rows.
+    fn leave(&self, step: &Step, parts: &[Part], cache: &KvCache) -> candle_core::Result<Tensor> {
+        let answering = step.sequences.iter().filter(|span| span.logits).enumerate();
+        let queries = answering.map(|(row, span)| Queries {
+            row,
+            start: span.start + span.len - 1,
+            len: 1,
+            block_table: &span.block_table,
+        });
+        let queries: Vec<Queries> = queries.collect();
+        if queries.is_empty() {
+            return Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device);
+        }
+        let select = |of: fn(&Part) -> Tensor| {
+            let rows = parts.iter().map(|part| of(part).index_select(&part.rows.logit_rows, 0));
+            Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)
+        };
+        let (x, qkv) = (select(|part| part.x.clone())?, select(|part| part.qkv.clone())?);
+        let last = self.layers.len() - 1;
+        self.layers[last].finish(&x, &qkv, &queries, &cache.layers[last], &self.config)?;
+        self.output.forward(&self.norm.forward(&x)?)
     }
 
     /// Rows of the embedding table: `[tokens, hidden_size]`.
@@ -164,7 +193,7 @@ impl CpuDecoder {
 
 impl Layer {
     /// The step's queries, keys and values, rotated, the latter two in the cache as well.
-    fn qkv(&self, x: &Tensor, pass: &Pass, pools: &Pools, config: &Config) -> candle_core::Result<Tensor> {
+    fn qkv(&self, x: &Tensor, rows: &Rows, pools: &Pools, config: &Config) -> candle_core::Result<Tensor> {
         let qkv = self.qkv.forward(&self.attention_norm.forward(x)?)?;
         let rotate = Rotate {
             query_heads: config.heads,
@@ -173,16 +202,16 @@ impl Layer {
             query_norm: self.query_norm.as_ref(),
             key_norm: self.key_norm.as_ref(),
         };
-        rotate.forward(&qkv, &pass.cos, &pass.sin)?;
+        rotate.forward(&qkv, &rows.cos, &rows.sin)?;
         let keys_at = config.heads * config.head_dim;
         let values_at = keys_at + config.kv_heads * config.head_dim;
         let store = |half, column, pool: &Tensor| {
-            let slots = &pass.slots;
+            let slots = &rows.slots;
             Store { half, slots, column }.forward(pool, &qkv)
         };
         let keys = || store(Half::Keys, keys_at, &pools.keys);
         let values = || store(Half::Values, values_at, &pools.values);
-        let (keys, values) = match pass.slots.len() {
+        let (keys, values) = match rows.slots.len() {
             ..ROWS_A_THREAD => (keys(), values()),
             _ => rayon::join(keys, values),
         };
@@ -210,6 +239,13 @@ impl Layer {
             .add_to(x, &attention.forward(qkv, &pools.keys, &pools.values)?)?;
         self.down.add_to(x, &self.gate_up.forward(&self.mlp_norm.forward(x)?)?)
     }
+}
+
+/// How many rows the parts of a step have: as many parts as the threads can share evenly, unless that leaves too few rows.
+fn rows_a_part(rows: usize, threads: usize) -> usize {
+    let even = rows.div_ceil(MOST_ROWS).next_multiple_of(threads);
+    let parts = even.min(rows / FEWEST_ROWS).max(1);
+    rows.div_ceil(parts).max(1).next_multiple_of(ROW_STEP)
 }
 
 /// Reads and packs weights.
@@ -241,18 +277,18 @@ impl Loader<'_> {
     }
 
     /// Matrices with so many outputs each, all in as many bits, if they are to stay quantized and all of them are.
-    fn stored(&self, parts: &[(String, usize)], inputs: usize) -> Result<Option<Vec<Rows>>, ModelError> {
+    fn stored(&self, parts: &[(String, usize)], inputs: usize) -> Result<Option<Vec<quantized::Rows>>, ModelError> {
         if !self.quantized {
             return Ok(None);
         }
         let read = |(name, outputs): &(String, usize)| {
             let stored = self.weights.quantized(name, [*outputs, inputs], &Device::Cpu)?;
             stored
-                .map(|stored| Rows::read(&stored).map_err(built(name)))
+                .map(|stored| quantized::Rows::read(&stored).map_err(built(name)))
                 .transpose()
         };
-        let read: Vec<Option<Rows>> = parts.par_iter().map(read).collect::<Result<_, _>>()?;
-        Ok(read.into_iter().collect::<Option<_>>().map(Rows::alike))
+        let read: Vec<Option<quantized::Rows>> = parts.par_iter().map(read).collect::<Result<_, _>>()?;
+        Ok(read.into_iter().collect::<Option<_>>().map(quantized::Rows::alike))
     }
 
     fn layer(&self, index: usize) -> Result<Layer, ModelError> {
@@ -290,12 +326,12 @@ impl Loader<'_> {
     fn linear(
         &self,
         what: &str,
-        stored: Option<Vec<Rows>>,
+        stored: Option<Vec<quantized::Rows>>,
         weight: Vec<f32>,
         inputs: usize,
         bias: Option<Vec<f32>>,
     ) -> Result<Linear, ModelError> {
-        match stored.and_then(Rows::concat) {
+        match stored.and_then(quantized::Rows::concat) {
             Some(rows) => Ok(Linear::quantized(&rows, bias)),
             None => Linear::new(&weight, inputs, bias, self.dtype).map_err(built(what)),
         }
@@ -307,5 +343,72 @@ pub(crate) fn built(what: &str) -> impl FnOnce(candle_core::Error) -> ModelError
     move |error| ModelError::Tensor {
         what,
         source: without_backtrace(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Decoder, Span};
+
+    #[test]
+    fn parts_are_as_many_as_threads_share_evenly() {
+        for (rows, threads, part) in [
+            (0, 2, 8),
+            (1, 2, 8),
+            (23, 2, 24),
+            (24, 2, 16),
+            (64, 2, 32),
+            (512, 2, 64),
+            (500, 1, 64),
+            (100, 16, 16),
+            (100, 3, 40),
+        ] {
+            assert_eq!(rows_a_part(rows, threads), part, "{rows} rows on {threads} threads");
+        }
+    }
+
+    /// A prompt that lies in several parts, one that goes on, and decodes: each alone, and together on any number of threads.
+    #[test]
+    fn a_sequence_is_the_same_in_whatever_parts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        let config = r#"{"model_type": "qwen3", "hidden_size": 48, "intermediate_size": 80, "vocab_size": 300,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+            "rms_norm_eps": 1e-6, "max_position_embeddings": 256}"#;
+        std::fs::write(&path, config).unwrap();
+        for dtype in [DType::F32, DType::BF16] {
+            let decoder = Decoder::dummy(&path, &Device::Cpu, dtype).unwrap();
+            let lens = [150, 37].into_iter().chain([1; 20]);
+            let mut blocks = 0..;
+            let spans = lens.map(|len| Span {
+                start: if len == 150 { 0 } else { 16 },
+                len,
+                block_table: blocks.by_ref().take(usize::div_ceil(16 + len, 16)).collect(),
+                logits: true,
+            });
+            let sequences: Vec<Span> = spans.collect();
+            let blocks = blocks.start as usize;
+            let run = |sequences: &[Span]| {
+                let mut cache = KvCache::new(decoder.config(), blocks, 16, dtype, &Device::Cpu).unwrap();
+                let tokens = |span: &Span| (0..span.len).map(|at| (at * 7 % 300) as u32).collect::<Vec<_>>();
+                let step = Step {
+                    tokens: sequences.iter().flat_map(tokens).collect(),
+                    sequences: sequences.to_vec(),
+                };
+                decoder.forward(&step, &mut cache).unwrap().to_vec2::<f32>().unwrap()
+            };
+            let alone: Vec<Vec<f32>> = sequences
+                .iter()
+                .flat_map(|span| run(std::slice::from_ref(span)))
+                .collect();
+            for threads in [1, 2, 3, 16] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                assert!(
+                    pool.install(|| run(&sequences)) == alone,
+                    "{dtype:?} on {threads} threads"
+                );
+            }
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! What one forward pass runs: tokens packed end to end, and for each sequence where they lie and where its
 //! keys and values are kept.
 
+use std::ops::Range;
+
 use candle_core::{Result, bail};
 
 use crate::{Config, KvCache};
@@ -45,6 +47,34 @@ impl Step {
             .iter()
             .flat_map(|span| (span.start..span.start + span.len).map(move |pos| slot(span, pos)))
             .collect()
+    }
+
+    /// The step cut into steps of so many tokens, of which the last may have fewer.
+    pub(crate) fn split(&self, tokens: usize) -> Vec<Self> {
+        let parts = self.tokens.chunks(tokens).enumerate();
+        parts
+            .map(|(index, part)| Self {
+                tokens: part.to_vec(),
+                sequences: self.spans(index * tokens..index * tokens + part.len()),
+            })
+            .collect()
+    }
+
+    /// What of the sequences lies in some rows.
+    fn spans(&self, rows: Range<usize>) -> Vec<Span> {
+        let mut end = 0;
+        let within = self.sequences.iter().filter_map(|span| {
+            let first = end;
+            end += span.len;
+            let (from, to) = (rows.start.max(first), rows.end.min(end));
+            (from < to).then(|| Span {
+                start: span.start + from - first,
+                len: to - from,
+                block_table: span.block_table.clone(),
+                logits: span.logits && to == end,
+            })
+        });
+        within.collect()
     }
 
     /// Rows whose logits are wanted, in order.
@@ -94,5 +124,40 @@ impl Step {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn parts_are_the_step_in_order(
+            spans in proptest::collection::vec((0usize..40, 1usize..50, any::<bool>()), 0..8),
+            tokens in 1usize..70,
+        ) {
+            let mut block = 0;
+            let sequences = spans.iter().map(|&(start, len, logits)| {
+                let first = block;
+                block += usize::div_ceil(start + len, 16) as u32;
+                Span { start, len, block_table: (first..block).rev().collect(), logits }
+            });
+            let sequences: Vec<Span> = sequences.collect();
+            let whole = sequences.iter().map(|span| span.len).sum::<usize>();
+            let step = Step { tokens: (0..whole as u32).collect(), sequences };
+            let parts = step.split(tokens);
+            let all = |of: fn(&Step) -> Vec<usize>| parts.iter().flat_map(of).collect::<Vec<_>>();
+            prop_assert!(parts.iter().rev().skip(1).all(|part| part.tokens.len() == tokens));
+            prop_assert_eq!(parts.iter().flat_map(|part| part.tokens.clone()).collect::<Vec<_>>(), step.tokens.clone());
+            prop_assert_eq!(all(Step::positions), step.positions());
+            prop_assert_eq!(all(|part| part.slots(16)), step.slots(16));
+            let logit_rows = parts.iter().enumerate().flat_map(|(index, part)| {
+                part.logit_rows().into_iter().map(move |row| row + (index * tokens) as u32)
+            });
+            prop_assert_eq!(logit_rows.collect::<Vec<_>>(), step.logit_rows());
+        }
     }
 }
