@@ -179,6 +179,7 @@ pub mod avx512 {
 
     use half::bf16;
 
+    use super::super::prefetch::prefetch;
     use super::super::tile::for_row_tiles;
     use super::{Pair, WIDTH};
 
@@ -224,7 +225,6 @@ pub mod avx512 {
     }
 
     /// `sums[row] += x[row] * weights`.
-    #[allow(unused_unsafe, reason = "older compilers want it around a prefetch")]
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn tile<const MR: usize>(
@@ -242,10 +242,7 @@ pub mod avx512 {
             }
         }
         for (k, weights) in weights.iter().enumerate() {
-            for vector in fetch.clone() {
-                // SAFETY: a hint, which reads nothing and cannot fail, whatever the address.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(k * VECTORS + vector).cast()) };
-            }
+            prefetch(next.wrapping_add(k * VECTORS + fetch.start), fetch.len());
             let (columns, _) = weights.as_chunks::<LANES>();
             // SAFETY: the array is as long as the vector; the read needs no alignment.
             let load = |v: usize| as_pairs(unsafe { _mm512_loadu_si512(columns[v].as_ptr().cast()) });

@@ -16,6 +16,7 @@ pub(crate) mod elementwise;
 pub(crate) mod linear;
 pub(crate) mod math;
 pub(crate) mod panels;
+mod prefetch;
 pub(crate) mod quantized;
 pub mod softmax;
 mod tile;

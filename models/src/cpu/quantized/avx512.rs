@@ -8,11 +8,15 @@ use std::arch::x86_64::*;
 use super::activations::{Group, Tile};
 use super::panels::{EightBits, FourBits, STEP};
 use super::{BLOCK, WIDTH};
+use crate::cpu::prefetch::prefetch;
 use crate::cpu::tile::for_row_tiles;
 
 /// Rows whose sums of a block are in registers at once. A dot product takes four or five cycles and one or two can start in
 /// each: so many keep them busy.
 const ROWS: usize = 8;
+
+/// How many blocks before its turn a block is fetched, whatever panel it belongs to.
+const AHEAD: usize = 16;
 
 /// Dot products of a block: four inputs each.
 const STEPS: usize = BLOCK / STEP;
@@ -98,6 +102,10 @@ fn tile<B, const M: usize>(
         *acc = unsafe { _mm512_loadu_ps(sums.as_ptr()) };
     }
     for (block, groups) in panel.iter().zip(x.groups.chunks_exact(x.rows)) {
+        // For few rows this costs more than it saves.
+        if first == 0 && M == ROWS {
+            prefetch(std::ptr::from_ref(block).wrapping_add(AHEAD), 1);
+        }
         let weights = weights(block);
         let groups = &groups[first..][..M];
         let mut wholes = [_mm512_setzero_si512(); M];
