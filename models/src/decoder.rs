@@ -105,16 +105,16 @@ impl CpuDecoder {
         (self.output.bytes() + self.layers.iter().map(layer).sum::<usize>()) as u64
     }
 
-    /// Runs a step that was checked; see [`crate::Decoder::forward`].
-    pub fn forward(&self, step: &Step, cache: &mut KvCache) -> candle_core::Result<Tensor> {
+    /// Runs a step that was checked; see [`crate::Decoder::logits`].
+    pub fn logits(&self, step: &Step, cache: &mut KvCache, logits: &mut Vec<f32>) -> candle_core::Result<()> {
         // One way into the thread pool for the whole step, instead of one for each operator.
-        rayon::scope(|_| self.run(step, cache))
+        rayon::scope(|_| self.run(step, cache, logits))
     }
 
     /// Each part of the rows goes through a layer on one thread, while what it makes of them is in that thread's cache; where
     /// threads outnumber parts, they share out the operators' work instead. A query attends to keys of other parts, so
     /// all parts store theirs before any goes on to attention.
-    fn run(&self, step: &Step, cache: &KvCache) -> candle_core::Result<Tensor> {
+    fn run(&self, step: &Step, cache: &KvCache, logits: &mut Vec<f32>) -> candle_core::Result<()> {
         let steps = step.split(rows_a_part(step.tokens.len(), rayon::current_num_threads()));
         let parts = steps.par_iter().map(|step| self.enter(step, cache));
         let mut parts: Vec<Part> = parts.collect::<candle_core::Result<_>>()?;
@@ -126,7 +126,7 @@ impl CpuDecoder {
                 Ok::<_, candle_core::Error>(())
             })?;
         }
-        self.leave(step, &parts, cache)
+        self.leave(step, &parts, cache, logits)
     }
 
     /// A part's embedding, and its queries, keys and values in the first layer.
@@ -158,7 +158,7 @@ impl CpuDecoder {
 
     /// The logits that are wanted, once the last layer's keys and values are stored: the rest of that layer matters only for
     /// these rows.
-    fn leave(&self, step: &Step, parts: &[Part], cache: &KvCache) -> candle_core::Result<Tensor> {
+    fn leave(&self, step: &Step, parts: &[Part], cache: &KvCache, logits: &mut Vec<f32>) -> candle_core::Result<()> {
         let answering = step.sequences.iter().filter(|span| span.logits).enumerate();
         let queries = answering.map(|(row, span)| Queries {
             row,
@@ -168,7 +168,8 @@ impl CpuDecoder {
         });
         let queries: Vec<Queries> = queries.collect();
         if queries.is_empty() {
-            return Tensor::zeros((0, self.config.vocab_size), DType::F32, &self.device);
+            logits.clear();
+            return Ok(());
         }
         let select = |of: fn(&Part) -> Tensor| {
             let rows = parts.iter().map(|part| of(part).index_select(&part.rows.logit_rows, 0));
@@ -177,7 +178,7 @@ impl CpuDecoder {
         let (x, qkv) = (select(|part| part.x.clone())?, select(|part| part.qkv.clone())?);
         let last = self.layers.len() - 1;
         self.layers[last].finish(&x, &qkv, &queries, &cache.layers[last], &self.config)?;
-        self.output.forward(&self.norm.forward(&x)?)
+        self.output.forward_into(&self.norm.forward(&x)?, logits)
     }
 
     /// Rows of the embedding table: `[tokens, hidden_size]`.

@@ -133,11 +133,31 @@ impl Decoder {
     /// `[logit rows, vocab_size]`, on the CPU) of the last token of each span that asks for them, in order. A step that
     /// does not fit the model or the cache is refused before anything is written.
     pub fn forward(&self, step: &Step, cache: &mut KvCache) -> Result<Tensor> {
+        match &self.0 {
+            On::Cpu(_) => {
+                let mut logits = Vec::new();
+                self.logits(step, cache, &mut logits)?;
+                let columns = self.config().vocab_size;
+                Tensor::from_vec(logits, (step.logit_rows().len(), columns), &Device::Cpu)
+            }
+            #[cfg(feature = "cuda")]
+            On::Cuda(decoder) => {
+                step.check(self.config(), cache)?;
+                decoder.forward(step, cache)
+            }
+        }
+    }
+
+    /// As [`Self::forward`], with the logits row by row in `logits`, whose memory is used again.
+    pub fn logits(&self, step: &Step, cache: &mut KvCache, logits: &mut Vec<f32>) -> Result<()> {
         step.check(self.config(), cache)?;
         match &self.0 {
-            On::Cpu(decoder) => decoder.forward(step, cache),
+            On::Cpu(decoder) => decoder.logits(step, cache, logits),
             #[cfg(feature = "cuda")]
-            On::Cuda(decoder) => decoder.forward(step, cache),
+            On::Cuda(decoder) => {
+                *logits = decoder.forward(step, cache)?.flatten_all()?.to_vec1()?;
+                Ok(())
+            }
         }
     }
 

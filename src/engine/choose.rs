@@ -100,6 +100,7 @@ impl Runner {
             })
             .collect();
         self.clients.extend(clients);
+        self.model.keep(logits);
         // The device has not counted them.
         samples.iter().for_each(|(id, _)| self.slots.forget(*id));
         samples

@@ -209,6 +209,8 @@ pub struct Model {
     pub cache_file: Option<Arc<CacheFile>>,
     /// Whether a step is enqueued while the device runs the one before.
     pub overlap: bool,
+    /// An earlier step's logits, in whose memory the next ones are written.
+    logits: Vec<f32>,
     /// Stands in for a device that chooses tokens itself.
     #[cfg(test)]
     pub late: Option<super::late::Late>,
@@ -267,6 +269,7 @@ impl Model {
             cache,
             cache_file: cache_file.clone(),
             overlap: settings.overlap,
+            logits: Vec::new(),
             #[cfg(test)]
             late: None,
         })
@@ -302,7 +305,14 @@ impl Model {
         if !unknown.is_empty() {
             bail!("the plan goes on from a step that has not ended")
         }
-        self.decoder.forward(&step, &mut self.cache)?.flatten_all()?.to_vec1()
+        let mut logits = std::mem::take(&mut self.logits);
+        self.decoder.logits(&step, &mut self.cache, &mut logits)?;
+        Ok(logits)
+    }
+
+    /// Takes logits back that are not needed any more.
+    pub fn keep(&mut self, logits: Vec<f32>) {
+        self.logits = logits;
     }
 
     /// Puts a plan on the device, behind what it runs, where a token for each sampling row is chosen by its draw. What the

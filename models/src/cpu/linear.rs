@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp1, DType, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, InplaceOp2, Layout, Result, Shape, Storage, Tensor, bail};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -125,6 +125,16 @@ impl Linear {
         x.apply_op1_no_bwd(self)
     }
 
+    /// As [`Self::forward`], row by row in `out`, whose memory is used again.
+    pub fn forward_into(&self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
+        let (storage, layout) = x.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else {
+            bail!("linear: activations are not on the CPU")
+        };
+        let bias = self.bias.as_deref();
+        product(&self.matrix, slice(storage, layout)?, out, Epilogue::Write { bias })
+    }
+
     /// `x += a W^T`: the projection of `a` (`[rows, in]`) added to `x` (`[rows, out]`) in place.
     pub fn add_to(&self, x: &Tensor, a: &Tensor) -> Result<()> {
         x.inplace_op2(a, self)
@@ -151,14 +161,8 @@ impl CustomOp1 for Linear {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        product(
-            &self.matrix,
-            storage,
-            layout,
-            Epilogue::Write {
-                bias: self.bias.as_deref(),
-            },
-        )
+        let bias = self.bias.as_deref();
+        op(&self.matrix, storage, layout, Epilogue::Write { bias })
     }
 }
 
@@ -210,16 +214,22 @@ impl CustomOp1 for GateUp {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        product(&self.matrix, storage, layout, Epilogue::SwiGlu)
+        op(&self.matrix, storage, layout, Epilogue::SwiGlu)
     }
 }
 
-fn product(matrix: &Matrix, storage: &CpuStorage, layout: &Layout, epilogue: Epilogue) -> Result<(CpuStorage, Shape)> {
-    let x = slice(storage, layout)?;
-    let (rows, outputs) = (x.len() / matrix.depth(), matrix.outputs());
-    let mut out = vec![0.0; rows * outputs];
-    run(matrix, x, &mut out, epilogue)?;
-    Ok((CpuStorage::F32(out), Shape::from((rows, outputs))))
+/// A product as candle wants it.
+fn op(matrix: &Matrix, storage: &CpuStorage, layout: &Layout, epilogue: Epilogue) -> Result<(CpuStorage, Shape)> {
+    let mut out = Vec::new();
+    product(matrix, slice(storage, layout)?, &mut out, epilogue)?;
+    let shape = Shape::from((out.len() / matrix.outputs(), matrix.outputs()));
+    Ok((CpuStorage::F32(out), shape))
+}
+
+/// `out` becomes the product, of as many rows as `x` has; what was in it is overwritten.
+fn product(matrix: &Matrix, x: &[f32], out: &mut Vec<f32>, epilogue: Epilogue) -> Result<()> {
+    out.resize(x.len() / matrix.depth() * matrix.outputs(), 0.0);
+    run(matrix, x, out, epilogue)
 }
 
 /// Computes all of `out` (`[rows, outputs]`) from `x` (`[rows, depth]`), panels shared out among the threads.
