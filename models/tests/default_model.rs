@@ -241,7 +241,7 @@ fn choice(logits: &[f32]) -> (u32, f32) {
     (best, logits[best as usize] - second)
 }
 
-/// What became of the model's text where its numbers were rounded.
+/// What became of texts where the model's numbers were rounded.
 #[derive(Default)]
 struct Rounded {
     losses: f64,
@@ -264,15 +264,19 @@ impl Rounded {
         }
     }
 
-    /// At least this share of the clear choices is the same, in percent.
-    fn check(&self, what: &str, percent: usize) {
-        let Self { clear, same, .. } = *self;
+    fn perplexity_is_near(&self, what: &str) {
         let ratio = (self.losses / f64::from(self.tokens)).exp();
-        println!("{what}: perplexity {ratio:.4} times float32's; {same} of {clear} clear choices agree");
+        println!("{what}: perplexity {ratio:.4} times float32's");
         assert!(
-            (ratio - 1.0).abs() < 0.01,
+            (ratio - 1.0).abs() < 0.005,
             "{what}: perplexity is {ratio} times float32's"
         );
+    }
+
+    /// At least this share of the clear choices is the same, in percent.
+    fn choices_agree(&self, what: &str, percent: usize) {
+        let Self { clear, same, .. } = *self;
+        println!("{what}: {same} of {clear} clear choices agree");
         assert!(
             clear > 1000 && same * 100 >= clear * percent,
             "{what}: {same} of {clear} choices agree"
@@ -280,8 +284,26 @@ impl Rounded {
     }
 }
 
+/// Prose that people wrote, 400 tokens a piece. On what the model wrote itself perplexity tells little: each token is there
+/// because float32 preferred it, so that to change the numbers in any way is to prefer it less.
 #[test]
 fn rounded_numbers_cost_little_perplexity() {
+    let prose: Vec<Vec<u32>> = serde_json::from_str(include_str!("fixtures/prose.json")).unwrap();
+    let bf16 = load(DType::BF16);
+    let (mut half, mut four_bits) = (Rounded::default(), Rounded::default());
+    for text in prose {
+        let exact = all_logits(decoder(), DType::F32, &text);
+        half.compare(&exact, &all_logits(&bf16, DType::BF16, &text), &text[1..]);
+        four_bits.compare(&exact, &all_logits(quantized(), DType::F32, &text), &text[1..]);
+    }
+    half.perplexity_is_near("bfloat16");
+    half.choices_agree("bfloat16", if device().is_cpu() { 99 } else { 95 });
+    four_bits.perplexity_is_near("quantized");
+    four_bits.choices_agree("quantized", 97);
+}
+
+#[test]
+fn rounded_numbers_choose_what_float32_chose() {
     let bf16 = load(DType::BF16);
     let (mut half, mut four_bits) = (Rounded::default(), Rounded::default());
     for prompt in reference().iter().filter(|prompt| prompt.prompt_tokens.len() < 350) {
@@ -291,8 +313,8 @@ fn rounded_numbers_cost_little_perplexity() {
         four_bits.compare(&exact, &all_logits(quantized(), DType::F32, &text), &text[1..]);
     }
     // A GPU rounds what passes between the layers to bfloat16 too.
-    half.check("bfloat16", if device().is_cpu() { 99 } else { 95 });
-    four_bits.check("quantized", 97);
+    half.choices_agree("bfloat16", if device().is_cpu() { 99 } else { 95 });
+    four_bits.choices_agree("quantized", 97);
 }
 
 #[test]

@@ -60,9 +60,9 @@ impl Attention<'_> {
             }
         }
         let arch = Arch::new();
-        tiles
-            .par_iter()
-            .for_each_init(Scratch::default, |scratch, &(queries, first, len, head)| {
+        tiles.par_iter().enumerate().for_each_init(
+            Scratch::default,
+            |scratch, (index, &(queries, first, len, head))| {
                 let tile = Tile {
                     attention: self,
                     queries: Queries {
@@ -72,6 +72,7 @@ impl Attention<'_> {
                         ..*queries
                     },
                     head,
+                    then: tiles.get(index + 1).map(|&(queries, _, _, head)| (queries, head)),
                     qkv,
                     width,
                     keys,
@@ -81,7 +82,8 @@ impl Attention<'_> {
                     scratch,
                 };
                 arch.dispatch(tile);
-            });
+            },
+        );
         out
     }
 }

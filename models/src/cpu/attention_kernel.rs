@@ -1,5 +1,7 @@
 //! Attention of one tile: some consecutive queries of one sequence, in the query heads that share one KV head.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use pulp::{Simd, WithSimd};
 
@@ -8,6 +10,7 @@ use super::attention::{Attention, Queries};
 use super::attention_bfloat16;
 #[cfg(target_arch = "x86_64")]
 use super::bfloat16::Pair;
+use super::prefetch::prefetch;
 use super::tile::{for_row_tiles, multiply, tile_rows};
 use super::{Stripes, math};
 
@@ -78,12 +81,42 @@ pub struct Scratch {
     /// Where the blocks begin in pools of bfloat16 numbers that are read as they are.
     #[cfg(target_arch = "x86_64")]
     starts: Vec<usize>,
-    /// Queries, then probabilities, in pairs.
+    /// Where those of the next tile begin.
+    next: Vec<usize>,
+    /// Queries in pairs.
     #[cfg(target_arch = "x86_64")]
     pairs: Vec<Pair>,
-    /// What the latter give: `[rows, head_dim]`.
+    /// What probabilities and values give: `[rows, head_dim]`.
     #[cfg(target_arch = "x86_64")]
     sums: Vec<f32>,
+}
+
+/// The blocks in a pool that the next tile reads. They are fetched while this one computes: what of a head lies together is
+/// too short for the processor to guess where it goes on.
+#[derive(Clone, Copy)]
+pub struct Next<'a, T> {
+    pool: &'a [T],
+    /// Where each begins.
+    starts: &'a [usize],
+    /// Elements of a block.
+    len: usize,
+    /// Blocks of this tile.
+    now: usize,
+}
+
+impl<T> Next<'_, T> {
+    /// Fetches what is in the places of some blocks of this tile, and with the last of them all that is left.
+    #[inline(always)]
+    pub fn fetch(&self, blocks: Range<usize>) {
+        let end = if blocks.end < self.now {
+            blocks.end
+        } else {
+            self.starts.len()
+        };
+        for &start in self.starts.iter().take(end).skip(blocks.start) {
+            prefetch(self.pool[start..].as_ptr(), self.len);
+        }
+    }
 }
 
 /// One head's part of the blocks that a tile reads, in rows of whole vectors.
@@ -144,6 +177,8 @@ pub struct Tile<'a, T> {
     pub queries: Queries<'a>,
     /// The KV head.
     pub head: usize,
+    /// The queries and the KV head of the next tile.
+    pub then: Option<(&'a Queries<'a>, usize)>,
     pub qkv: &'a [f32],
     pub width: usize,
     pub keys: &'a [T],
@@ -172,6 +207,12 @@ impl<T: Element> WithSimd for Tile<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let mut scratch = std::mem::take(self.scratch);
+        scratch.next.clear();
+        if let Some((queries, head)) = self.then {
+            let block = self.block_size * self.attention.head_dim;
+            let read = self.blocks(queries, head, self.positions(queries, 0));
+            scratch.next.extend(read.map(|index| index * block));
+        }
         #[cfg(target_arch = "x86_64")]
         let done = self.attend_in_bfloat16(&mut scratch);
         #[cfg(not(target_arch = "x86_64"))]
@@ -188,24 +229,37 @@ impl<T: Element> Tile<'_, T> {
     #[inline(always)]
     fn attend<S: Simd>(&self, simd: S, scratch: &mut Scratch) {
         let (size, dim, lanes) = (self.block_size, self.attention.head_dim, S::F32_LANES);
-        let positions = self.positions(lanes);
+        let positions = self.positions(&self.queries, lanes);
         let Scratch {
             scores,
             scales,
             keys,
             values,
+            next,
             ..
         } = scratch;
         scores.resize(self.rows() * positions.stride, 0.0);
-        keys.find(self.keys, self.blocks(positions), [dim, size], lanes);
-        values.find(self.values, self.blocks(positions), [size, dim], lanes);
+        keys.find(
+            self.keys,
+            self.blocks(&self.queries, self.head, positions),
+            [dim, size],
+            lanes,
+        );
+        values.find(
+            self.values,
+            self.blocks(&self.queries, self.head, positions),
+            [size, dim],
+            lanes,
+        );
         let (key_data, value_data) = (keys.data(self.keys), values.data(self.values));
-        self.score(simd, keys, key_data, positions, scores);
+        let now = keys.starts.len();
+        let (next_keys, next_values) = (self.next(self.keys, next, now), self.next(self.values, next, now));
+        self.score(simd, keys, key_data, positions, next_keys, scores);
         self.softmax(positions, scores, scales);
         if values.stride % (2 * lanes) == 0 {
-            self.weigh::<S, 2>(simd, values, value_data, positions, scores, scales);
+            self.weigh::<S, 2>(simd, values, value_data, positions, next_values, scores, scales);
         } else {
-            self.weigh::<S, 1>(simd, values, value_data, positions, scores, scales);
+            self.weigh::<S, 1>(simd, values, value_data, positions, next_values, scores, scales);
         }
     }
 
@@ -220,20 +274,25 @@ impl<T: Element> Tile<'_, T> {
         if !attention_bfloat16::fits(head_dim, size) {
             return false;
         }
-        let positions = self.positions(0);
+        let positions = self.positions(&self.queries, 0);
         let Scratch {
             scores,
             scales,
             starts,
+            next,
             pairs,
             sums,
             ..
         } = scratch;
         starts.clear();
-        starts.extend(self.blocks(positions).map(|index| index * size * head_dim));
+        starts.extend(
+            self.blocks(&self.queries, self.head, positions)
+                .map(|index| index * size * head_dim),
+        );
         let blocks = |pool| attention_bfloat16::Blocks {
             pool,
             starts,
+            next: self.next(pool, next, starts.len()),
             size,
             head_dim,
         };
@@ -248,12 +307,8 @@ impl<T: Element> Tile<'_, T> {
         scores.resize(self.rows() * positions.stride, 0.0);
         attention_bfloat16::score(&blocks(keys), pairs, columns, scores);
         self.softmax(positions, scores, scales);
-        pairs.clear();
-        for scores in scores.chunks_exact(positions.stride) {
-            attention_bfloat16::split(scores, pairs);
-        }
         sums.resize(self.rows() * head_dim, 0.0);
-        attention_bfloat16::weigh(&blocks(values), pairs, columns, sums);
+        attention_bfloat16::weigh(&blocks(values), scores, columns, sums);
         for (row, (sums, scale)) in sums.chunks_exact(head_dim).zip(&*scales).enumerate() {
             // SAFETY: each tile has its own rows and heads, so its own places in the result.
             let out = unsafe { self.out.part(self.place(row).1, head_dim) };
@@ -264,14 +319,22 @@ impl<T: Element> Tile<'_, T> {
         true
     }
 
-    /// The head's blocks that are read, counted over all heads.
+    /// A head's blocks that are read, counted over all heads.
     #[inline(always)]
-    fn blocks(&self, positions: Positions) -> impl Iterator<Item = usize> {
+    fn blocks(&self, queries: &Queries, head: usize, positions: Positions) -> impl Iterator<Item = usize> {
         let range = positions.block / self.block_size..positions.end.div_ceil(self.block_size);
-        let table = &self.queries.block_table[range];
-        table
-            .iter()
-            .map(|&block| block as usize * self.attention.kv_heads + self.head)
+        let table = queries.block_table[range].iter();
+        table.map(move |&block| block as usize * self.attention.kv_heads + head)
+    }
+
+    /// What the next tile reads of a pool.
+    fn next<'b, E>(&self, pool: &'b [E], starts: &'b [usize], now: usize) -> Next<'b, E> {
+        Next {
+            pool,
+            starts,
+            len: self.block_size * self.attention.head_dim,
+            now,
+        }
     }
 
     fn rows(&self) -> usize {
@@ -289,11 +352,11 @@ impl<T: Element> Tile<'_, T> {
             .map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
-    fn positions(&self, slack: usize) -> Positions {
-        let start = self.window_start(self.queries.start);
+    fn positions(&self, queries: &Queries, slack: usize) -> Positions {
+        let start = self.window_start(queries.start);
         let block = start - start % self.block_size;
         let origin = block - block % LANES;
-        let end = self.queries.start + self.queries.len;
+        let end = queries.start + queries.len;
         // The last block is written whole, and to whole vectors.
         let columns = end.next_multiple_of(self.block_size) - origin + slack;
         Positions {
@@ -316,9 +379,19 @@ impl<T: Element> Tile<'_, T> {
 
     /// `scores[row][position - origin] = query . key`, two vectors of keys at a time, be they of one block or of two.
     #[inline(always)]
-    fn score<S: Simd>(&self, simd: S, keys: &Blocks, data: &[f32], positions: Positions, scores: &mut [f32]) {
-        let vectors = keys.starts.len() * (keys.stride / S::F32_LANES);
+    fn score<S: Simd>(
+        &self,
+        simd: S,
+        keys: &Blocks,
+        data: &[f32],
+        positions: Positions,
+        next: Next<T>,
+        scores: &mut [f32],
+    ) {
+        let per_block = keys.stride / S::F32_LANES;
+        let vectors = keys.starts.len() * per_block;
         for first in (0..vectors).step_by(2) {
+            next.fetch(first.div_ceil(per_block)..(first + 2).div_ceil(per_block));
             if first + 1 < vectors {
                 self.score_vectors::<S, 2>(simd, keys, data, first, positions, scores);
             } else {
@@ -406,6 +479,7 @@ impl<T: Element> Tile<'_, T> {
         values: &Blocks,
         data: &[f32],
         positions: Positions,
+        next: Next<T>,
         probabilities: &[f32],
         scales: &[f32],
     ) {
@@ -414,6 +488,9 @@ impl<T: Element> Tile<'_, T> {
             for_row_tiles!(tile_rows::<S>(), scales.len(), |first, MR| {
                 let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
                 for (index, start) in values.starts.iter().enumerate() {
+                    if first == 0 && column == 0 {
+                        next.fetch(index..index + 1);
+                    }
                     let position = positions.block + index * self.block_size;
                     let depth = self.block_size.min(positions.end - position);
                     let panel = &data[start + column..][..(depth - 1) * values.stride + NV * lanes];
