@@ -37,12 +37,10 @@ struct Layer {
     down: Linear,
 }
 
-/// Most rows of a part: few enough for what a layer makes of them to stay in a usual second-level cache.
+/// Rows of a part at the most, or nearly: few enough for what a layer makes of them to stay in a usual second-level cache.
 const MOST_ROWS: usize = 64;
-/// Fewest rows for which it is worth reading all weights again.
+/// Fewest rows, on average, for which it is worth reading all weights again.
 const FEWEST_ROWS: usize = 12;
-/// Whole tiles of most products.
-const ROW_STEP: usize = 8;
 
 /// Some rows of a step on their way through the layers.
 struct Part<'a> {
@@ -112,14 +110,14 @@ impl CpuDecoder {
     }
 
     /// Each part of the rows goes through a layer on one thread, while what it makes of them is in that thread's cache; where
-    /// threads outnumber parts, they share out the operators' work instead. A query attends to keys of other parts, so
+    /// there is one part, threads share out the operators' work instead. A query attends to keys of other parts, so
     /// all parts store theirs before any goes on to attention.
     fn run(&self, step: &Step, cache: &KvCache, logits: &mut Vec<f32>) -> candle_core::Result<()> {
-        let steps = step.split(rows_a_part(step.tokens.len(), rayon::current_num_threads()));
+        let steps = step.split(parts(step.tokens.len(), rayon::current_num_threads()));
         let parts = steps.par_iter().map(|step| self.enter(step, cache));
         let mut parts: Vec<Part> = parts.collect::<candle_core::Result<_>>()?;
-        let next = self.layers.iter().zip(&cache.layers).skip(1);
-        for ((layer, pools), (next, next_pools)) in self.layers.iter().zip(&cache.layers).zip(next) {
+        let layers = self.layers.iter().zip(&cache.layers);
+        for ((layer, pools), (next, next_pools)) in layers.clone().zip(layers.skip(1)) {
             parts.par_iter_mut().try_for_each(|Part { rows, x, qkv }| {
                 layer.finish(x, qkv, &rows.queries, pools, &self.config)?;
                 *qkv = next.qkv(x, rows, next_pools, &self.config)?;
@@ -193,7 +191,7 @@ impl CpuDecoder {
 }
 
 impl Layer {
-    /// The step's queries, keys and values, rotated, the latter two in the cache as well.
+    /// The part's queries, keys and values, rotated, the latter two in the cache as well.
     fn qkv(&self, x: &Tensor, rows: &Rows, pools: &Pools, config: &Config) -> candle_core::Result<Tensor> {
         let qkv = self.qkv.forward(&self.attention_norm.forward(x)?)?;
         let rotate = Rotate {
@@ -242,11 +240,10 @@ impl Layer {
     }
 }
 
-/// How many rows the parts of a step have: as many parts as the threads can share evenly, unless that leaves too few rows.
-fn rows_a_part(rows: usize, threads: usize) -> usize {
+/// How many parts a step is cut into: as many as the threads can share evenly, or one if that leaves too few rows.
+fn parts(rows: usize, threads: usize) -> usize {
     let even = rows.div_ceil(MOST_ROWS).next_multiple_of(threads);
-    let parts = even.min(rows / FEWEST_ROWS).max(1);
-    rows.div_ceil(parts).max(1).next_multiple_of(ROW_STEP)
+    if rows < even * FEWEST_ROWS { 1 } else { even }
 }
 
 /// Reads and packs weights.
@@ -354,62 +351,102 @@ mod tests {
 
     #[test]
     fn parts_are_as_many_as_threads_share_evenly() {
-        for (rows, threads, part) in [
-            (0, 2, 8),
-            (1, 2, 8),
-            (23, 2, 24),
-            (24, 2, 16),
-            (64, 2, 32),
-            (512, 2, 64),
-            (500, 1, 64),
-            (100, 16, 16),
-            (100, 3, 40),
+        for (rows, threads, count) in [
+            (0, 2, 0),
+            (1, 2, 1),
+            (23, 2, 1),
+            (24, 2, 2),
+            (64, 2, 2),
+            (512, 2, 8),
+            (500, 1, 8),
+            (100, 16, 1),
+            (512, 16, 16),
+            (100, 3, 3),
         ] {
-            assert_eq!(rows_a_part(rows, threads), part, "{rows} rows on {threads} threads");
+            assert_eq!(parts(rows, threads), count, "{rows} rows on {threads} threads");
         }
     }
 
-    /// A prompt that lies in several parts, one that goes on, and decodes: each alone, and together on any number of threads.
+    /// A prompt that lies in several parts, one that goes on, and decodes: together on any number of threads, and token by
+    /// token.
     #[test]
     fn a_sequence_is_the_same_in_whatever_parts() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("config.json");
-        let config = r#"{"model_type": "qwen3", "hidden_size": 48, "intermediate_size": 80, "vocab_size": 300,
-            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-            "rms_norm_eps": 1e-6, "max_position_embeddings": 256}"#;
-        std::fs::write(&path, config).unwrap();
-        for dtype in [DType::F32, DType::BF16] {
+        let shape = r#""hidden_size": 64, "intermediate_size": 96, "vocab_size": 300, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 256"#;
+        let qwen = format!(r#"{{"model_type": "qwen3", {shape}}}"#);
+        let windowed = format!(r#"{{"model_type": "mistral", "sliding_window": 40, {shape}}}"#);
+        for (config, dtype, block_size) in [
+            (&qwen, DType::F32, 16),
+            (&qwen, DType::BF16, 16),
+            (&qwen, DType::F16, 5),
+            (&windowed, DType::BF16, 32),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("config.json");
+            std::fs::write(&path, config).unwrap();
             let decoder = Decoder::dummy(&path, &Device::Cpu, dtype).unwrap();
-            let lens = [150, 37].into_iter().chain([1; 20]);
+            Sequences::new(block_size).are_the_same_in_whatever_parts(&decoder, dtype);
+        }
+    }
+
+    struct Sequences {
+        spans: Vec<Span>,
+        blocks: usize,
+        block_size: usize,
+    }
+
+    impl Sequences {
+        fn new(block_size: usize) -> Self {
             let mut blocks = 0..;
-            let spans = lens.map(|len| Span {
+            let spans = [150, 37].into_iter().chain([1; 20]).map(|len| Span {
                 start: if len == 150 { 0 } else { 16 },
                 len,
-                block_table: blocks.by_ref().take(usize::div_ceil(16 + len, 16)).collect(),
+                block_table: blocks.by_ref().take((16 + len).div_ceil(block_size)).collect(),
                 logits: true,
             });
-            let sequences: Vec<Span> = spans.collect();
-            let blocks = blocks.start as usize;
-            let run = |sequences: &[Span]| {
-                let mut cache = KvCache::new(decoder.config(), blocks, 16, dtype, &Device::Cpu).unwrap();
-                let tokens = |span: &Span| (0..span.len).map(|at| (at * 7 % 300) as u32).collect::<Vec<_>>();
-                let step = Step {
-                    tokens: sequences.iter().flat_map(tokens).collect(),
-                    sequences: sequences.to_vec(),
-                };
-                decoder.forward(&step, &mut cache).unwrap().to_vec2::<f32>().unwrap()
-            };
-            let alone: Vec<Vec<f32>> = sequences
+            let spans = spans.collect();
+            Self {
+                spans,
+                blocks: blocks.start as usize,
+                block_size,
+            }
+        }
+
+        fn are_the_same_in_whatever_parts(&self, decoder: &Decoder, dtype: DType) {
+            let alone: Vec<Vec<f32>> = self
+                .spans
                 .iter()
-                .flat_map(|span| run(std::slice::from_ref(span)))
+                .map(|span| {
+                    let mut cache = self.cache(decoder, dtype);
+                    let ones = (span.start..span.start + span.len).map(|start| Span {
+                        start,
+                        len: 1,
+                        ..span.clone()
+                    });
+                    let rows = ones.map(|one| run(decoder, &mut cache, &[one]).remove(0));
+                    rows.last().unwrap()
+                })
                 .collect();
             for threads in [1, 2, 3, 16] {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                assert!(
-                    pool.install(|| run(&sequences)) == alone,
-                    "{dtype:?} on {threads} threads"
-                );
+                let together = pool.install(|| run(decoder, &mut self.cache(decoder, dtype), &self.spans));
+                assert!(together == alone, "{dtype:?} on {threads} threads");
             }
         }
+
+        fn cache(&self, decoder: &Decoder, dtype: DType) -> KvCache {
+            KvCache::new(decoder.config(), self.blocks, self.block_size, dtype, &Device::Cpu).unwrap()
+        }
+    }
+
+    /// Of tokens that their positions decide.
+    fn run(decoder: &Decoder, cache: &mut KvCache, spans: &[Span]) -> Vec<Vec<f32>> {
+        let positions = spans.iter().flat_map(|span| span.start..span.start + span.len);
+        let step = Step {
+            tokens: positions.map(|at| (at * 7 % 300) as u32).collect(),
+            sequences: spans.to_vec(),
+        };
+        decoder.forward(&step, cache).unwrap().to_vec2().unwrap()
     }
 }

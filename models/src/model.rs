@@ -148,7 +148,8 @@ impl Decoder {
         }
     }
 
-    /// As [`Self::forward`], with the logits row by row in `logits`, whose memory is used again.
+    /// As [`Self::forward`], with the logits row by row in `logits`, whose memory the CPU uses again. After an error its
+    /// contents mean nothing.
     pub fn logits(&self, step: &Step, cache: &mut KvCache, logits: &mut Vec<f32>) -> Result<()> {
         step.check(self.config(), cache)?;
         match &self.0 {

@@ -49,13 +49,15 @@ impl Step {
             .collect()
     }
 
-    /// The step cut into steps of so many tokens, of which the last may have fewer.
-    pub(crate) fn split(&self, tokens: usize) -> Vec<Self> {
-        let parts = self.tokens.chunks(tokens).enumerate();
-        parts
-            .map(|(index, part)| Self {
-                tokens: part.to_vec(),
-                sequences: self.spans(index * tokens..index * tokens + part.len()),
+    /// The step cut into `parts` steps, all of nearly as many tokens: in whole eights but for the last, if there are so many.
+    pub(crate) fn split(&self, parts: usize) -> Vec<Self> {
+        let tokens = self.tokens.len();
+        let cut = |part: usize| (part * tokens / parts).next_multiple_of(8).min(tokens);
+        let rows = (0..parts).map(|part| cut(part)..cut(part + 1));
+        rows.filter(|rows| !rows.is_empty())
+            .map(|rows| Self {
+                tokens: self.tokens[rows.clone()].to_vec(),
+                sequences: self.spans(rows),
             })
             .collect()
     }
@@ -137,7 +139,7 @@ mod tests {
         #[test]
         fn parts_are_the_step_in_order(
             spans in proptest::collection::vec((0usize..40, 1usize..50, any::<bool>()), 0..8),
-            tokens in 1usize..70,
+            parts in 1usize..20,
         ) {
             let mut block = 0;
             let sequences = spans.iter().map(|&(start, len, logits)| {
@@ -148,16 +150,20 @@ mod tests {
             let sequences: Vec<Span> = sequences.collect();
             let whole = sequences.iter().map(|span| span.len).sum::<usize>();
             let step = Step { tokens: (0..whole as u32).collect(), sequences };
-            let parts = step.split(tokens);
+            let (asked, parts) = (parts, step.split(parts));
             let all = |of: fn(&Step) -> Vec<usize>| parts.iter().flat_map(of).collect::<Vec<_>>();
-            prop_assert!(parts.iter().rev().skip(1).all(|part| part.tokens.len() == tokens));
+            let mut first = 0;
+            let logit_rows = parts.iter().flat_map(|part| {
+                first += part.tokens.len() as u32;
+                part.logit_rows().into_iter().map(move |row| row + first - part.tokens.len() as u32)
+            });
+            prop_assert_eq!(logit_rows.collect::<Vec<_>>(), step.logit_rows());
+            prop_assert!(parts.iter().all(|part| part.tokens.len() <= whole.div_ceil(asked) + 7));
+            prop_assert!(parts.iter().rev().skip(1).all(|part| part.tokens.len().is_multiple_of(8)));
+            prop_assert!(parts.len() == asked || whole < 8 * asked);
             prop_assert_eq!(parts.iter().flat_map(|part| part.tokens.clone()).collect::<Vec<_>>(), step.tokens.clone());
             prop_assert_eq!(all(Step::positions), step.positions());
             prop_assert_eq!(all(|part| part.slots(16)), step.slots(16));
-            let logit_rows = parts.iter().enumerate().flat_map(|(index, part)| {
-                part.logit_rows().into_iter().map(move |row| row + (index * tokens) as u32)
-            });
-            prop_assert_eq!(logit_rows.collect::<Vec<_>>(), step.logit_rows());
         }
     }
 }

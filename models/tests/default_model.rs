@@ -268,7 +268,7 @@ impl Rounded {
         let ratio = (self.losses / f64::from(self.tokens)).exp();
         println!("{what}: perplexity {ratio:.4} times float32's");
         assert!(
-            (ratio - 1.0).abs() < 0.005,
+            (ratio - 1.0).abs() < if device().is_cpu() { 0.005 } else { 0.01 },
             "{what}: perplexity is {ratio} times float32's"
         );
     }
@@ -284,37 +284,39 @@ impl Rounded {
     }
 }
 
-/// Prose that people wrote, 400 tokens a piece. On what the model wrote itself perplexity tells little: each token is there
-/// because float32 preferred it, so that to change the numbers in any way is to prefer it less.
-#[test]
-fn rounded_numbers_cost_little_perplexity() {
-    let prose: Vec<Vec<u32>> = serde_json::from_str(include_str!("fixtures/prose.json")).unwrap();
+/// What rounding makes of some texts: in bfloat16, and with quantized weights.
+fn rounded(texts: &[Vec<u32>]) -> [Rounded; 2] {
     let bf16 = load(DType::BF16);
     let (mut half, mut four_bits) = (Rounded::default(), Rounded::default());
-    for text in prose {
-        let exact = all_logits(decoder(), DType::F32, &text);
-        half.compare(&exact, &all_logits(&bf16, DType::BF16, &text), &text[1..]);
-        four_bits.compare(&exact, &all_logits(quantized(), DType::F32, &text), &text[1..]);
-    }
-    half.perplexity_is_near("bfloat16");
-    half.choices_agree("bfloat16", if device().is_cpu() { 99 } else { 95 });
-    four_bits.perplexity_is_near("quantized");
-    four_bits.choices_agree("quantized", 97);
-}
-
-#[test]
-fn rounded_numbers_choose_what_float32_chose() {
-    let bf16 = load(DType::BF16);
-    let (mut half, mut four_bits) = (Rounded::default(), Rounded::default());
-    for prompt in reference().iter().filter(|prompt| prompt.prompt_tokens.len() < 350) {
-        let text = [&prompt.prompt_tokens[..], &prompt.tokens].concat();
-        let exact = all_logits(decoder(), DType::F32, &text);
-        half.compare(&exact, &all_logits(&bf16, DType::BF16, &text), &text[1..]);
-        four_bits.compare(&exact, &all_logits(quantized(), DType::F32, &text), &text[1..]);
+    for text in texts {
+        let exact = all_logits(decoder(), DType::F32, text);
+        half.compare(&exact, &all_logits(&bf16, DType::BF16, text), &text[1..]);
+        four_bits.compare(&exact, &all_logits(quantized(), DType::F32, text), &text[1..]);
     }
     // A GPU rounds what passes between the layers to bfloat16 too.
     half.choices_agree("bfloat16", if device().is_cpu() { 99 } else { 95 });
     four_bits.choices_agree("quantized", 97);
+    [half, four_bits]
+}
+
+/// On prose of this project's own pages, 400 tokens a piece.
+#[test]
+fn rounded_numbers_cost_little_perplexity() {
+    let [half, four_bits] = rounded(&serde_json::from_str::<Vec<_>>(include_str!("fixtures/prose.json")).unwrap());
+    half.perplexity_is_near("bfloat16");
+    four_bits.perplexity_is_near("quantized");
+}
+
+/// On what the model wrote itself. Perplexity tells little there: each token is there because float32 preferred it, so that
+/// to change the numbers in any way is to prefer it less.
+#[test]
+fn rounded_numbers_choose_what_float32_chose() {
+    let prompts = reference();
+    let short = prompts.iter().filter(|prompt| prompt.prompt_tokens.len() < 350);
+    let texts: Vec<_> = short
+        .map(|prompt| [&prompt.prompt_tokens[..], &prompt.tokens].concat())
+        .collect();
+    rounded(&texts);
 }
 
 #[test]

@@ -13,12 +13,13 @@ use rayon::prelude::*;
 use super::attention_kernel::{Element, Scratch, Tile};
 use super::{Stripes, slice};
 
-/// Scores, in floats, that a tile may hold: half of a usual second-level cache, and all of it with their bfloat16 parts.
+/// Scores, in floats, that a tile may hold: a quarter of a usual second-level cache, or half of a small one.
 const SCORES: usize = 64 * 1024;
 /// Most queries in a tile.
 const QUERIES: usize = 32;
 
 /// Consecutive queries of one sequence.
+#[derive(Clone, Copy)]
 pub struct Queries<'a> {
     /// Row of the first.
     pub row: usize,
@@ -55,24 +56,25 @@ impl Attention<'_> {
         for queries in self.queries {
             let per_tile = (SCORES / (group * (queries.start + queries.len))).clamp(1, QUERIES);
             for first in (0..queries.len).step_by(per_tile) {
-                let len = per_tile.min(queries.len - first);
-                tiles.extend((0..self.kv_heads).map(|head| (queries, first, len, head)));
+                let queries = Queries {
+                    row: queries.row + first,
+                    start: queries.start + first,
+                    len: per_tile.min(queries.len - first),
+                    ..*queries
+                };
+                tiles.extend((0..self.kv_heads).map(|head| (queries, head)));
             }
         }
         let arch = Arch::new();
-        tiles.par_iter().enumerate().for_each_init(
-            Scratch::default,
-            |scratch, (index, &(queries, first, len, head))| {
+        tiles
+            .par_iter()
+            .enumerate()
+            .for_each_init(Scratch::default, |scratch, (index, &(queries, head))| {
                 let tile = Tile {
                     attention: self,
-                    queries: Queries {
-                        row: queries.row + first,
-                        start: queries.start + first,
-                        len,
-                        ..*queries
-                    },
+                    queries,
                     head,
-                    then: tiles.get(index + 1).map(|&(queries, _, _, head)| (queries, head)),
+                    then: tiles.get(index + 1),
                     qkv,
                     width,
                     keys,
@@ -82,8 +84,7 @@ impl Attention<'_> {
                     scratch,
                 };
                 arch.dispatch(tile);
-            },
-        );
+            });
         out
     }
 }

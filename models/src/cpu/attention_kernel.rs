@@ -91,6 +91,9 @@ pub struct Scratch {
     sums: Vec<f32>,
 }
 
+/// Most blocks that are fetched at once where the next tile reads more of them than this one.
+const MORE: usize = 32;
+
 /// The blocks in a pool that the next tile reads. They are fetched while this one computes: what of a head lies together is
 /// too short for the processor to guess where it goes on.
 #[derive(Clone, Copy)]
@@ -105,15 +108,12 @@ pub struct Next<'a, T> {
 }
 
 impl<T> Next<'_, T> {
-    /// Fetches what is in the places of some blocks of this tile, and with the last of them all that is left.
+    /// Fetches what is in the places of some blocks of this tile, and with the last of them more of what is left.
     #[inline(always)]
     pub fn fetch(&self, blocks: Range<usize>) {
-        let end = if blocks.end < self.now {
-            blocks.end
-        } else {
-            self.starts.len()
-        };
-        for &start in self.starts.iter().take(end).skip(blocks.start) {
+        let more = if blocks.end < self.now { 0 } else { MORE };
+        let count = if blocks.is_empty() { 0 } else { blocks.len() + more };
+        for &start in self.starts.iter().skip(blocks.start).take(count) {
             prefetch(self.pool[start..].as_ptr(), self.len);
         }
     }
@@ -171,6 +171,14 @@ impl Blocks {
     }
 }
 
+/// A half of the KV cache as a tile reads it in float32.
+#[derive(Clone, Copy)]
+struct Read<'a, T> {
+    blocks: &'a Blocks,
+    data: &'a [f32],
+    next: Next<'a, T>,
+}
+
 /// One tile's task.
 pub struct Tile<'a, T> {
     pub attention: &'a Attention<'a>,
@@ -178,7 +186,7 @@ pub struct Tile<'a, T> {
     /// The KV head.
     pub head: usize,
     /// The queries and the KV head of the next tile.
-    pub then: Option<(&'a Queries<'a>, usize)>,
+    pub then: Option<&'a (Queries<'a>, usize)>,
     pub qkv: &'a [f32],
     pub width: usize,
     pub keys: &'a [T],
@@ -210,7 +218,7 @@ impl<T: Element> WithSimd for Tile<'_, T> {
         scratch.next.clear();
         if let Some((queries, head)) = self.then {
             let block = self.block_size * self.attention.head_dim;
-            let read = self.blocks(queries, head, self.positions(queries, 0));
+            let read = self.blocks(queries, *head, self.positions(queries, 0));
             scratch.next.extend(read.map(|index| index * block));
         }
         #[cfg(target_arch = "x86_64")]
@@ -251,19 +259,19 @@ impl<T: Element> Tile<'_, T> {
             [size, dim],
             lanes,
         );
-        let (key_data, value_data) = (keys.data(self.keys), values.data(self.values));
-        let now = keys.starts.len();
-        let (next_keys, next_values) = (self.next(self.keys, next, now), self.next(self.values, next, now));
-        self.score(simd, keys, key_data, positions, next_keys, scores);
+        let keys = self.read(self.keys, keys, next);
+        self.score(simd, keys, positions, scores);
         self.softmax(positions, scores, scales);
-        if values.stride % (2 * lanes) == 0 {
-            self.weigh::<S, 2>(simd, values, value_data, positions, next_values, scores, scales);
+        let pairs = values.stride % (2 * lanes) == 0;
+        let values = self.read(self.values, values, next);
+        if pairs {
+            self.weigh::<S, 2>(simd, values, positions, scores, scales);
         } else {
-            self.weigh::<S, 1>(simd, values, value_data, positions, next_values, scores, scales);
+            self.weigh::<S, 1>(simd, values, positions, scores, scales);
         }
     }
 
-    /// With queries and probabilities in bfloat16, if keys and values are and the processor multiplies such; answers whether.
+    /// With queries in bfloat16, if keys and values are and the processor multiplies such; answers whether.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn attend_in_bfloat16(&self, scratch: &mut Scratch) -> bool {
@@ -327,6 +335,14 @@ impl<T: Element> Tile<'_, T> {
         table.map(move |&block| block as usize * self.attention.kv_heads + head)
     }
 
+    fn read<'b>(&self, pool: &'b [T], blocks: &'b Blocks, next: &'b [usize]) -> Read<'b, T> {
+        Read {
+            blocks,
+            data: blocks.data(pool),
+            next: self.next(pool, next, blocks.starts.len()),
+        }
+    }
+
     /// What the next tile reads of a pool.
     fn next<'b, E>(&self, pool: &'b [E], starts: &'b [usize], now: usize) -> Next<'b, E> {
         Next {
@@ -379,15 +395,12 @@ impl<T: Element> Tile<'_, T> {
 
     /// `scores[row][position - origin] = query . key`, two vectors of keys at a time, be they of one block or of two.
     #[inline(always)]
-    fn score<S: Simd>(
-        &self,
-        simd: S,
-        keys: &Blocks,
-        data: &[f32],
-        positions: Positions,
-        next: Next<T>,
-        scores: &mut [f32],
-    ) {
+    fn score<S: Simd>(&self, simd: S, keys: Read<T>, positions: Positions, scores: &mut [f32]) {
+        let Read {
+            blocks: keys,
+            data,
+            next,
+        } = keys;
         let per_block = keys.stride / S::F32_LANES;
         let vectors = keys.starts.len() * per_block;
         for first in (0..vectors).step_by(2) {
@@ -476,13 +489,16 @@ impl<T: Element> Tile<'_, T> {
     fn weigh<S: Simd, const NV: usize>(
         &self,
         simd: S,
-        values: &Blocks,
-        data: &[f32],
+        values: Read<T>,
         positions: Positions,
-        next: Next<T>,
         probabilities: &[f32],
         scales: &[f32],
     ) {
+        let Read {
+            blocks: values,
+            data,
+            next,
+        } = values;
         let (dim, lanes) = (self.attention.head_dim, S::F32_LANES);
         for column in (0..dim).step_by(NV * lanes) {
             for_row_tiles!(tile_rows::<S>(), scales.len(), |first, MR| {
