@@ -39,7 +39,7 @@ impl KvCache {
         match device.is_cpu() {
             false => 2,
             // These processors round the activations, too.
-            true if dtype == DType::BF16 && Bfloat16Panels::are_fast() => 5,
+            true if dtype == DType::BF16 && Bfloat16Panels::are_fast() => 4,
             true => 3,
         }
     }

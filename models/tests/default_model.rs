@@ -264,11 +264,11 @@ impl Rounded {
         }
     }
 
-    fn perplexity_is_near(&self, what: &str) {
+    fn perplexity_is_within(&self, share: f64, what: &str) {
         let ratio = (self.losses / f64::from(self.tokens)).exp();
         println!("{what}: perplexity {ratio:.4} times float32's");
         assert!(
-            (ratio - 1.0).abs() < if device().is_cpu() { 0.005 } else { 0.01 },
+            (ratio - 1.0).abs() < share,
             "{what}: perplexity is {ratio} times float32's"
         );
     }
@@ -303,12 +303,13 @@ fn rounded(texts: &[Vec<u32>]) -> [Rounded; 2] {
 #[test]
 fn rounded_numbers_cost_little_perplexity() {
     let [half, four_bits] = rounded(&serde_json::from_str::<Vec<_>>(include_str!("fixtures/prose.json")).unwrap());
-    half.perplexity_is_near("bfloat16");
-    four_bits.perplexity_is_near("quantized");
+    // A GPU rounds what passes between the layers to bfloat16 too.
+    half.perplexity_is_within(if device().is_cpu() { 0.005 } else { 0.01 }, "bfloat16");
+    four_bits.perplexity_is_within(0.005, "quantized");
 }
 
-/// On what the model wrote itself. Perplexity tells little there: each token is there because float32 preferred it, so that
-/// to change the numbers in any way is to prefer it less.
+/// On what the model wrote itself, the harder text: each token is there because float32 preferred it, so that to change the
+/// numbers in any way is to prefer it less.
 #[test]
 fn rounded_numbers_choose_what_float32_chose() {
     let prompts = reference();
@@ -316,7 +317,9 @@ fn rounded_numbers_choose_what_float32_chose() {
     let texts: Vec<_> = short
         .map(|prompt| [&prompt.prompt_tokens[..], &prompt.tokens].concat())
         .collect();
-    rounded(&texts);
+    let [half, four_bits] = rounded(&texts);
+    half.perplexity_is_within(0.01, "bfloat16");
+    four_bits.perplexity_is_within(0.01, "quantized");
 }
 
 #[test]

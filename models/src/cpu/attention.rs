@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::attention_kernel::{Element, Scratch, Tile};
 use super::{Stripes, slice};
 
-/// Scores, in floats, that a tile may hold: a quarter of a usual second-level cache, or half of a small one.
+/// Scores, in floats, that a tile may hold: half of a usual second-level cache, and all of it with their bfloat16 parts.
 const SCORES: usize = 64 * 1024;
 /// Most queries in a tile.
 const QUERIES: usize = 32;

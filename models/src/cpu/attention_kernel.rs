@@ -83,10 +83,10 @@ pub struct Scratch {
     starts: Vec<usize>,
     /// Where those of the next tile begin.
     next: Vec<usize>,
-    /// Queries in pairs.
+    /// Queries, then probabilities, in pairs.
     #[cfg(target_arch = "x86_64")]
     pairs: Vec<Pair>,
-    /// What probabilities and values give: `[rows, head_dim]`.
+    /// What the latter give: `[rows, head_dim]`.
     #[cfg(target_arch = "x86_64")]
     sums: Vec<f32>,
 }
@@ -271,7 +271,7 @@ impl<T: Element> Tile<'_, T> {
         }
     }
 
-    /// With queries in bfloat16, if keys and values are and the processor multiplies such; answers whether.
+    /// With queries and probabilities in bfloat16, if keys and values are and the processor multiplies such; answers whether.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn attend_in_bfloat16(&self, scratch: &mut Scratch) -> bool {
@@ -315,8 +315,12 @@ impl<T: Element> Tile<'_, T> {
         scores.resize(self.rows() * positions.stride, 0.0);
         attention_bfloat16::score(&blocks(keys), pairs, columns, scores);
         self.softmax(positions, scores, scales);
+        pairs.clear();
+        for scores in scores.chunks_exact(positions.stride) {
+            attention_bfloat16::split(scores, pairs);
+        }
         sums.resize(self.rows() * head_dim, 0.0);
-        attention_bfloat16::weigh(&blocks(values), scores, columns, sums);
+        attention_bfloat16::weigh(&blocks(values), pairs, columns, sums);
         for (row, (sums, scale)) in sums.chunks_exact(head_dim).zip(&*scales).enumerate() {
             // SAFETY: each tile has its own rows and heads, so its own places in the result.
             let out = unsafe { self.out.part(self.place(row).1, head_dim) };
