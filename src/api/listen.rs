@@ -101,10 +101,12 @@ async fn converse(
         .header_read_timeout(patience.head)
         .max_buf_size(HEAD_BUFFER)
         .serve_connection(TokioIo::new(socket), TowerToHyperService::new(router));
+    // Kept to the end of this function: a client that sees the close finds it counted.
+    let mut connection = pin!(watcher.watch(connection));
     let ended = tokio::select! {
         // Where both know of the end, HTTP's word counts.
         biased;
-        ended = watcher.watch(connection) => ended,
+        ended = &mut connection => ended,
         () = client.gone() => Ok(()),
     };
     if let Err(error) = ended {
