@@ -14,8 +14,6 @@ pub enum Fault {
     Step,
     /// A forward pass with its row panics.
     StepPanic,
-    /// A forward pass with its row panics while it writes keys and values.
-    CacheLost,
     /// A forward pass with its row, once, has no memory for more than one token.
     OutOfMemory,
     /// A forward pass with its row ends only when nobody waits for it any more.
@@ -34,13 +32,12 @@ pub enum Fault {
     Loader,
 }
 
-const NAMES: [(&str, Fault); 14] = [
+const NAMES: [(&str, Fault); 13] = [
     ("nan", Fault::NotANumber),
     ("infinity", Fault::Infinity),
     ("sampler", Fault::Sampler),
     ("step", Fault::Step),
     ("step-panic", Fault::StepPanic),
-    ("cache-lost", Fault::CacheLost),
     ("out-of-memory", Fault::OutOfMemory),
     ("hang", Fault::Hang),
     ("device-lost", Fault::DeviceLost),

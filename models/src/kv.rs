@@ -82,18 +82,6 @@ impl KvCache {
         2 * config.layers * config.kv_heads * config.head_dim * block_size * dtype.size_in_bytes()
     }
 
-    /// Whether every pool can still be read and written: candle locks a tensor's memory, and a panic while it is
-    /// written breaks the lock.
-    pub fn is_whole(&self) -> bool {
-        let read = || {
-            for Pools { keys, values } in &self.layers {
-                drop(keys.storage_and_layout());
-                drop(values.storage_and_layout());
-            }
-        };
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(read)).is_ok()
-    }
-
     /// Number of blocks in the pool.
     pub fn blocks(&self) -> usize {
         self.blocks

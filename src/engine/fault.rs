@@ -13,9 +13,6 @@ pub enum StepError {
     /// No step will run any more.
     #[error("the device was lost: {0}")]
     DeviceLost(String),
-    /// The forward pass panicked while it wrote keys and values; the cache cannot be used any more.
-    #[error("the forward pass failed while it wrote to the KV cache: {0}")]
-    CacheLost(String),
     /// The forward pass panicked.
     #[error("the forward pass panicked: {0}")]
     Panicked(String),

@@ -13,8 +13,6 @@ use crate::{
 pub struct Faults {
     /// Those to come, by the sequence that asked for them.
     asked: HashMap<SequenceId, (Fault, usize)>,
-    /// A forward pass broke off in the middle of a block's keys and values.
-    half_written: bool,
 }
 
 impl Faults {
@@ -48,10 +46,6 @@ impl Faults {
             match fault {
                 Fault::Step => return Err(StepError::Failed("injected".into())),
                 Fault::StepPanic => panic!("injected: a forward pass"),
-                Fault::CacheLost => {
-                    self.half_written = true;
-                    panic!("injected: a forward pass that writes keys and values")
-                }
                 Fault::DeviceLost => return Err(StepError::DeviceLost("injected".into())),
                 Fault::OutOfMemory if tokens(&pass.rows) > 1 => {
                     self.asked.remove(&id);
@@ -66,11 +60,6 @@ impl Faults {
             }
         }
         Ok(())
-    }
-
-    /// Whether the KV cache can be used, as far as injected faults go.
-    pub fn leave_the_cache_whole(&self) -> bool {
-        !self.half_written
     }
 
     /// `logits` are `[sampling rows × vocabulary]`.

@@ -29,7 +29,7 @@ pub struct Settings {
     pub max_model_len: Option<usize>,
     /// Whether `path` is a `config.json` and the weights are random.
     pub dummy: bool,
-    /// Whether a GPU keeps the matrices of a GGUF file as they are stored.
+    /// Whether the matrices of a GGUF file are kept as they are stored.
     pub quantized: bool,
     /// Bytes for the KV cache; `None` takes what is left of `gpu_memory` on a GPU, and a share of what is free on the
     /// CPU: [`Memory::for_kv_cache`].
@@ -283,11 +283,6 @@ impl Model {
 
     pub fn vocab_size(&self) -> usize {
         self.decoder.config().vocab_size
-    }
-
-    /// Whether the KV cache can be used; a panic while it was written makes it useless.
-    pub fn cache_is_whole(&self) -> bool {
-        self.cache.is_whole()
     }
 
     /// Whether the device chooses tokens itself.

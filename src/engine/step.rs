@@ -62,7 +62,7 @@ impl Runner {
         let cause = match &error {
             StepError::OutOfMemory(_) => "out_of_memory",
             StepError::DeviceLost(_) => "device_lost",
-            StepError::CacheLost(_) | StepError::Panicked(_) => "step_panicked",
+            StepError::Panicked(_) => "step_panicked",
             StepError::Failed(_) => "step_failed",
         };
         self.metrics.faults.with_label_values(&[cause]).inc();
@@ -70,7 +70,6 @@ impl Runner {
         self.drop_ended(&mut rows);
         match error {
             StepError::DeviceLost(reason) => return Err(End::DeviceLost(reason)),
-            StepError::CacheLost(reason) => return Err(End::Panicked(reason)),
             _ if rows.is_empty() => return Ok(Vec::new()),
             StepError::OutOfMemory(_) => {
                 if let Some(smaller) = self.budget.shrink(&rows) {
@@ -135,20 +134,11 @@ impl Runner {
         Ok(tokens)
     }
 
-    /// A panic on the device's side is an error like others, as long as it left the cache whole. After an error, what the
-    /// device has in its slots is told to it again.
+    /// A panic on the device's side is an error like others: what it wrote of keys and values lies behind what counts, and
+    /// is written again. After an error, what the device has in its slots is told to it again.
     fn guarded<T>(&mut self, run: impl FnOnce(&mut Self) -> Result<T, StepError>) -> Result<T, StepError> {
-        let result = catch_unwind(AssertUnwindSafe(|| run(self))).unwrap_or_else(|panic| {
-            let message = panic_message(&*panic);
-            let whole = self.model.cache_is_whole();
-            #[cfg(any(test, feature = "fault-injection"))]
-            let whole = whole && self.faults.leave_the_cache_whole();
-            Err(if whole {
-                StepError::Panicked(message)
-            } else {
-                StepError::CacheLost(message)
-            })
-        });
+        let result = catch_unwind(AssertUnwindSafe(|| run(self)))
+            .unwrap_or_else(|panic| Err(StepError::Panicked(panic_message(&*panic))));
         result.inspect_err(|_| self.slots.forget_all())
     }
 
