@@ -73,11 +73,7 @@ impl Runner {
     }
 
     fn planned(&self, plan: Plan, at: Instant) -> Planned {
-        let generated = |row: &&Row| {
-            let sequence = self.model.scheduler.sequence(row.id);
-            row.len == 1 && sequence.is_some_and(|s| row.start + s.generated() >= s.tokens().len())
-        };
-        let decodes = plan.rows.iter().filter(generated).count();
+        let decodes = self.decodes(&plan.rows);
         let (rows, prefill_tokens) = (plan.rows.len(), plan.tokens() - decodes);
         let span = tracing::debug_span!("step", rows, prefill_tokens, decode_tokens = decodes);
         let admitted = plan.admitted.iter();
@@ -90,6 +86,15 @@ impl Runner {
             decodes,
             span,
         }
+    }
+
+    /// How many of these rows take a generated token.
+    fn decodes(&self, rows: &[Row]) -> usize {
+        let generated = |row: &&Row| {
+            let sequence = self.model.scheduler.sequence(row.id);
+            row.len == 1 && sequence.is_some_and(|s| row.start + s.generated() >= s.tokens().len())
+        };
+        rows.iter().filter(generated).count()
     }
 
     /// Waits for a step under way, and delivers its tokens.
@@ -146,6 +151,7 @@ impl Runner {
         if step.plan.rows.is_empty() {
             return Ok(());
         }
+        step.decodes = self.decodes(&step.plan.rows);
         let span = step.span.clone();
         let _in_span = span.enter();
         let (planned, began) = (step.at.max(self.landed), Instant::now());
