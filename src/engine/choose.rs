@@ -83,14 +83,14 @@ impl Runner {
     /// Chooses a token for each row that reached its sequence's end.
     pub(super) fn choose(&mut self, plan: &Plan, mut logits: Vec<f32>) -> Vec<(SequenceId, Result<Sample, Failure>)> {
         let sampling = plan.rows.iter().filter(|row| row.samples);
-        let mut clients: Vec<_> = sampling
-            .filter_map(|row| Some((row.id, self.clients.remove(&row.id)?)))
-            .collect();
         let vocabulary = self.model.vocab_size();
+        let mut clients: Vec<_> = sampling
+            .zip(logits.chunks_mut(vocabulary))
+            .filter_map(|(row, logits)| Some((row.id, self.clients.remove(&row.id)?, logits)))
+            .collect();
         let samples: Vec<_> = clients
             .par_iter_mut()
-            .zip(logits.par_chunks_mut(vocabulary))
-            .map(|((id, client), logits)| {
+            .map(|(id, client, logits)| {
                 let choose = || {
                     #[cfg(any(test, feature = "fault-injection"))]
                     self.faults.sampler(*id, &self.model.scheduler);
@@ -99,7 +99,8 @@ impl Runner {
                 (*id, guarded(choose))
             })
             .collect();
-        self.clients.extend(clients);
+        self.clients
+            .extend(clients.into_iter().map(|(id, client, _)| (id, client)));
         self.model.keep(logits);
         // The device has not counted them.
         samples.iter().for_each(|(id, _)| self.slots.forget(*id));
