@@ -2,10 +2,11 @@
 
 mod common;
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use common::{Server, chat, completion, text, tiny};
 use serde_json::{Value, json};
+use tempfile::NamedTempFile;
 
 fn error(response: reqwest::blocking::Response) -> (u16, Value) {
     let status = response.status().as_u16();
@@ -58,9 +59,10 @@ fn a_model_is_swapped_while_the_one_before_it_finishes_and_back_again() {
 
     long["stream"] = json!(true);
     let (finished, swapped) = std::thread::scope(|scope| {
+        let decoded = server.metric("sconce_decode_tokens_total");
         let finishing = scope.spawn(|| server.stream("/v1/completions", &long));
         server.wait_until("it runs", Duration::from_secs(30), || {
-            server.metric("sconce_running") == 1.0
+            server.metric("sconce_decode_tokens_total") > decoded
         });
         let swapped = server.ask("/admin/model", &json!({"model": tiny::path(&folder)}));
         let small = server.ask("/v1/completions", &completion(&[5, 6, 7], 4));
@@ -80,6 +82,45 @@ fn a_model_is_swapped_while_the_one_before_it_finishes_and_back_again() {
     assert_eq!(text(&server.ask("/v1/chat/completions", &question)), expected);
     assert_eq!(server.metric("sconce_model_changes_total{outcome=\"swapped\"}"), 2.0);
     assert_eq!(server.metric("sconce_model_changes_total{outcome=\"failed\"}"), 2.0);
+}
+
+#[test]
+fn a_model_that_prepares_itself_holds_nothing_up_and_is_not_shown() {
+    let settings = NamedTempFile::new().expect("a file");
+    // Takes some hundred steps, and is more than the small model can hold.
+    let pin = format!("[[pin]]\nprompt = '{}'\n", "word ".repeat(1500));
+    fs::write(settings.path(), pin).expect("writes");
+    let path = settings.path().to_str().expect("a path");
+    let small_steps = ["--max-batch", "2", "--step-tokens", "4"];
+    let room = ["--max-model-len", "2048", "--kv-memory", "640MiB"];
+    let server = Server::start(
+        &[
+            ["--admin", "--device", "cpu", "--config", path].as_slice(),
+            &small_steps,
+            &room,
+        ]
+        .concat(),
+    );
+    let state = || server.get("/admin/model").json::<Value>().expect("JSON");
+    let prefilled = server.metric("sconce_prefill_tokens_total");
+    let model = state()["model"].clone();
+    let again = json!({"model": model});
+    std::thread::scope(|scope| {
+        let swapping = scope.spawn(|| server.ask("/admin/model", &again));
+        server.wait_until("it computes the pinned prompt", Duration::from_secs(60), || {
+            server.metric("sconce_prefill_tokens_total") > prefilled
+        });
+        assert_eq!(state()["loading"], model);
+        assert_eq!(swapping.join().expect("it is swapped in")["loading"], Value::Null);
+    });
+
+    server.ask("/admin/batching", &json!({"max_batch": 3}));
+    let folder = tiny::model();
+    let (status, refused) = error(server.post("/admin/model", &json!({"model": tiny::path(&folder)})));
+    assert_eq!(status, 400, "{refused}");
+    assert_eq!(server.metric("sconce_max_batch"), 3.0);
+    let pinned = server.metric("sconce_kv_blocks{state=\"pinned\"}");
+    assert!(pinned > 0.0, "the state shown is that of the model that serves");
 }
 
 fn pieces(events: &[Value]) -> Vec<&Value> {

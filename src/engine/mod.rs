@@ -65,10 +65,13 @@ pub struct Handle {
 /// What reaches the engine thread.
 #[derive(Debug)]
 enum Message {
-    Request(Box<Queued>),
+    /// All of one client request, so that they begin together.
+    Requests(Vec<Queued>),
     Pin(Box<Queued>, cache::PinOrder),
     Cache(cache::Question),
     Configure(Change, oneshot::Sender<Result<Config, ConfigError>>),
+    /// Its state is shown from now on.
+    Shown,
     /// Asks for the sequences that have not ended.
     Live(oneshot::Sender<Vec<Life>>),
     Save(cache_file::Reply),
@@ -112,17 +115,17 @@ impl Handle {
         if !self.watch.waiters.enter(&requests) {
             return Err(Refused::EngineLost);
         }
-        for (request, place) in requests.into_iter().zip(accepted.places) {
-            let phase = tracing::debug_span!(parent: &request.span, "queue");
-            let message = Message::Request(Box::new(Queued {
+        let queued = requests
+            .into_iter()
+            .zip(accepted.places)
+            .map(|(request, place)| Queued {
+                phase: tracing::debug_span!(parent: &request.span, "queue"),
                 request,
                 place,
                 predicted: accepted.predicted,
-                phase,
-            }));
-            self.queue.send(message).map_err(|_| Refused::EngineLost)?;
-        }
-        Ok(())
+            });
+        let message = Message::Requests(queued.collect());
+        self.queue.send(message).map_err(|_| Refused::EngineLost)
     }
 
     /// Whether the engine is lost: it takes no requests, and those it had were told, or are about to be.
@@ -130,9 +133,16 @@ impl Handle {
         self.watch.pulse.abandoned()
     }
 
-    /// Another engine takes the new requests: this one finishes its own, and `/metrics` shows the other's state.
+    /// This engine's state is what `/metrics` shows from now on; that of one which only prepares itself is nobody's.
+    pub fn show(&self) {
+        self.watch.pulse.show(true);
+        // It may be idle, and then shows nothing by itself. One that is lost has nothing to show.
+        let _ = self.queue.send(Message::Shown);
+    }
+
+    /// Another engine takes the new requests: this one finishes its own, and is not shown any more.
     pub fn retire(&self) {
-        self.watch.pulse.retire();
+        self.watch.pulse.show(false);
     }
 
     /// The engine's reply, or `None` if it is lost: a thread that hangs keeps the question and never answers.
@@ -160,10 +170,9 @@ impl Handle {
         let mut session = self.timeline.begin()?;
         session.gather(length).await;
         let (reply, replied) = oneshot::channel();
-        // An engine that has ended has no live sequences; one that hangs is not waited for.
+        // An engine that is lost has no live sequences.
         let _ = self.queue.send(Message::Live(reply));
-        let live = tokio::time::timeout(Duration::from_secs(1), replied).await;
-        Ok(session.finish(live.ok().and_then(Result::ok).unwrap_or_default()))
+        Ok(session.finish(self.reply(replied).await.unwrap_or_default()))
     }
 
     /// Writes the cached blocks to the cache file while requests go on, and says what it wrote.
@@ -184,7 +193,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine for these weights, with an empty KV cache.
+    /// An engine for these weights, with a KV cache of its own: what the cache file has, or nothing.
     pub fn new(weights: &Weights, metrics: Arc<EngineMetrics>) -> Result<Self, LoadError> {
         Ok(Self {
             model: model::Model::new(weights)?,

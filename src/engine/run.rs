@@ -121,7 +121,6 @@ impl Runner {
         gate: SharedGate,
         watch: Watch,
     ) -> Self {
-        metrics.max_batch.set(model.scheduler.config().max_batch as f64);
         Self {
             model,
             inbox,
@@ -196,21 +195,24 @@ impl Runner {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Request(queued) => {
-                let namespace = self.model.namespace(&queued.request);
-                self.enqueue(*queued, namespace, None);
+            Message::Requests(requests) => {
+                for queued in requests {
+                    let namespace = self.model.namespace(&queued.request);
+                    self.enqueue(queued, namespace, None);
+                }
             }
             Message::Pin(queued, order) => self.start_pin(*queued, order),
             Message::Cache(question) => self.answer(question),
             Message::Configure(change, reply) => {
                 let config = self.model.scheduler.configure(&change).cloned();
-                if let Ok(config) = &config {
+                if config.is_ok() {
                     tracing::info!(?change, "settings changed");
-                    self.metrics.max_batch.set(config.max_batch as f64);
+                    self.observe();
                 }
                 // Whoever asked may have left; the change stands.
                 let _ = reply.send(config);
             }
+            Message::Shown => self.observe(),
             Message::Live(reply) => {
                 let _ = reply.send(self.clients.values().map(|client| client.life.clone()).collect());
             }
@@ -449,6 +451,7 @@ impl Runner {
         if !self.watch.pulse.shown() {
             return;
         }
+        self.metrics.max_batch.set(scheduler.config().max_batch as f64);
         self.metrics.waiting.set(scheduler.waiting() as f64);
         self.metrics.running.set(scheduler.running() as f64);
         let counts = scheduler.block_counts();

@@ -335,6 +335,7 @@ fn whoever_leaves_frees_its_place_within_a_step() {
     settings.max_model_len = Some(8192);
     let engine = Engine::new(&Weights::load(&settings).unwrap(), metrics.clone()).unwrap();
     let (handle, guard) = engine.start(places(4)).unwrap();
+    handle.show();
     let wait_until = |condition: &dyn Fn() -> bool| {
         let start = Instant::now();
         while !condition() {
@@ -357,7 +358,8 @@ fn whoever_leaves_frees_its_place_within_a_step() {
         wait_until(&|| metrics.prefill_tokens.get() > prefilled && metrics.decode_tokens.get() >= decoded + decodes);
         // The gauge follows the counters at the end of the step.
         wait_until(&|| held() > 0.0);
-        drop((running, waiting));
+        // In this order, or the one that waits might still be answered.
+        drop((waiting, running));
         let steps = metrics.step_seconds.get_sample_count();
         wait_until(&|| held() == 0.0 && metrics.waiting.get() == 0.0);
         // The step that ran as they left, and none after it.

@@ -46,7 +46,7 @@ pub(super) struct Pulse {
     /// Milliseconds from `origin` to the last sign of life, plus one; 0 while the thread waits for requests.
     beat: AtomicU64,
     abandoned: AtomicBool,
-    retired: AtomicBool,
+    shown: AtomicBool,
 }
 
 impl Pulse {
@@ -55,7 +55,7 @@ impl Pulse {
             origin: Instant::now(),
             beat: AtomicU64::new(0),
             abandoned: AtomicBool::new(false),
-            retired: AtomicBool::new(false),
+            shown: AtomicBool::new(false),
         }
     }
 
@@ -79,14 +79,14 @@ impl Pulse {
         self.abandoned.load(Ordering::Acquire)
     }
 
-    /// Another engine takes the new requests; this one's state is no longer the server's.
-    pub fn retire(&self) {
-        self.retired.store(true, Ordering::Relaxed);
+    /// Whether the engine is the one that takes the new requests, so that its state is the server's.
+    pub fn show(&self, shown: bool) {
+        self.shown.store(shown, Ordering::Relaxed);
     }
 
     /// Whether the engine's state is the one to show.
     pub fn shown(&self) -> bool {
-        !self.retired.load(Ordering::Relaxed) && !self.abandoned()
+        self.shown.load(Ordering::Relaxed) && !self.abandoned()
     }
 
     fn now(&self) -> u64 {

@@ -12,7 +12,7 @@ use std::{
 
 use tokio::{
     sync::{mpsc, oneshot},
-    task::{JoinError, JoinSet},
+    task::{JoinError, JoinHandle, JoinSet},
 };
 
 use super::{ServeError, engine_settings, limits};
@@ -32,13 +32,23 @@ const RESTARTS_WITHIN: Duration = Duration::from_secs(600);
 
 /// A model that is in memory, with an engine that does not run yet.
 struct Loaded {
-    /// As `--model` would name it.
-    name: String,
-    tokenizer: Tokenizer,
-    template: Option<Arc<ChatTemplate>>,
     weights: Weights,
     engine: Engine,
+    tokenizer: Tokenizer,
+    template: Option<Arc<ChatTemplate>>,
 }
+
+/// A model whose engine runs and has computed the settings' prompts, or has told why not.
+struct Prepared {
+    name: String,
+    engine: engine::Handle,
+    guard: JoinHandle<End>,
+    model: Arc<api::Model>,
+    weights: Weights,
+    pinned: Result<(), api::NotPinned>,
+}
+
+type Preparing = JoinSet<Result<Prepared, ServeError>>;
 
 /// The model that serves.
 struct Current {
@@ -58,13 +68,17 @@ pub struct Supervisor {
     server: Arc<api::Server>,
     current: Option<Current>,
     /// At most one model loads at a time.
-    loads: JoinSet<Result<Loaded, ServeError>>,
+    loads: Preparing,
     /// Its name, and who asked for it: nobody for the first one.
     loading: Option<(String, Option<LoadReply>)>,
+    /// Engines that are started again on the weights in memory.
+    restarts: Preparing,
+    /// The name of the model that had the last of them.
+    restarting: Option<String>,
     /// One for each engine, the serving one and those that were replaced.
     guards: JoinSet<(u64, End)>,
     engines: u64,
-    restarts: VecDeque<Instant>,
+    restarted: VecDeque<Instant>,
 }
 
 impl Supervisor {
@@ -76,9 +90,11 @@ impl Supervisor {
             current: None,
             loads: JoinSet::new(),
             loading: None,
+            restarts: JoinSet::new(),
+            restarting: None,
             guards: JoinSet::new(),
             engines: 0,
-            restarts: VecDeque::new(),
+            restarted: VecDeque::new(),
         }
     }
 
@@ -99,7 +115,8 @@ impl Supervisor {
                         ready(&current.model.names[0]);
                     }
                 }
-                Some(Ok((number, end))) = self.guards.join_next() => self.ended(number, end).await?,
+                Some(again) = self.restarts.join_next() => self.runs_again(again).await?,
+                Some(Ok((number, end))) = self.guards.join_next() => self.ended(number, end)?,
                 Some(command) = commands.recv() => self.obey(command),
             }
         }
@@ -121,8 +138,9 @@ impl Supervisor {
 
     fn state(&self) -> ModelState {
         let serving = usize::from(self.current.is_some());
+        let serves = self.current.as_ref().map(|current| &current.name);
         ModelState {
-            model: self.current.as_ref().map(|current| current.name.clone()),
+            model: serves.or(self.restarting.as_ref()).cloned(),
             loading: self.loading.as_ref().map(|(name, _)| name.clone()),
             retiring: self.guards.len().saturating_sub(serving),
         }
@@ -131,15 +149,26 @@ impl Supervisor {
     fn load(&mut self, name: String, reply: Option<LoadReply>) {
         let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
         self.loading = Some((name.clone(), reply));
-        self.loads.spawn_blocking(move || load(&settings, name, metrics));
+        self.loads.spawn(async move {
+            let (choice, read) = (settings.clone(), name.clone());
+            let loaded = tokio::task::spawn_blocking(move || load(&choice, &read, metrics)).await;
+            let Loaded {
+                weights,
+                engine,
+                tokenizer,
+                template,
+            } = loaded.map_err(|_| ServeError::LoadPanicked)??;
+            let served = settings.http.served_model_name.clone();
+            let names = vec![served.unwrap_or_else(|| name.clone())];
+            prepare(&settings, name, names, (tokenizer, template), weights, engine).await
+        });
     }
 
     /// A model is in memory, or it is not: then the one before it goes on, and without one there is nothing to do.
-    async fn loaded(&mut self, loaded: Result<Result<Loaded, ServeError>, JoinError>) -> Result<(), ServeError> {
+    async fn loaded(&mut self, loaded: Result<Result<Prepared, ServeError>, JoinError>) -> Result<(), ServeError> {
         let asked = self.loading.take().and_then(|(_, reply)| reply);
-        let result = loaded.unwrap_or(Err(ServeError::LoadPanicked));
-        let started = match result {
-            Ok(loaded) => self.swap(loaded).await,
+        let started = match loaded.unwrap_or(Err(ServeError::LoadPanicked)) {
+            Ok(prepared) => self.install(prepared).await,
             Err(error) => Err(error),
         };
         let Some(reply) = asked else { return started };
@@ -155,71 +184,48 @@ impl Supervisor {
     }
 
     /// New requests go to this model from now on. The one before it ends with its last request.
-    async fn swap(&mut self, loaded: Loaded) -> Result<(), ServeError> {
-        let Loaded {
+    async fn install(&mut self, prepared: Prepared) -> Result<(), ServeError> {
+        let Prepared {
             name,
-            tokenizer,
-            template,
-            weights,
             engine,
-        } = loaded;
-        let served = self.settings.http.served_model_name.clone();
-        let names = vec![served.unwrap_or_else(|| name.clone())];
-        let text = (tokenizer, template);
-        let current = self.start(name, names, text, weights, engine).await?;
-        if let Some(before) = self.current.replace(current) {
-            before.engine.retire();
-        }
-        Ok(())
-    }
-
-    /// Starts an engine, watches it, pins the settings' prompts in its cache and lets it serve.
-    async fn start(
-        &mut self,
-        name: String,
-        names: Vec<String>,
-        (tokenizer, template): (Tokenizer, Option<Arc<ChatTemplate>>),
-        weights: Weights,
-        engine: Engine,
-    ) -> Result<Current, ServeError> {
-        let (max_model_len, vocab_size) = (engine.max_model_len(), engine.vocab_size());
-        let (handle, guard) = engine.start(limits(&self.settings))?;
+            guard,
+            model,
+            weights,
+            pinned,
+        } = prepared;
         self.engines += 1;
         let number = self.engines;
-        self.guards.spawn(async move { (number, guard.wait().await) });
-        let queue = handle.clone();
-        let model = Arc::new(api::Model {
-            names,
-            max_model_len,
-            vocab_size,
-            tokenizer,
-            template,
-            submit: Box::new(move |requests| queue.submit(requests)),
-            engine: Some(handle.clone()),
-        });
-        if let Err(error) = api::pin_configured(&model, &handle, &self.settings.pins).await {
+        let end = async { guard.await.unwrap_or(End::Panicked("nobody watched it".into())) };
+        self.guards.spawn(async move { (number, end.await) });
+        if let Err(error) = pinned {
             // The guard of a lost engine says how it ended, and then what is to be done is done. But a model that serves
             // is not replaced by this one.
-            if self.current.is_some() || !handle.is_lost() {
+            if self.current.is_some() || !engine.is_lost() {
                 return Err(error.into());
             }
         }
         self.server.serve_model(model.clone());
         // An engine that is lost by now is its guard's to tell of.
-        if let Err(ConfigureError::Config(error)) = self.server.catch_up(&handle).await {
+        if let Err(ConfigureError::Config(error)) = self.server.catch_up(&engine).await {
             tracing::warn!(%error, "this model takes the batching settings that the server was started with");
         }
-        Ok(Current {
+        let current = Current {
             name,
             number,
-            engine: handle,
+            engine,
             model,
             weights,
-        })
+        };
+        if let Some(before) = &self.current {
+            before.engine.retire();
+        }
+        current.engine.show();
+        self.current = Some(current);
+        Ok(())
     }
 
     /// An engine's thread has ended or hangs. One that was replaced is not missed; the serving one is started again.
-    async fn ended(&mut self, number: u64, end: End) -> Result<(), ServeError> {
+    fn ended(&mut self, number: u64, end: End) -> Result<(), ServeError> {
         if end == End::Hung && self.current.as_ref().is_some_and(|current| current.weights.on_gpu()) {
             // Whatever any engine asks of the device waits behind the step that hangs, even a replaced one's.
             return Err(ServeError::DeviceLost("a step did not end".into()));
@@ -241,11 +247,26 @@ impl Supervisor {
         let Current {
             name, model, weights, ..
         } = current;
-        let (fresh, metrics) = (weights.clone(), self.metrics.clone());
-        let engine = tokio::task::spawn_blocking(move || Engine::new(&fresh, metrics)).await;
-        let engine = engine.map_err(|_| ServeError::EngineLost)??;
-        let text = (model.tokenizer.clone(), model.template.clone());
-        self.current = Some(self.start(name, model.names.clone(), text, weights, engine).await?);
+        self.restarting = Some(name.clone());
+        let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
+        self.restarts.spawn(async move {
+            let fresh = weights.clone();
+            let engine = tokio::task::spawn_blocking(move || Engine::new(&fresh, metrics)).await;
+            let engine = engine.map_err(|_| ServeError::EngineLost)??;
+            let text = (model.tokenizer.clone(), model.template.clone());
+            prepare(&settings, name, model.names.clone(), text, weights, engine).await
+        });
+        Ok(())
+    }
+
+    /// An engine that failed has been started again, unless it could not be.
+    async fn runs_again(&mut self, again: Result<Result<Prepared, ServeError>, JoinError>) -> Result<(), ServeError> {
+        self.restarting = None;
+        if self.current.is_some() {
+            // Another model was swapped in meanwhile. Dropped, this one's engine ends.
+            return Ok(());
+        }
+        self.install(again.unwrap_or(Err(ServeError::EngineLost))?).await?;
         tracing::warn!("the engine runs again");
         Ok(())
     }
@@ -264,10 +285,10 @@ impl Supervisor {
     }
 
     fn may_restart(&mut self, now: Instant) -> bool {
-        self.restarts
+        self.restarted
             .retain(|restart| now.saturating_duration_since(*restart) < RESTARTS_WITHIN);
-        self.restarts.push_back(now);
-        self.restarts.len() <= MOST_RESTARTS
+        self.restarted.push_back(now);
+        self.restarted.len() <= MOST_RESTARTS
     }
 }
 
@@ -282,16 +303,16 @@ fn cause(end: &End) -> &'static str {
 }
 
 /// Fetches the model if need be and reads it.
-fn load(settings: &Serve, name: String, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
+fn load(settings: &Serve, name: &str, metrics: Arc<EngineMetrics>) -> Result<Loaded, ServeError> {
     #[cfg(any(test, feature = "fault-injection"))]
-    crate::fault_injection::Fault::Loader.panic_if_asked(&name, 0);
+    crate::fault_injection::Fault::Loader.panic_if_asked(name, 0);
     let dummy = settings.model.load_format == LoadFormat::Dummy;
     let find = if dummy {
         model_files::shape
     } else {
         model_files::resolve
     };
-    let path = find(&name)?;
+    let path = find(name)?;
     let started = Instant::now();
     // The vocabulary takes a moment of its own, on one core.
     let (weights, tokenizer, template) = thread::scope(|scope| {
@@ -306,11 +327,43 @@ fn load(settings: &Serve, name: String, metrics: Arc<EngineMetrics>) -> Result<L
         max_model_len = engine.max_model_len(), kv_tokens = engine.kv_tokens(), "model loaded"
     );
     Ok(Loaded {
-        name,
-        tokenizer,
-        template,
         weights,
         engine,
+        tokenizer,
+        template,
+    })
+}
+
+/// Starts an engine and pins the settings' prompts in its cache. It may take long, so the supervisor does not wait for it.
+async fn prepare(
+    settings: &Serve,
+    name: String,
+    names: Vec<String>,
+    (tokenizer, template): (Tokenizer, Option<Arc<ChatTemplate>>),
+    weights: Weights,
+    engine: Engine,
+) -> Result<Prepared, ServeError> {
+    let (max_model_len, vocab_size) = (engine.max_model_len(), engine.vocab_size());
+    let (engine, guard) = engine.start(limits(settings))?;
+    let guard = tokio::spawn(guard.wait());
+    let queue = engine.clone();
+    let model = Arc::new(api::Model {
+        names,
+        max_model_len,
+        vocab_size,
+        tokenizer,
+        template,
+        submit: Box::new(move |requests| queue.submit(requests)),
+        engine: Some(engine.clone()),
+    });
+    let pinned = api::pin_configured(&model, &engine, &settings.pins).await;
+    Ok(Prepared {
+        name,
+        engine,
+        guard,
+        model,
+        weights,
+        pinned,
     })
 }
 
