@@ -7,7 +7,7 @@ use candle_core::Device;
 use sconce_models::{Config, Decoder, Draw, KvCache, ModelError, Span, Step, ceilings};
 use serde::Serialize;
 
-use super::{device, model_files, model_files::PullError};
+use super::{device, model_files, model_files::PullError, say};
 use crate::config::{Bench, LoadFormat};
 use crate::engine;
 
@@ -83,15 +83,14 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
         copy: ceilings::copy_bandwidth(&device, BUDGET)?,
         matmul: ceilings::matmul_rate(&device, dtype, settings.model.quantized, BUDGET)?,
     };
-    println!("model    {} ({dtype:?} on {device:?})", settings.choice.model);
-    println!(
-        "ceilings copy {:.1} GB/s, matmul {:.0} GFLOP/s\n",
-        ceilings.copy, ceilings.matmul
-    );
-    println!(
+    say(format_args!(
+        "model    {} ({dtype:?} on {device:?})\nceilings copy {:.1} GB/s, matmul {:.0} GFLOP/s\n",
+        settings.choice.model, ceilings.copy, ceilings.matmul
+    ));
+    say(format_args!(
         "{:<8} {:>6} {:>10} {:>10} {:>8} {:>8}",
         "phase", "tokens", "ms a step", "tokens/s", "of FLOPs", "of bytes"
-    );
+    ));
     let measure = Measure {
         decoder: &decoder,
         device: &device,
@@ -189,14 +188,14 @@ impl Measure<'_> {
             share_of_flops: work.flops / 1e9 / seconds / self.ceilings.matmul,
             share_of_bytes: work.bytes / 1e9 / seconds / self.ceilings.copy,
         };
-        println!(
+        say(format_args!(
             "{phase:<8} {:>6} {:>10.2} {:>10.0} {:>7.0}% {:>7.0}%",
             line.tokens,
             seconds * 1e3,
             line.tokens as f64 / seconds,
             100.0 * line.share_of_flops,
             100.0 * line.share_of_bytes,
-        );
+        ));
         Ok(line)
     }
 

@@ -3,6 +3,7 @@
 use rand::TryRng as _;
 use rand::rngs::{SysError, SysRng};
 
+use super::say;
 use crate::{api, config::Key};
 
 /// 256 bits, so that nobody guesses one, whatever is known of its hash.
@@ -24,8 +25,10 @@ pub fn run(settings: &Key) -> Result<(), KeyError> {
     let secret = format!("sk-{}", hex(&bytes));
     let lines = lines(&settings.name, &secret);
     api::check_keys(&lines)?;
-    println!("# The key, shown this once. Its owner sends it as `Authorization: Bearer KEY`:\n# {secret}\n");
-    println!("# For the file of --api-keys:\n{lines}");
+    say(format_args!(
+        "# The key, shown this once. Its owner sends it as `Authorization: Bearer KEY`:\n# {secret}\n\n\
+         # For the file of --api-keys:\n{lines}"
+    ));
     Ok(())
 }
 

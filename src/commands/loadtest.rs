@@ -27,7 +27,10 @@ use sconce_loadtest::{
 };
 use tokio::signal::unix::SignalKind;
 
-use super::signals::{SIGNALLED_TWICE, stop_at};
+use super::{
+    say,
+    signals::{SIGNALLED_TWICE, stop_at},
+};
 use crate::config::load::{self, Loadtest, LoadtestAction};
 
 /// For how long requests are sent where neither a number nor a duration is given.
@@ -86,7 +89,7 @@ pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
         Ok::<_, LoadtestError>(execute(&plan, &mut Live::new(), &mut stop).await)
     });
     let report = runtime.block_on(measuring).map_err(io::Error::other)??;
-    print!("{}", report::table::text(&report));
+    say(report::table::text(&report).trim_end());
     write_reports(&settings.reports, &report)?;
     if report.runs.is_empty() && !report.interrupted {
         let first = report.search.first().map_or(settings.load.rate, |probe| probe.rate);

@@ -1,6 +1,9 @@
 //! `sconce pull`: fetches a model before a server needs it.
 
-use super::model_files::{self, PullError};
+use super::{
+    model_files::{self, PullError},
+    say,
+};
 use crate::config::Pull;
 
 /// Fetches the model unless it is there, and prints the path of its file or folder.
@@ -8,6 +11,6 @@ use crate::config::Pull;
 /// # Errors
 /// [`PullError`], which says what to do by hand.
 pub fn run(settings: &Pull) -> Result<(), PullError> {
-    println!("{}", model_files::resolve(&settings.choice.model)?.display());
+    say(model_files::resolve(&settings.choice.model)?.display());
     Ok(())
 }

@@ -13,7 +13,7 @@ use tokio::{
 
 mod supervisor;
 
-use super::{device, model_files::PullError};
+use super::{device, model_files::PullError, say};
 use crate::{
     api::{self, ApiSettings, listen},
     batching,
@@ -101,7 +101,10 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
         telemetry::exposition(&registry)
     });
     let server = Arc::new(server.with_keys(keys));
-    println!("sconce listens on http://{local} and loads {}", settings.choice.model);
+    say(format_args!(
+        "sconce listens on http://{local} and loads {}",
+        settings.choice.model
+    ));
 
     let (closing, closed) = oneshot::channel();
     let drained = drain::drained(server.clone(), signals, settings.life.drain_timeout, closing);
@@ -235,10 +238,10 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
 }
 
 fn print_example(address: SocketAddr, model: &str) {
-    println!(
+    say(format_args!(
         "{model} is ready. Try:\n\n  curl http://{address}/v1/chat/completions -H 'content-type: application/json' \\\n    \
          -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'\n"
-    );
+    ));
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::{
     loadtest::{self, LoadtestError},
+    say,
     signals::{self, SIGNALLED_TWICE},
 };
 use crate::config::load::{self, Experiments, Tune, TuneExperiment};
@@ -124,14 +125,14 @@ impl Tried {
 
 fn report_front(settings: &Experiments, search: &Search) -> Result<(), TuneError> {
     let best = search.best().ok_or(TuneError::Nothing)?;
-    println!(
+    say(format_args!(
         "Goodput under {}, those on the Pareto front first:\n\n{}\nRecommended, for `serve --config`:\n\n{}",
         settings.slo,
         with_remarks(tune::table(search), &search.tried),
         toml(&best.trial.knobs)
-    );
+    ));
     for reason in search.reasons() {
-        println!("- {reason}");
+        say(format_args!("- {reason}"));
     }
     if let Some(path) = &settings.save_toml {
         loadtest::write(path, &toml(&best.trial.knobs))?;
@@ -144,11 +145,11 @@ fn report_schedules(settings: &Experiments, tried: &[Experiment]) -> Result<(), 
     if tried.is_empty() {
         return Err(TuneError::Nothing);
     }
-    println!(
+    say(format_args!(
         "Goodput under {} in requests/s, E2E, busy share of the time, and sequences in a step:\n\n{}",
         settings.slo,
         with_remarks(schedules::table(tried), tried)
-    );
+    ));
     write_charts(settings, &schedules::figures(tried), || schedules::page(tried))
 }
 
