@@ -37,8 +37,9 @@ run() { # times RATE
     --save-json "$out/$1.json"
 }
 
+sampler=
+trap '[[ -z $sampler ]] || kill "$sampler"' EXIT
 for load in ${LOADS:-0.8 1 1.2 3}; do
-  sampler=
   if [[ -n $pid ]]; then
     while sleep 5; do memory "$pid"; done >"$out/$load.memory" &
     sampler=$!
@@ -47,6 +48,7 @@ for load in ${LOADS:-0.8 1 1.2 3}; do
   if [[ -n $sampler ]]; then
     kill "$sampler"
     wait "$sampler" 2>/dev/null || true
+    sampler=
     echo "memory in MB, every 5 s: $(tr '\n' ' ' <"$out/$load.memory")"
   fi
 done

@@ -127,9 +127,13 @@ def main():
     idle = sample(options.pid, options.url, began)
     load = subprocess.Popen(options.load, stdout=subprocess.DEVNULL)
     samples = []
-    while load.poll() is None:
-        samples.append(sample(options.pid, options.url, began))
-        time.sleep(EVERY)
+    try:
+        while load.poll() is None:
+            samples.append(sample(options.pid, options.url, began))
+            time.sleep(EVERY)
+    finally:
+        # Where the server is gone, nobody waits for the load test.
+        load.terminate()
     after = settle(options.pid, options.url, began, idle)
     if len(samples) < 9:
         sys.exit("FAILED: too short to judge; give it more seconds")

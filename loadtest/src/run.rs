@@ -113,6 +113,7 @@ pub struct Measured {
 struct Shared {
     asked: Asked,
     start: Instant,
+    /// A lock, because every request notes its own end.
     recorder: Mutex<Recorder>,
     in_flight: AtomicI64,
     sent: AtomicU64,

@@ -8,7 +8,8 @@ use plotters::{
     prelude::*,
 };
 
-use super::scale::{Axis, Scale, percent};
+use super::scale::{Axis, Scale};
+use super::table::percent;
 
 /// A named line or cloud of points.
 pub struct Series {

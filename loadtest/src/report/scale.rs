@@ -98,11 +98,6 @@ fn step(least: f64) -> f64 {
     steps.into_iter().find(|&step| step >= least).unwrap_or(decade * 10.0)
 }
 
-/// A share as a percentage.
-pub fn percent(share: f64) -> String {
-    format!("{:.0} %", share * 100.0)
-}
-
 /// A time in milliseconds with its unit.
 pub fn milliseconds(value: f64) -> String {
     if value >= 1000.0 {

@@ -97,6 +97,9 @@ struct Moment {
 pub struct Observer {
     target: Target,
     process: Option<Process>,
+    /// Opened once: that takes a while, and the measured part begins on time.
+    gpu: Option<Arc<Gpu>>,
+    /// A lock, because what the task saw is wanted when it is aborted.
     seen: Arc<Mutex<Seen>>,
     task: JoinHandle<()>,
 }
@@ -106,11 +109,12 @@ impl Observer {
     pub async fn new(target: Target) -> Self {
         let seen = Arc::new(Mutex::new(Seen::default()));
         let process = Process::of(target.url());
-        let gpu = process.as_ref().and_then(|_| Gpu::open());
-        let task = tokio::spawn(watch(target.clone(), process.clone(), gpu, seen.clone()));
+        let gpu = process.as_ref().and_then(|_| Gpu::open()).map(Arc::new);
+        let task = tokio::spawn(watch(target.clone(), process.clone(), gpu.clone(), seen.clone()));
         Self {
             target,
             process,
+            gpu,
             seen,
             task,
         }
@@ -118,10 +122,11 @@ impl Observer {
 
     /// The measured part begins now: what was seen before is dropped.
     pub fn begin(&mut self) {
-        *lock(&self.seen) = Seen::default();
         self.task.abort();
-        let gpu = self.process.as_ref().and_then(|_| Gpu::open());
-        self.task = tokio::spawn(watch(self.target.clone(), self.process.clone(), gpu, self.seen.clone()));
+        // The task may be in the middle of a look, which it notes where nobody reads it.
+        self.seen = Arc::default();
+        let (target, process, gpu) = (self.target.clone(), self.process.clone(), self.gpu.clone());
+        self.task = tokio::spawn(watch(target, process, gpu, self.seen.clone()));
     }
 
     /// The gauges as they were last read.
@@ -143,7 +148,7 @@ fn lock(seen: &Mutex<Seen>) -> std::sync::MutexGuard<'_, Seen> {
     seen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn watch(target: Target, process: Option<Process>, gpu: Option<Gpu>, seen: Arc<Mutex<Seen>>) {
+async fn watch(target: Target, process: Option<Process>, gpu: Option<Arc<Gpu>>, seen: Arc<Mutex<Seen>>) {
     let mut ticks = tokio::time::interval(SCRAPING);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     loop {
@@ -158,7 +163,7 @@ async fn watch(target: Target, process: Option<Process>, gpu: Option<Gpu>, seen:
         let before = lock(&seen).first.as_ref().is_some_and(|first| first.page.is_sconces());
         let device = match before || now.page.is_sconces() {
             true => now.page.gpu(),
-            false => gpu.as_ref().and_then(Gpu::read),
+            false => gpu.as_ref().and_then(|gpu| gpu.read()),
         };
         let mut seen = lock(&seen);
         seen.gauges.push(now.page.gauges());
