@@ -411,12 +411,13 @@ fn cut_by_its_time(server: &Server, timeout_ms: u64) -> bool {
     server.wait_until("both are counted", LIMIT, || ended("cut") == 2.0);
     assert_eq!(ended("expired"), 0.0);
     // The server is idle as soon as the last answer has ended, and then lets even this one in. A first step may have
-    // given it a token.
+    // given it a token, for which the answer did not wait if that step was long.
     (body["timeout_ms"], body["stream"]) = (json!(1), json!(false));
     let status = server.post(CHAT, &body).status();
+    server.wait_until("it is counted", LIMIT, || ended("cut") + ended("expired") == 3.0);
     match status.as_u16() {
-        504 => assert_eq!((ended("cut"), ended("expired")), (2.0, 1.0)),
-        status => assert_eq!((status, ended("cut"), ended("expired")), (200, 3.0, 0.0)),
+        504 => assert!(ended("cut") >= 2.0),
+        status => assert_eq!((status, ended("cut")), (200, 3.0)),
     }
     server.wait_until("their blocks are free", LIMIT, || {
         server.metric("sconce_kv_blocks{state=\"held\"}") == 0.0

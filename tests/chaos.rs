@@ -91,7 +91,7 @@ fn every_request_has_exactly_one_outcome_and_nothing_is_left_behind() {
         "--step-tokens",
         "24",
         "--step-timeout",
-        "5s",
+        "10s",
         "--batch-window",
         "1ms",
     ];

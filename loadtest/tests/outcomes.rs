@@ -19,7 +19,7 @@ const BURST: Arrivals = Arrivals::Burst;
 /// Where nothing is to time out.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Where something is: far more than an answer takes, and far less than the stall.
-const TIMEOUT: Duration = Duration::from_secs(3);
+const TIMEOUT: Duration = Duration::from_secs(8);
 const STALL: Duration = Duration::from_secs(20);
 
 fn errors(pairs: &[(&str, u64)]) -> BTreeMap<String, u64> {

@@ -61,7 +61,7 @@ fn alone() -> MutexGuard<'static, ()> {
 fn judge(arrivals: &Arrivals, requests: u64, server: impl Fn() -> Mock, expected: impl Fn(&Summary) -> Vec<Expected>) {
     let _alone = alone();
     let mut busy = 0.0;
-    for _ in 0..TRIES {
+    for tried in 1..=TRIES {
         let (measured, held_up) =
             watched(|| drive(&server().asked(Duration::from_secs(60)), arrivals.clone(), requests));
         busy = held_up.max(busy);
@@ -77,7 +77,7 @@ fn judge(arrivals: &Arrivals, requests: u64, server: impl Fn() -> Mock, expected
         for Expected { what, found, range } in expected(&run.latency_ms[&Metric::E2e]) {
             assert!(found >= range.start, "{what}: {found} is not in {range:?}");
             assert!(
-                found < range.end + later,
+                tried < TRIES || found < range.end + later,
                 "{what}: {found} is not in {range:?}; requests went out {latest} ms late at most, and a thread beside \
                  them was held up for {held_up} ms"
             );

@@ -128,7 +128,7 @@ async fn choices_that_all_end_without_a_token_are_one_failure() {
 async fn a_deadline_is_kept_while_the_engine_is_silent() {
     for (first, status) in [(Some(hi()), 200), (None, 504)] {
         let (server, held) = held();
-        let body = asking(&json!({"n": 2, "timeout_ms": 500}));
+        let body = asking(&json!({"n": 2, "timeout_ms": 2000}));
         let asked = tokio::spawn(async move { post(&server, CHAT, body).await });
         let requests = come(&held).await;
         if let Some(token) = first {
