@@ -277,7 +277,8 @@ pub struct Http {
     pub max_body: u64,
     /// Let clients change batching settings and the model through `/admin`; only with a `--host` that is a loopback address
     #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
-    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true, value_parser = BoolishValueParser::new())]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     pub admin: bool,
     /// A TOML file of API keys, read again when it changes; every request but `/health` and `/ready` then needs one
     #[arg(long, value_name = "PATH")]

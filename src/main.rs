@@ -73,7 +73,7 @@ fn start_logging(settings: &Common) -> Result<Exporter, Box<dyn Error>> {
         .with_ansi(std::io::stderr().is_terminal());
     let lines = match settings.log_format {
         LogFormat::Text => lines.boxed(),
-        LogFormat::Json => lines.json().boxed(),
+        LogFormat::Json => lines.json().with_span_list(false).boxed(),
     };
     let filter = log_level::filter(&settings.log_level);
     let registry = tracing_subscriber::registry().with(lines.with_filter(filter));

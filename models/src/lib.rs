@@ -1,5 +1,5 @@
 //! Decoder architectures on candle: one configured decoder for the Llama, Mistral, Qwen2 and Qwen3 families,
-//! its weights (GGUF and safetensors), a paged KV cache, and the arithmetic for the CPU.
+//! its weights (GGUF and safetensors), a paged KV cache, and the arithmetic for the CPU and for CUDA.
 //!
 //! A [`Step`] carries any mix of prefill chunks and decodes, packed end to end; [`Decoder::forward`] runs it in
 //! one pass over a [`KvCache`] and answers logits for the sequences that want them. What a sequence's logits are

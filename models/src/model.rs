@@ -68,8 +68,8 @@ impl Decoder {
     }
 
     /// As [`Self::load`], with the matrices of a GGUF file as it stores them; what is not quantized in the file is stored as
-    /// `dtype`, and on a GPU the embedding table too. On the CPU only Q4_0, Q4_1 and Q8_0 are kept as they are, others, and
-    /// those beside them in one projection, in eight bits.
+    /// `dtype`, and on a GPU the embedding table too. On the CPU Q4_0, Q4_1 and Q8_0 are kept as they are and Q4_K nearly
+    /// so; others are in eight bits, and so are those in four beside them in one projection.
     pub fn load_quantized(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
         let (weights, config) = Weights::open(path)?;
         if !matches!(weights, Weights::Gguf(_)) {

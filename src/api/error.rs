@@ -87,7 +87,7 @@ impl ApiError {
     }
 
     pub fn unknown_path(method: &str, path: &str) -> Self {
-        let message = format!("There is no {method} {path}. See the README for the paths served.");
+        let message = format!("There is no {method} {path}. docs/http-api.md has the paths served.");
         Self::new(
             StatusCode::NOT_FOUND,
             "invalid_request_error",

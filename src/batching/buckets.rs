@@ -34,8 +34,8 @@ impl Buckets {
         self.0.partition_point(|&bound| bound < length)
     }
 
-    /// Which of the waiting prompts, oldest first, make the next batch of at most `room`: the oldest one's bucket.
-    /// Whoever is passed over moves up, and goes first once it is the oldest.
+    /// Which of the waiting prompts, in the order in which they are due, make the next batch of at most `room`: the first
+    /// one's bucket. Whoever is passed over moves up, and goes first in time.
     pub fn select(&self, lengths: impl Iterator<Item = usize>, room: usize) -> Vec<usize> {
         let mut wanted = None;
         let chosen = lengths.enumerate().filter(|&(_, length)| {

@@ -129,7 +129,11 @@ impl<T> FairQueue<T> {
             };
             self.lines.insert(tenant.name.clone(), line);
         }
-        let line = self.lines.get_mut(&tenant.name).expect("it was put there above");
+        // It was put there above, if it was not there before.
+        let line = self
+            .lines
+            .get_mut(&tenant.name)
+            .expect("every tenant asked for has a line");
         line.weight = f64::from(tenant.weight.max(1));
         line
     }

@@ -19,7 +19,7 @@ no command knows is an error. A switch takes `=false` to switch it back, as in `
 The file may also have tables `[[pin]]`, prompts that stay in the prefix cache from the start on: each has a `prompt` or
 `messages`, and is everyone's unless it names a `tenant` or a `cache-salt`.
 
-`SCONCE_HOME` is the folder that downloaded models are kept in; without it they lie in `sconce` in the user's cache
+Downloaded models are kept in `models` in the folder that `SCONCE_HOME` names; without it, in `sconce` in the user's cache
 folder. Models from a hub lie in the hub's own cache (`HF_HOME`).
 ";
 

@@ -15,7 +15,8 @@ happened between them: `sconce_busy_seconds_total` over the seconds between is t
 a step; `sconce_occupancy_steps_total` over `sconce_step_seconds_count` is the mean occupancy; one less the ratio of the
 packed to the padded `sconce_prefill_positions_total` is the padding waste that packing saved;
 `sconce_cached_tokens_total` over the sum of it and `sconce_prefill_tokens_total` is the prefix cache's hit rate by tokens,
-the share of `hit` in `sconce_prefix_requests_total` that by requests.
+the share of `hit` in `sconce_prefix_requests_total` that by requests. The labels shown are those that are there from the
+start; further values, such as other routes, statuses and causes, join when they first occur.
 
 | metric | type | labels | meaning |
 | --- | --- | --- | --- |

@@ -1,6 +1,6 @@
 //! From text to tokens and back: chat template, tokenizer, incremental detokenizer, stop strings.
 //!
-//! Nothing here knows a tensor, a socket or a clock. A model's text side is opened from the same path as its weights:
+//! Nothing here knows a tensor or a socket, nor a clock but for a template that asks for the date. A model's text side is opened from the same path as its weights:
 //! a GGUF file, whose metadata hold vocabulary and template, or a Hugging Face folder.
 
 mod bounded;

@@ -1,7 +1,7 @@
 //! Attention's two products with keys and values in bfloat16, read where they lie in the pools, for processors that have
 //! an instruction for pairs of such numbers (AVX512_BF16). Queries are rounded to bfloat16 for it, and probabilities become
-//! sums of two such numbers each: with one alone, as on GPUs, the default model's perplexity is 1.012 times float32's, not
-//! 1.007.
+//! sums of two such numbers each: with one alone, as on GPUs, the default model's perplexity on text of its own is 1.012
+//! times float32's, not 1.007.
 //!
 //! Pairs are neighbouring dimensions of a query and a key, and neighbouring positions, even ones first, of probabilities
 //! and values. A row's result is a chain of these in their order, whatever rows are beside it.

@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-/// A tensor of random bfloat16 numbers, which most files have, scaled so that activations keep their size from layer to layer; a norm's weights are ones
-/// and biases zeros. The same name and shape give the same numbers.
+/// A tensor of random bfloat16 numbers, which most files have, scaled so that activations keep their size from layer to
+/// layer; a norm's weights are ones and biases zeros. The same name and shape give the same numbers.
 pub(crate) fn tensor(name: &str, shape: &[usize]) -> Vec<f32> {
     let len = shape.iter().product();
     match shape {

@@ -52,7 +52,7 @@ pub(super) struct Entry {
     pub requests_per_minute: Option<NonZeroU32>,
     pub tokens_per_minute: Option<NonZeroU32>,
     pub max_in_flight: Option<NonZeroU32>,
-    /// May read `/metrics` and use `/admin` and `/debug`, where the server has them.
+    /// May read `/metrics` and use `/admin`, `/debug` and `/v1/cache/save`, where the server has them.
     #[serde(default)]
     pub admin: bool,
     #[serde(default)]

@@ -2,8 +2,8 @@
 //!
 //! Sequences wait until a batch closes, run until they end, and stand aside when the KV blocks run out. A step decodes
 //! one token for every running sequence that can, and fills the rest of its token budget with prefill chunks, so that a
-//! long prompt does not stall the others (Agrawal et al. 2024, Sarathi-Serve, section 4). Whoever waits longest goes
-//! first; the youngest is preempted first, so the oldest always ends.
+//! long prompt does not stall the others (Agrawal et al. 2024, Sarathi-Serve, section 4). Whoever is next in the queue's
+//! fair order goes first; the youngest is preempted first, so the oldest always ends.
 
 mod config;
 mod outlook;
