@@ -7,7 +7,7 @@ const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 /// The number at place `n`, from 0, of the SplitMix64 generator seeded with `seed`: Steele, Lea and Flood, "Fast splittable
 /// pseudorandom number generators", OOPSLA 2014. Its state is a counter, so that no number needs those before it.
 /// `kernels/sample.cu` has the same.
-fn splitmix64(seed: u64, n: u64) -> u64 {
+pub(crate) fn splitmix64(seed: u64, n: u64) -> u64 {
     let mut z = seed.wrapping_add(n.wrapping_add(1).wrapping_mul(GAMMA));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -38,8 +38,8 @@ fn image(kernel: &str) -> &'static [u8] {
     }
 }
 
-#[cfg(test)]
 /// A kernel by its name, allowed to use `shared` bytes of dynamic shared memory.
+#[cfg(test)]
 pub fn find(context: &Arc<cudarc::driver::CudaContext>, name: &str, shared: u32) -> Result<CudaFunction> {
     let module = context
         .load_module(Ptx::from_binary(image(name).to_vec()))
@@ -283,7 +283,7 @@ impl Kernels {
 
     /// `x += delta`, `out = norm(x)`, for all of `rows` rows, or of those that the list `chosen` names, without storing `x`.
     /// An address of 0 is no delta, no list.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments, reason = "each is an argument of the kernel")]
     pub fn residual_norm(
         &self,
         s: &Sizes,
@@ -310,7 +310,7 @@ impl Kernels {
 
     /// Rotates queries in place and stores keys and values; `extras` are the bias and the norms of queries and keys, 0
     /// where there is none.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments, reason = "each is an argument of the kernel")]
     pub fn rope_store(
         &self,
         s: &Sizes,

@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+use crate::random::splitmix64;
+
 /// A tensor of random bfloat16 numbers, which most files have, scaled so that activations keep their size from layer to
 /// layer; a norm's weights are ones and biases zeros. The same name and shape give the same numbers.
 pub(crate) fn tensor(name: &str, shape: &[usize]) -> Vec<f32> {
@@ -26,21 +28,12 @@ fn numbers(seed: u64, len: usize, scale: f32) -> Vec<f32> {
     let scale = scale * 3f32.sqrt() / (1u32 << 31) as f32;
     let mut numbers = vec![0.0; len];
     numbers.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, numbers)| {
-        let mut state = mix(seed ^ chunk as u64);
-        for number in numbers {
-            state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let wide = (mix(state) >> 32) as i32 as f32 * scale;
+        for (place, number) in (chunk * CHUNK..).zip(numbers) {
+            let wide = (splitmix64(seed, place as u64) >> 32) as i32 as f32 * scale;
             *number = f32::from_bits(wide.to_bits() & 0xFFFF_0000);
         }
     });
     numbers
-}
-
-/// SplitMix64's output function (Steele, Lea and Flood 2014).
-fn mix(state: u64) -> u64 {
-    let state = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let state = (state ^ (state >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    state ^ (state >> 31)
 }
 
 #[cfg(test)]
