@@ -6,6 +6,7 @@ Called by soak.sh; everything after `--` is the load test's command.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -127,6 +128,8 @@ def main():
     idle = sample(options.pid, options.url, began)
     load = subprocess.Popen(options.load, stdout=subprocess.DEVNULL)
     samples = []
+    # Told to end, it unwinds as it does when interrupted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         while load.poll() is None:
             samples.append(sample(options.pid, options.url, began))

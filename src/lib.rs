@@ -3,7 +3,7 @@
 //! The folders show the way of a request: [`api`] parses and checks it, [`text`] turns it into tokens, [`batching`]
 //! decides when it runs and beside whom, [`engine`] runs the model and sends tokens back, [`text`] turns them into
 //! text again. [`request`] holds what every station knows of it. A module imports only what stands below it:
-//! `main → api → text, engine → batching → request`.
+//! `main → commands → config → api → text, engine → batching → request`; `telemetry` is for all but the last two.
 
 #![forbid(unsafe_code)]
 

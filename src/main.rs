@@ -73,6 +73,7 @@ fn start_logging(settings: &Common) -> Result<Exporter, Box<dyn Error>> {
         .with_ansi(std::io::stderr().is_terminal());
     let lines = match settings.log_format {
         LogFormat::Text => lines.boxed(),
+        // The innermost span has what the list of all of them would repeat.
         LogFormat::Json => lines.json().with_span_list(false).boxed(),
     };
     let filter = log_level::filter(&settings.log_level);

@@ -92,7 +92,8 @@ fn a_model_that_prepares_itself_holds_nothing_up_and_is_not_shown() {
     fs::write(settings.path(), pin).expect("writes");
     let path = settings.path().to_str().expect("a path");
     let small_steps = ["--max-batch", "2", "--step-tokens", "4"];
-    let room = ["--max-model-len", "2048", "--kv-memory", "640MiB"];
+    // The model's longest sequence fits, so that another model may have one of another length.
+    let room = ["--kv-memory", "640MiB"];
     let server = Server::start(
         &[
             ["--admin", "--device", "cpu", "--config", path].as_slice(),
@@ -118,6 +119,11 @@ fn a_model_that_prepares_itself_holds_nothing_up_and_is_not_shown() {
     let folder = tiny::model();
     let (status, refused) = error(server.post("/admin/model", &json!({"model": tiny::path(&folder)})));
     assert_eq!(status, 400, "{refused}");
+    // By then its engine ran.
+    assert!(
+        refused["message"].as_str().expect("a message").contains("[[pin]]"),
+        "{refused}"
+    );
     assert_eq!(server.metric("sconce_max_batch"), 3.0);
     let pinned = server.metric("sconce_kv_blocks{state=\"pinned\"}");
     assert!(pinned > 0.0, "the state shown is that of the model that serves");

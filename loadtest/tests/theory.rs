@@ -56,19 +56,19 @@ fn alone() -> MutexGuard<'static, ()> {
 
 /// Holds the E2E of `requests` requests against what is expected of it. Nothing makes a request faster than it is to
 /// be, so the lower bounds hold in every run. A machine that is busy with other things makes requests slower: a run
-/// whose own sender was held up is made again. Where every run was, as a thread beside the sender must have seen too,
-/// each request may be later by what its sender, its server and its reader were held up at most.
+/// whose own sender was held up, or a thread beside it, is made again. Where every run was, as that thread must have seen
+/// too, each request may be later by what its sender, its server and its reader were held up at most.
 fn judge(arrivals: &Arrivals, requests: u64, server: impl Fn() -> Mock, expected: impl Fn(&Summary) -> Vec<Expected>) {
     let _alone = alone();
     let mut busy = 0.0;
-    for tried in 1..=TRIES {
+    for _ in 0..TRIES {
         let (measured, held_up) =
             watched(|| drive(&server().asked(Duration::from_secs(60)), arrivals.clone(), requests));
         busy = held_up.max(busy);
         let run = Run::of("theory", None, measured, None);
         assert_eq!((run.requests.answered, run.requests.failed), (requests, 0));
         let latest = run.lateness_ms.as_ref().unwrap().max;
-        let later = if latest > HELD_UP {
+        let later = if latest.max(held_up) > HELD_UP {
             latest + 2.0 * held_up.max(latest)
         } else {
             0.0
@@ -77,7 +77,7 @@ fn judge(arrivals: &Arrivals, requests: u64, server: impl Fn() -> Mock, expected
         for Expected { what, found, range } in expected(&run.latency_ms[&Metric::E2e]) {
             assert!(found >= range.start, "{what}: {found} is not in {range:?}");
             assert!(
-                tried < TRIES || found < range.end + later,
+                found < range.end + later,
                 "{what}: {found} is not in {range:?}; requests went out {latest} ms late at most, and a thread beside \
                  them was held up for {held_up} ms"
             );

@@ -129,11 +129,8 @@ impl<T> FairQueue<T> {
             };
             self.lines.insert(tenant.name.clone(), line);
         }
-        // It was put there above, if it was not there before.
-        let line = self
-            .lines
-            .get_mut(&tenant.name)
-            .expect("every tenant asked for has a line");
+        // Cannot fail: it is there from before or from above.
+        let line = self.lines.get_mut(&tenant.name).expect("a line");
         line.weight = f64::from(tenant.weight.max(1));
         line
     }

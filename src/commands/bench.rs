@@ -7,7 +7,7 @@ use candle_core::Device;
 use sconce_models::{Config, Decoder, Draw, KvCache, ModelError, Span, Step, ceilings};
 use serde::Serialize;
 
-use super::{device, model_files, model_files::PullError, say};
+use super::{OutputError, device, model_files, model_files::PullError, say};
 use crate::config::{Bench, LoadFormat};
 use crate::engine;
 
@@ -29,6 +29,8 @@ pub enum BenchError {
     Write { path: PathBuf, source: std::io::Error },
     #[error("a step failed: {0}; fewer tokens or a smaller batch may fit")]
     Step(#[from] candle_core::Error),
+    #[error(transparent)]
+    Output(#[from] OutputError),
 }
 
 /// The device's measured limits.
@@ -86,11 +88,11 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
     say(format_args!(
         "model    {} ({dtype:?} on {device:?})\nceilings copy {:.1} GB/s, matmul {:.0} GFLOP/s\n",
         settings.choice.model, ceilings.copy, ceilings.matmul
-    ));
+    ))?;
     say(format_args!(
         "{:<8} {:>6} {:>10} {:>10} {:>8} {:>8}",
         "phase", "tokens", "ms a step", "tokens/s", "of FLOPs", "of bytes"
-    ));
+    ))?;
     let measure = Measure {
         decoder: &decoder,
         device: &device,
@@ -195,7 +197,7 @@ impl Measure<'_> {
             line.tokens as f64 / seconds,
             100.0 * line.share_of_flops,
             100.0 * line.share_of_bytes,
-        ));
+        ))?;
         Ok(line)
     }
 

@@ -3,7 +3,7 @@
 use rand::TryRng as _;
 use rand::rngs::{SysError, SysRng};
 
-use super::say;
+use super::{OutputError, say};
 use crate::{api, config::Key};
 
 /// 256 bits, so that nobody guesses one, whatever is known of its hash.
@@ -16,6 +16,8 @@ pub enum KeyError {
     Random(#[from] SysError),
     #[error(transparent)]
     Name(#[from] api::KeysError),
+    #[error(transparent)]
+    Output(#[from] OutputError),
 }
 
 /// Prints the secret, and what the keys' file needs of it.
@@ -28,7 +30,7 @@ pub fn run(settings: &Key) -> Result<(), KeyError> {
     say(format_args!(
         "# The key, shown this once. Its owner sends it as `Authorization: Bearer KEY`:\n# {secret}\n\n\
          # For the file of --api-keys:\n{lines}"
-    ));
+    ))?;
     Ok(())
 }
 

@@ -28,7 +28,7 @@ use sconce_loadtest::{
 use tokio::signal::unix::SignalKind;
 
 use super::{
-    say,
+    OutputError, say,
     signals::{SIGNALLED_TWICE, stop_at},
 };
 use crate::config::load::{self, Loadtest, LoadtestAction};
@@ -57,6 +57,8 @@ pub enum LoadtestError {
     Write { path: PathBuf, source: io::Error },
     #[error("cannot start: {0}")]
     Start(#[from] io::Error),
+    #[error(transparent)]
+    Output(#[from] OutputError),
 }
 
 /// Runs the command.
@@ -89,7 +91,7 @@ pub fn run(settings: Loadtest) -> Result<(), LoadtestError> {
         Ok::<_, LoadtestError>(execute(&plan, &mut Live::new(), &mut stop).await)
     });
     let report = runtime.block_on(measuring).map_err(io::Error::other)??;
-    say(report::table::text(&report).trim_end());
+    say(report::table::text(&report).trim_end())?;
     write_reports(&settings.reports, &report)?;
     if report.runs.is_empty() && !report.interrupted {
         let first = report.search.first().map_or(settings.load.rate, |probe| probe.rate);
@@ -351,8 +353,7 @@ pub fn write(path: &Path, text: &str) -> Result<(), LoadtestError> {
         path: path.into(),
         source,
     })?;
-    println!("wrote {}", path.display());
-    Ok(())
+    Ok(say(format_args!("wrote {}", path.display()))?)
 }
 
 /// Writes charts into a folder, each as a file of its own.
@@ -363,7 +364,7 @@ pub fn write_figures(folder: &Path, figures: &[Figure]) -> Result<(), LoadtestEr
 
 fn compare(paths: &[PathBuf], save_html: Option<&Path>, save_svg: Option<&Path>) -> Result<(), LoadtestError> {
     let reports = report::compare::read(paths)?;
-    print!("{}", report::compare::text(&reports));
+    say(report::compare::text(&reports).trim_end())?;
     if let Some(path) = save_html {
         write(path, &report::html::page(&reports))?;
     }

@@ -12,9 +12,17 @@ mod signals;
 pub mod tune;
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{self, Write};
+
+/// Standard output did not take what a command has to say.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write to standard output: {0}")]
+pub struct OutputError(#[from] io::Error);
 
 /// Writes a line to standard output. Whoever has closed that, as `head` does, has read enough: the command goes on.
-fn say(line: impl Display) {
-    let _ = writeln!(std::io::stdout(), "{line}");
+fn say(line: impl Display) -> Result<(), OutputError> {
+    match writeln!(io::stdout(), "{line}") {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
 }

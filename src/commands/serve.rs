@@ -13,7 +13,7 @@ use tokio::{
 
 mod supervisor;
 
-use super::{device, model_files::PullError, say};
+use super::{OutputError, device, model_files::PullError, say};
 use crate::{
     api::{self, ApiSettings, listen},
     batching,
@@ -51,6 +51,8 @@ pub enum ServeError {
     Text(#[from] TextError),
     #[error(transparent)]
     Device(#[from] device::DeviceError),
+    #[error(transparent)]
+    Output(#[from] OutputError),
     #[error(transparent)]
     NotPinned(#[from] api::NotPinned),
     #[error("the model could not be loaded: its file made the loader panic; fetch it again")]
@@ -104,7 +106,7 @@ async fn serve(settings: Serve, written: Vec<Setting>) -> Result<(), ServeError>
     say(format_args!(
         "sconce listens on http://{local} and loads {}",
         settings.choice.model
-    ));
+    ))?;
 
     let (closing, closed) = oneshot::channel();
     let drained = drain::drained(server.clone(), signals, settings.life.drain_timeout, closing);
@@ -238,7 +240,8 @@ pub fn engine_settings(settings: &Serve, path: &Path) -> Result<engine::Settings
 }
 
 fn print_example(address: SocketAddr, model: &str) {
-    say(format_args!(
+    // A server that is ready serves, whoever hears of it.
+    let _ = say(format_args!(
         "{model} is ready. Try:\n\n  curl http://{address}/v1/chat/completions -H 'content-type: application/json' \\\n    \
          -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'\n"
     ));

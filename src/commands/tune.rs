@@ -22,6 +22,7 @@ use sconce_loadtest::{
 use tokio::sync::{oneshot, watch};
 
 use super::{
+    OutputError,
     loadtest::{self, LoadtestError},
     say,
     signals::{self, SIGNALLED_TWICE},
@@ -39,6 +40,8 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 pub enum TuneError {
     #[error(transparent)]
     Loadtest(#[from] LoadtestError),
+    #[error(transparent)]
+    Output(#[from] OutputError),
     #[error("cannot start a server to tune: {0}")]
     Start(#[from] io::Error),
     #[error("the server to tune ended before it was ready; its own words above say why")]
@@ -130,9 +133,9 @@ fn report_front(settings: &Experiments, search: &Search) -> Result<(), TuneError
         settings.slo,
         with_remarks(tune::table(search), &search.tried),
         toml(&best.trial.knobs)
-    ));
+    ))?;
     for reason in search.reasons() {
-        say(format_args!("- {reason}"));
+        say(format_args!("- {reason}"))?;
     }
     if let Some(path) = &settings.save_toml {
         loadtest::write(path, &toml(&best.trial.knobs))?;
@@ -149,7 +152,7 @@ fn report_schedules(settings: &Experiments, tried: &[Experiment]) -> Result<(), 
         "Goodput under {} in requests/s, E2E, busy share of the time, and sequences in a step:\n\n{}",
         settings.slo,
         with_remarks(schedules::table(tried), tried)
-    ));
+    ))?;
     write_charts(settings, &schedules::figures(tried), || schedules::page(tried))
 }
 

@@ -66,6 +66,9 @@ fn run(weights: &Weights, late: Option<Late>, asks: &[Ask]) -> Vec<Answer> {
     let mut engine = Engine::new(weights, metrics()).unwrap();
     engine.model.late = late;
     let (handle, guard) = engine.start(places(asks.len())).unwrap();
+    // So that what each step ran is counted for it.
+    let timeline = handle.timeline.clone();
+    let _recording = timeline.begin().unwrap();
     let ask = |ask: &Ask| {
         let (mut request, events) = request(ask.prompt.clone(), ask.sampling.clone());
         request.id = ask.id.into();

@@ -60,6 +60,9 @@ pub struct Handle {
     gate: SharedGate,
     timeline: Arc<Timeline>,
     watch: watch::Watch,
+    metrics: Arc<EngineMetrics>,
+    /// This engine among those of the process.
+    number: u64,
 }
 
 /// What reaches the engine thread.
@@ -133,16 +136,12 @@ impl Handle {
         self.watch.pulse.abandoned()
     }
 
-    /// This engine's state is what `/metrics` shows from now on; that of one which only prepares itself is nobody's.
+    /// This engine's state is what `/metrics` shows from now on, and no other's: neither that of one which finishes the
+    /// requests of a replaced model, nor that of one which only prepares itself.
     pub fn show(&self) {
-        self.watch.pulse.show(true);
+        self.metrics.shown.show(self.number);
         // It may be idle, and then shows nothing by itself. One that is lost has nothing to show.
         let _ = self.queue.send(Message::Shown);
-    }
-
-    /// Another engine takes the new requests: this one finishes its own, and is not shown any more.
-    pub fn retire(&self) {
-        self.watch.pulse.show(false);
     }
 
     /// The engine's reply, or `None` if it is lost: a thread that hangs keeps the question and never answers.
@@ -229,10 +228,11 @@ impl Engine {
             gate: gate.clone(),
             timeline: Arc::default(),
             watch: watch.clone(),
+            number: self.metrics.shown.another(),
+            metrics: self.metrics.clone(),
         };
         let timer = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-        let timeline = handle.timeline.clone();
-        let runner = run::Runner::new(self.model, inbox, timer, self.metrics, timeline, gate, watch.clone());
+        let runner = run::Runner::new(self.model, inbox, timer, &handle);
         let (ending, ended) = oneshot::channel();
         let watched = watch.clone();
         thread::Builder::new().name("engine".into()).spawn(move || {

@@ -10,8 +10,8 @@ use tokio::{runtime::Runtime, sync::mpsc};
 use tracing::Span;
 
 use super::{
-    Message, Queued,
-    admission::{Ending, SharedGate, Teacher},
+    Handle, Message, Queued,
+    admission::{Ending, Teacher},
     budget::Budget,
     cache::{PinOrder, Savings},
     cache_file::Saves,
@@ -94,6 +94,7 @@ pub struct Runner {
     open: bool,
     pub(super) clients: HashMap<SequenceId, Client>,
     pub(super) metrics: Arc<EngineMetrics>,
+    number: u64,
     /// What this engine has counted so far; the metrics count all engines of the process.
     preemptions: u64,
     evictions: u64,
@@ -112,33 +113,27 @@ pub struct Runner {
 }
 
 impl Runner {
-    pub fn new(
-        model: Model,
-        inbox: mpsc::UnboundedReceiver<Message>,
-        timer: Runtime,
-        metrics: Arc<EngineMetrics>,
-        timeline: Arc<Timeline>,
-        gate: SharedGate,
-        watch: Watch,
-    ) -> Self {
+    /// The engine behind `handle`.
+    pub fn new(model: Model, inbox: mpsc::UnboundedReceiver<Message>, timer: Runtime, handle: &Handle) -> Self {
         Self {
             model,
             inbox,
             timer,
             open: true,
             clients: HashMap::new(),
-            metrics,
+            metrics: handle.metrics.clone(),
+            number: handle.number,
             preemptions: 0,
             evictions: 0,
             saves: Saves::default(),
             savings: Savings::default(),
-            timeline,
-            admission: Teacher::new(gate),
+            timeline: handle.timeline.clone(),
+            admission: Teacher::new(handle.gate.clone()),
             budget: Budget::default(),
             slots: Slots::default(),
             flight: None,
             landed: Instant::now(),
-            watch,
+            watch: handle.watch.clone(),
             #[cfg(any(test, feature = "fault-injection"))]
             faults: super::inject::Faults::default(),
         }
@@ -448,7 +443,7 @@ impl Runner {
         let evictions = scheduler.pin_counts().evictions;
         self.metrics.cache.evictions.inc_by(evictions - self.evictions);
         self.evictions = evictions;
-        if !self.watch.pulse.shown() {
+        if !self.metrics.shown.is(self.number) || self.watch.pulse.abandoned() {
             return;
         }
         self.metrics.max_batch.set(scheduler.config().max_batch as f64);

@@ -131,6 +131,8 @@ impl Handle {
             gate: SharedGate::new(Gate::new(places(1), outlook)),
             timeline: Arc::default(),
             watch,
+            metrics: metrics(),
+            number: 1,
         }
     }
 }
@@ -225,6 +227,7 @@ fn answers_end_as_they_should_and_the_thread_ends_with_its_handles() {
     let engine = Engine::new(&Weights::load(&settings()).unwrap(), metrics.clone()).unwrap();
     assert_eq!(engine.max_model_len(), 256);
     let (handle, guard) = engine.start(places(4)).unwrap();
+    handle.show();
 
     // "What is the capital of France?" in the model's chat template; its answer is 8 tokens with the end token.
     let file: serde_json::Value =

@@ -46,7 +46,6 @@ pub(super) struct Pulse {
     /// Milliseconds from `origin` to the last sign of life, plus one; 0 while the thread waits for requests.
     beat: AtomicU64,
     abandoned: AtomicBool,
-    shown: AtomicBool,
 }
 
 impl Pulse {
@@ -55,7 +54,6 @@ impl Pulse {
             origin: Instant::now(),
             beat: AtomicU64::new(0),
             abandoned: AtomicBool::new(false),
-            shown: AtomicBool::new(false),
         }
     }
 
@@ -77,16 +75,6 @@ impl Pulse {
     /// Whether the engine is lost. Its thread, if it still runs, is to end and touch nothing.
     pub fn abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
-    }
-
-    /// Whether the engine is the one that takes the new requests, so that its state is the server's.
-    pub fn show(&self, shown: bool) {
-        self.shown.store(shown, Ordering::Relaxed);
-    }
-
-    /// Whether the engine's state is the one to show.
-    pub fn shown(&self) -> bool {
-        self.shown.load(Ordering::Relaxed) && !self.abandoned()
     }
 
     fn now(&self) -> u64 {

@@ -1,5 +1,7 @@
 //! What the engine counts. Names, meanings and units stand here once; the metrics page is made from them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use prometheus::{
     Counter, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, core::Collector,
 };
@@ -15,6 +17,8 @@ const COUNTS: [f64; 11] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 100.0, 256.0, 1
 /// The engine's counters. Cheap to update from the engine thread; read by whoever asks for `/metrics`.
 #[derive(Debug)]
 pub struct EngineMetrics {
+    /// Whose gauges these are; the counters are all engines'.
+    pub shown: Shown,
     pub busy_seconds: Counter,
     pub step_seconds: Histogram,
     pub step_tokens: Histogram,
@@ -81,6 +85,7 @@ impl EngineMetrics {
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let make = Maker(registry);
         let metrics = Self {
+            shown: Shown::default(),
             busy_seconds: make.seconds(
                 "sconce_busy_seconds_total",
                 "Seconds in which a step ran, sampling included",
@@ -176,6 +181,31 @@ impl EngineMetrics {
             )?,
         };
         Ok(metrics)
+    }
+}
+
+/// Which of a process's engines shows its state: one at a time.
+#[derive(Debug, Default)]
+pub struct Shown {
+    engines: AtomicU64,
+    /// 0 is none.
+    shown: AtomicU64,
+}
+
+impl Shown {
+    /// The number of another engine.
+    pub fn another(&self) -> u64 {
+        self.engines.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// From now on it is this one.
+    pub fn show(&self, engine: u64) {
+        self.shown.store(engine, Ordering::Relaxed);
+    }
+
+    /// Whether it is this one.
+    pub fn is(&self, engine: u64) -> bool {
+        self.shown.load(Ordering::Relaxed) == engine
     }
 }
 

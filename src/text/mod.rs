@@ -1,7 +1,7 @@
 //! From text to tokens and back: chat template, tokenizer, incremental detokenizer, stop strings.
 //!
-//! Nothing here knows a tensor or a socket, nor a clock but for a template that asks for the date. A model's text side is opened from the same path as its weights:
-//! a GGUF file, whose metadata hold vocabulary and template, or a Hugging Face folder.
+//! Nothing here knows a tensor or a socket; a template that asks for the date is told it. A model's text side is opened from
+//! the same path as its weights: a GGUF file, whose metadata hold vocabulary and template, or a Hugging Face folder.
 
 mod bounded;
 mod detokenizer;

@@ -55,7 +55,6 @@ struct Current {
     name: String,
     /// Which of the guards watches its engine.
     number: u64,
-    engine: engine::Handle,
     model: Arc<api::Model>,
     weights: Weights,
 }
@@ -71,10 +70,12 @@ pub struct Supervisor {
     loads: Preparing,
     /// Its name, and who asked for it: nobody for the first one.
     loading: Option<(String, Option<LoadReply>)>,
-    /// Engines that are started again on the weights in memory.
-    restarts: Preparing,
-    /// The name of the model that had the last of them.
+    /// An engine that is started again on the weights in memory, unless another model is swapped in before.
+    restart: Preparing,
+    /// Its model's name.
     restarting: Option<String>,
+    /// Whether the model that was installed last is on a GPU.
+    on_gpu: bool,
     /// One for each engine, the serving one and those that were replaced.
     guards: JoinSet<(u64, End)>,
     engines: u64,
@@ -90,8 +91,9 @@ impl Supervisor {
             current: None,
             loads: JoinSet::new(),
             loading: None,
-            restarts: JoinSet::new(),
+            restart: JoinSet::new(),
             restarting: None,
+            on_gpu: false,
             guards: JoinSet::new(),
             engines: 0,
             restarted: VecDeque::new(),
@@ -115,7 +117,7 @@ impl Supervisor {
                         ready(&current.model.names[0]);
                     }
                 }
-                Some(again) = self.restarts.join_next() => self.runs_again(again).await?,
+                Some(again) = self.restart.join_next() => self.runs_again(again).await?,
                 Some(Ok((number, end))) = self.guards.join_next() => self.ended(number, end)?,
                 Some(command) = commands.recv() => self.obey(command),
             }
@@ -149,6 +151,7 @@ impl Supervisor {
     fn load(&mut self, name: String, reply: Option<LoadReply>) {
         let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
         self.loading = Some((name.clone(), reply));
+        let alone = self.current.is_none() && self.restarting.is_none();
         self.loads.spawn(async move {
             let (choice, read) = (settings.clone(), name.clone());
             let loaded = tokio::task::spawn_blocking(move || load(&choice, &read, metrics)).await;
@@ -160,7 +163,7 @@ impl Supervisor {
             } = loaded.map_err(|_| ServeError::LoadPanicked)??;
             let served = settings.http.served_model_name.clone();
             let names = vec![served.unwrap_or_else(|| name.clone())];
-            prepare(&settings, name, names, (tokenizer, template), weights, engine).await
+            prepare(&settings, name, names, (tokenizer, template), weights, engine, alone).await
         });
     }
 
@@ -195,38 +198,38 @@ impl Supervisor {
         } = prepared;
         self.engines += 1;
         let number = self.engines;
-        let end = async { guard.await.unwrap_or(End::Panicked("nobody watched it".into())) };
-        self.guards.spawn(async move { (number, end.await) });
+        self.on_gpu = weights.on_gpu();
+        self.guards.spawn(async move {
+            let unwatched = |_| End::Panicked("what watched it panicked".into());
+            (number, guard.await.unwrap_or_else(unwatched))
+        });
         if let Err(error) = pinned {
-            // The guard of a lost engine says how it ended, and then what is to be done is done. But a model that serves
-            // is not replaced by this one.
-            if self.current.is_some() || !engine.is_lost() {
+            // The guard of a lost engine says how it ended, and then what is to be done is done. But a model that serves,
+            // or is about to again, is not replaced by this one.
+            if self.current.is_some() || self.restarting.is_some() || !engine.is_lost() {
                 return Err(error.into());
             }
         }
+        // What would start again is not needed any more; dropped, its engine ends.
+        (self.restart, self.restarting) = (JoinSet::new(), None);
+        engine.show();
         self.server.serve_model(model.clone());
         // An engine that is lost by now is its guard's to tell of.
         if let Err(ConfigureError::Config(error)) = self.server.catch_up(&engine).await {
             tracing::warn!(%error, "this model takes the batching settings that the server was started with");
         }
-        let current = Current {
+        self.current = Some(Current {
             name,
             number,
-            engine,
             model,
             weights,
-        };
-        if let Some(before) = &self.current {
-            before.engine.retire();
-        }
-        current.engine.show();
-        self.current = Some(current);
+        });
         Ok(())
     }
 
     /// An engine's thread has ended or hangs. One that was replaced is not missed; the serving one is started again.
     fn ended(&mut self, number: u64, end: End) -> Result<(), ServeError> {
-        if end == End::Hung && self.current.as_ref().is_some_and(|current| current.weights.on_gpu()) {
+        if end == End::Hung && self.on_gpu {
             // Whatever any engine asks of the device waits behind the step that hangs, even a replaced one's.
             return Err(ServeError::DeviceLost("a step did not end".into()));
         }
@@ -249,12 +252,12 @@ impl Supervisor {
         } = current;
         self.restarting = Some(name.clone());
         let (settings, metrics) = (self.settings.clone(), self.metrics.clone());
-        self.restarts.spawn(async move {
+        self.restart.spawn(async move {
             let fresh = weights.clone();
             let engine = tokio::task::spawn_blocking(move || Engine::new(&fresh, metrics)).await;
             let engine = engine.map_err(|_| ServeError::EngineLost)??;
             let text = (model.tokenizer.clone(), model.template.clone());
-            prepare(&settings, name, model.names.clone(), text, weights, engine).await
+            prepare(&settings, name, model.names.clone(), text, weights, engine, true).await
         });
         Ok(())
     }
@@ -262,10 +265,6 @@ impl Supervisor {
     /// An engine that failed has been started again, unless it could not be.
     async fn runs_again(&mut self, again: Result<Result<Prepared, ServeError>, JoinError>) -> Result<(), ServeError> {
         self.restarting = None;
-        if self.current.is_some() {
-            // Another model was swapped in meanwhile. Dropped, this one's engine ends.
-            return Ok(());
-        }
         self.install(again.unwrap_or(Err(ServeError::EngineLost))?).await?;
         tracing::warn!("the engine runs again");
         Ok(())
@@ -335,6 +334,7 @@ fn load(settings: &Serve, name: &str, metrics: Arc<EngineMetrics>) -> Result<Loa
 }
 
 /// Starts an engine and pins the settings' prompts in its cache. It may take long, so the supervisor does not wait for it.
+/// One that is `alone`, with no other that serves, shows its state meanwhile.
 async fn prepare(
     settings: &Serve,
     name: String,
@@ -342,10 +342,14 @@ async fn prepare(
     (tokenizer, template): (Tokenizer, Option<Arc<ChatTemplate>>),
     weights: Weights,
     engine: Engine,
+    alone: bool,
 ) -> Result<Prepared, ServeError> {
     let (max_model_len, vocab_size) = (engine.max_model_len(), engine.vocab_size());
     let (engine, guard) = engine.start(limits(settings))?;
     let guard = tokio::spawn(guard.wait());
+    if alone {
+        engine.show();
+    }
     let queue = engine.clone();
     let model = Arc::new(api::Model {
         names,
