@@ -243,7 +243,8 @@ fn print_example(address: SocketAddr, model: &str) {
     // A server that is ready serves, whoever hears of it.
     let _ = say(format_args!(
         "{model} is ready. Try:\n\n  curl http://{address}/v1/chat/completions -H 'content-type: application/json' \\\n    \
-         -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'\n"
+         -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}], \
+         \"temperature\": 0}}'\n"
     ));
 }
 
