@@ -61,7 +61,6 @@ pub struct Handle {
     timeline: Arc<Timeline>,
     watch: watch::Watch,
     metrics: Arc<EngineMetrics>,
-    /// This engine among those of the process.
     number: u64,
 }
 
@@ -134,6 +133,11 @@ impl Handle {
     /// Whether the engine is lost: it takes no requests, and those it had were told, or are about to be.
     pub fn is_lost(&self) -> bool {
         self.watch.pulse.abandoned()
+    }
+
+    /// This engine among all that the process has started.
+    pub fn number(&self) -> u64 {
+        self.number
     }
 
     /// This engine's state is what `/metrics` shows from now on, and no other's: neither that of one which finishes the

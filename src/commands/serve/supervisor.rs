@@ -78,8 +78,8 @@ pub struct Supervisor {
     on_gpu: bool,
     /// One for each engine, the serving one and those that were replaced.
     guards: JoinSet<(u64, End)>,
-    engines: u64,
-    restarted: VecDeque<Instant>,
+    /// When engines failed, of late.
+    failures: VecDeque<Instant>,
 }
 
 impl Supervisor {
@@ -95,8 +95,7 @@ impl Supervisor {
             restarting: None,
             on_gpu: false,
             guards: JoinSet::new(),
-            engines: 0,
-            restarted: VecDeque::new(),
+            failures: VecDeque::new(),
         }
     }
 
@@ -139,12 +138,11 @@ impl Supervisor {
     }
 
     fn state(&self) -> ModelState {
-        let serving = usize::from(self.current.is_some());
-        let serves = self.current.as_ref().map(|current| &current.name);
+        let serving = self.current.as_ref().map(|current| &current.name);
         ModelState {
-            model: serves.or(self.restarting.as_ref()).cloned(),
+            model: serving.or(self.restarting.as_ref()).cloned(),
             loading: self.loading.as_ref().map(|(name, _)| name.clone()),
-            retiring: self.guards.len().saturating_sub(serving),
+            retiring: self.guards.len().saturating_sub(usize::from(serving.is_some())),
         }
     }
 
@@ -155,15 +153,10 @@ impl Supervisor {
         self.loads.spawn(async move {
             let (choice, read) = (settings.clone(), name.clone());
             let loaded = tokio::task::spawn_blocking(move || load(&choice, &read, metrics)).await;
-            let Loaded {
-                weights,
-                engine,
-                tokenizer,
-                template,
-            } = loaded.map_err(|_| ServeError::LoadPanicked)??;
+            let loaded = loaded.map_err(|_| ServeError::LoadPanicked)??;
             let served = settings.http.served_model_name.clone();
             let names = vec![served.unwrap_or_else(|| name.clone())];
-            prepare(&settings, name, names, (tokenizer, template), weights, engine, alone).await
+            prepare(&settings, name, names, loaded, alone).await
         });
     }
 
@@ -196,8 +189,7 @@ impl Supervisor {
             weights,
             pinned,
         } = prepared;
-        self.engines += 1;
-        let number = self.engines;
+        let number = engine.number();
         self.on_gpu = weights.on_gpu();
         self.guards.spawn(async move {
             let unwatched = |_| End::Panicked("what watched it panicked".into());
@@ -255,9 +247,13 @@ impl Supervisor {
         self.restart.spawn(async move {
             let fresh = weights.clone();
             let engine = tokio::task::spawn_blocking(move || Engine::new(&fresh, metrics)).await;
-            let engine = engine.map_err(|_| ServeError::EngineLost)??;
-            let text = (model.tokenizer.clone(), model.template.clone());
-            prepare(&settings, name, model.names.clone(), text, weights, engine, true).await
+            let loaded = Loaded {
+                weights,
+                engine: engine.map_err(|_| ServeError::EngineLost)??,
+                tokenizer: model.tokenizer.clone(),
+                template: model.template.clone(),
+            };
+            prepare(&settings, name, model.names.clone(), loaded, true).await
         });
         Ok(())
     }
@@ -284,10 +280,10 @@ impl Supervisor {
     }
 
     fn may_restart(&mut self, now: Instant) -> bool {
-        self.restarted
-            .retain(|restart| now.saturating_duration_since(*restart) < RESTARTS_WITHIN);
-        self.restarted.push_back(now);
-        self.restarted.len() <= MOST_RESTARTS
+        self.failures
+            .retain(|failure| now.saturating_duration_since(*failure) < RESTARTS_WITHIN);
+        self.failures.push_back(now);
+        self.failures.len() <= MOST_RESTARTS
     }
 }
 
@@ -339,11 +335,15 @@ async fn prepare(
     settings: &Serve,
     name: String,
     names: Vec<String>,
-    (tokenizer, template): (Tokenizer, Option<Arc<ChatTemplate>>),
-    weights: Weights,
-    engine: Engine,
+    loaded: Loaded,
     alone: bool,
 ) -> Result<Prepared, ServeError> {
+    let Loaded {
+        weights,
+        engine,
+        tokenizer,
+        template,
+    } = loaded;
     let (max_model_len, vocab_size) = (engine.max_model_len(), engine.vocab_size());
     let (engine, guard) = engine.start(limits(settings))?;
     let guard = tokio::spawn(guard.wait());
