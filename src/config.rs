@@ -154,8 +154,8 @@ pub struct Model {
     /// Where weights come from: the model's files, or random numbers for the shape in a `config.json`, to measure speed
     #[arg(long, default_value = "files")]
     pub load_format: LoadFormat,
-    /// Keep a GGUF file's matrices quantized and multiply by them so, with activations rounded to 8 bits: smaller, on a
-    /// CPU with AVX2 faster, and on a GPU without CUDA graphs; else they are dequantized to `--dtype`
+    /// Multiply by a GGUF file's matrices as they are quantized, with activations rounded to 8 bits: on a CPU with AVX2
+    /// faster, on a GPU smaller and without CUDA graphs; else they are multiplied as numbers of `--dtype`
     #[arg(long, value_name = "BOOL", default_value = "false", default_missing_value = "true")]
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
     #[arg(value_parser = BoolishValueParser::new(), hide_possible_values = true)]

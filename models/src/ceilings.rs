@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::cpu::linear::Linear;
-use crate::cpu::quantized::Rows;
+use crate::cpu::quantized;
 
 /// Bytes copied at a time: far more than the caches hold.
 const COPY_BYTES: usize = 128 << 20;
@@ -52,7 +52,7 @@ pub fn matmul_rate(device: &Device, dtype: DType, quantized: bool, budget: Durat
     let weights = vec![0.3; SIZE * SIZE];
     let linear = if quantized {
         let weights = Tensor::from_vec(weights, (SIZE, SIZE), device)?;
-        Linear::quantized(&Rows::read(&QTensor::quantize(&weights, GgmlDType::Q4_1)?)?, None)
+        Linear::quantized(&quantized::read(&QTensor::quantize(&weights, GgmlDType::Q4_1)?)?, None)
     } else {
         Linear::new(&weights, SIZE, None, dtype)?
     };

@@ -8,9 +8,10 @@ use crate::cpu::elementwise::{Half, ROWS_A_THREAD, RmsNorm, Rotate, Store};
 use crate::cpu::linear::{GateUp, Linear};
 use crate::cpu::panels::stored_as;
 use crate::cpu::quantized;
+use crate::cpu::stored::StoredMatrix;
 use crate::kv::Pools;
 use crate::rope::{cos_sin, inverse_frequencies};
-use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, StoredLayer, Weights};
+use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, QUANTIZED, StoredLayer, Weights};
 use crate::{Config, KvCache, ModelError, Step, without_backtrace};
 
 /// A loaded model.
@@ -274,19 +275,28 @@ impl Loader<'_> {
         Ok((Some(table), projection(OUTPUT)?))
     }
 
-    /// Matrices with so many outputs each, all in as many bits, if they are to stay quantized and all of them are.
-    fn stored(&self, parts: &[(String, usize)], inputs: usize) -> Result<Option<Vec<quantized::Rows>>, ModelError> {
-        if !self.quantized {
-            return Ok(None);
-        }
-        let read = |(name, outputs): &(String, usize)| {
-            let stored = self.weights.quantized(name, [*outputs, inputs], &Device::Cpu)?;
-            stored
-                .map(|stored| quantized::Rows::read(&stored).map_err(built(name)))
-                .transpose()
+    /// Matrices with so many outputs each in one format, if they are to stay in the file's bits and all of them can.
+    fn stored(&self, parts: &[(String, usize)], inputs: usize) -> Result<Option<Vec<StoredMatrix>>, ModelError> {
+        let types = match (self.quantized, self.dtype) {
+            (true, _) => QUANTIZED,
+            (false, DType::F32) => StoredMatrix::TYPES,
+            (false, _) => return Ok(None),
         };
-        let read: Vec<Option<quantized::Rows>> = parts.par_iter().map(read).collect::<Result<_, _>>()?;
-        Ok(read.into_iter().collect::<Option<_>>().map(quantized::Rows::alike))
+        let read = |(name, outputs): &(String, usize)| {
+            let stored = self.weights.quantized(name, [*outputs, inputs], types, &Device::Cpu)?;
+            let rows = stored.map(|stored| match self.quantized {
+                true => quantized::read(&stored).map(Some),
+                false => StoredMatrix::read(&stored),
+            });
+            Ok(rows.transpose().map_err(built(name))?.flatten())
+        };
+        let read: Vec<Option<StoredMatrix>> = parts.par_iter().map(read).collect::<Result<_, _>>()?;
+        let alike = if self.quantized {
+            quantized::alike
+        } else {
+            StoredMatrix::alike
+        };
+        Ok(read.into_iter().collect::<Option<_>>().map(alike))
     }
 
     fn layer(&self, index: usize) -> Result<Layer, ModelError> {
@@ -297,7 +307,8 @@ impl Loader<'_> {
         let read = LayerWeights::read(self.weights, config, index, |part| !stored.has(part))?;
         let norm = |weight| self.norm(weight);
         let gate_up = match stored.gate_up.as_deref() {
-            Some([gate, up]) => GateUp::quantized(gate, up),
+            Some([gate, up]) if self.quantized => GateUp::quantized(gate, up),
+            Some([gate, up]) => Ok(GateUp::compressed(gate, up)),
             _ => GateUp::new(&read.gate, &read.up, hidden, self.dtype),
         };
         let output = "attention output";
@@ -324,13 +335,14 @@ impl Loader<'_> {
     fn linear(
         &self,
         what: &str,
-        stored: Option<Vec<quantized::Rows>>,
+        stored: Option<Vec<StoredMatrix>>,
         weight: Vec<f32>,
         inputs: usize,
         bias: Option<Vec<f32>>,
     ) -> Result<Linear, ModelError> {
-        match stored.and_then(quantized::Rows::concat) {
-            Some(rows) => Ok(Linear::quantized(&rows, bias)),
+        match stored.and_then(StoredMatrix::concat) {
+            Some(rows) if self.quantized => Ok(Linear::quantized(&rows, bias)),
+            Some(rows) => Ok(Linear::compressed(&rows, bias)),
             None => Linear::new(&weight, inputs, bias, self.dtype).map_err(built(what)),
         }
     }

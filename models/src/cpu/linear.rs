@@ -7,8 +7,10 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::bfloat16::{self, Bfloat16Panels};
-use super::panels::{Aligned, Block, Panels, stored_as};
-use super::quantized::{self, QuantizedPanels, Rows};
+use super::compressed;
+use super::panels::{Aligned, Block, Panels, stored_as, widen_bf16, widen_f16};
+use super::quantized::{self, QuantizedPanels};
+use super::stored::StoredMatrix;
 use super::tile::{Column, for_row_tiles, multiply, tile_rows};
 use super::{Stripes, math, slice, slice_mut};
 
@@ -107,10 +109,18 @@ impl Linear {
         })
     }
 
-    /// Packs a weight that stays quantized; activations are rounded to eight bits for it.
-    pub fn quantized(weight: &Rows, bias: Option<Vec<f32>>) -> Self {
+    /// Packs a weight that was rounded to what stays quantized; activations are rounded to eight bits for it.
+    pub fn quantized(weight: &StoredMatrix, bias: Option<Vec<f32>>) -> Self {
         Self {
             matrix: Matrix::Quantized(QuantizedPanels::pack(weight)),
+            bias,
+        }
+    }
+
+    /// Packs a weight that stays in its format and is multiplied in float32.
+    pub fn compressed(weight: &StoredMatrix, bias: Option<Vec<f32>>) -> Self {
+        Self {
+            matrix: Matrix::Dense(Panels::compress(weight)),
             bias,
         }
     }
@@ -190,11 +200,18 @@ impl GateUp {
         })
     }
 
-    /// Packs weights that stay quantized, both in as many bits.
-    pub fn quantized(gate: &Rows, up: &Rows) -> Result<Self> {
+    /// As [`Linear::quantized`], of weights of one format.
+    pub fn quantized(gate: &StoredMatrix, up: &StoredMatrix) -> Result<Self> {
         Ok(Self {
             matrix: Matrix::Quantized(QuantizedPanels::pack_pairs(gate, up)?),
         })
+    }
+
+    /// Packs weights that stay in their one format and are multiplied in float32.
+    pub fn compressed(gate: &StoredMatrix, up: &StoredMatrix) -> Self {
+        Self {
+            matrix: Matrix::Dense(Panels::compress_pairs(gate, up)),
+        }
     }
 
     /// Bytes of the weights.
@@ -316,6 +333,8 @@ impl WithSimd for Stripe<'_> {
             1
         };
         let activations = match self.operands {
+            // Each block widens the weights again.
+            Operands::Dense { panels, .. } if panels.are_widened() => 8 * ROW_BLOCK,
             Operands::Dense { .. } => ROW_BLOCK,
             // Activations are half as large, and a quarter.
             Operands::Bfloat16 { .. } => 2 * ROW_BLOCK,
@@ -358,13 +377,33 @@ impl WithSimd for Stripe<'_> {
 fn dense<S: Simd>(simd: S, panels: &Panels, index: usize, x: &[f32], sums: &mut [f32], buffer: &mut Vec<f32>) {
     let depth = panels.depth;
     // Blocks of nearly equal depth, so that none is hardly worth its overhead.
-    let depth_block = depth.div_ceil(depth.div_ceil(DEPTH_BLOCK));
+    let depth_block = depth
+        .div_ceil(depth.div_ceil(DEPTH_BLOCK))
+        .next_multiple_of(quantized::BLOCK);
+    // Each weight is used once or twice: converting it each time is less work than writing it somewhere.
     let few = sums.len() <= 2 * tile_rows::<S>() * panels.width;
     for k in (0..depth).step_by(depth_block) {
         match panels.block(index, k, depth_block.min(depth - k)) {
-            // Each weight is used once or twice: converting it each time is less work than writing it somewhere.
+            Block::F32(weights) => accumulate(simd, x, depth, k, weights, sums),
             Block::Bf16(weights) if few => accumulate(simd, x, depth, k, weights, sums),
-            block => accumulate(simd, x, depth, k, block.widened(buffer), sums),
+            Block::Bf16(weights) => accumulate(simd, x, depth, k, widen_bf16(weights, buffer), sums),
+            Block::F16(weights) => accumulate(simd, x, depth, k, widen_f16(weights, buffer), sums),
+            Block::Compressed(weights) => {
+                match sums.split_at_mut_checked(compressed::tile_rows::<S>() * panels.width) {
+                    Some((sums, more)) if !more.is_empty() => {
+                        let weights = weights.accumulate_and_widen(simd, x, depth, k, sums, buffer);
+                        accumulate(
+                            simd,
+                            &x[compressed::tile_rows::<S>() * depth..],
+                            depth,
+                            k,
+                            weights,
+                            more,
+                        );
+                    }
+                    _ => weights.accumulate(simd, x, depth, k, sums),
+                }
+            }
         }
     }
 }

@@ -65,16 +65,8 @@ fn quantized_products_of_odd_sizes_are_near() {
         (25, 1024, 43, GgmlDType::Q8_0),
     ] {
         let stored = |seed| {
-            let weights = Tensor::from_vec(numbers(outputs * inputs, seed), (outputs, inputs), &Device::Cpu);
-            let stored = QTensor::quantize(&weights.unwrap(), dtype).unwrap();
-            let weights: Vec<f32> = stored
-                .dequantize(&Device::Cpu)
-                .unwrap()
-                .flatten_all()
-                .unwrap()
-                .to_vec1()
-                .unwrap();
-            (Rows::read(&stored).unwrap(), weights)
+            let (stored, stands_for) = stored(outputs, inputs, dtype, seed);
+            (quantized::read(&stored).unwrap(), stands_for)
         };
         let ((weight, exact), (up, exact_up)) = (stored(21), stored(22));
         let (x, bias) = (numbers(rows * inputs, 23), numbers(outputs, 24));
@@ -175,6 +167,51 @@ impl Near {
     }
 }
 
+/// A matrix of random numbers as a file stores it, and what that stands for.
+fn stored(outputs: usize, inputs: usize, dtype: GgmlDType, seed: u32) -> (QTensor, Vec<f32>) {
+    let weights = Tensor::from_vec(numbers(outputs * inputs, seed), (outputs, inputs), &Device::Cpu);
+    let stored = QTensor::quantize(&weights.unwrap(), dtype).unwrap();
+    let stands_for = stored.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap();
+    (stored, stands_for.to_vec1().unwrap())
+}
+
+#[test]
+fn compressed_products_are_float32s() {
+    for (dtype, inputs, outputs) in [
+        (GgmlDType::Q4_0, 32, 1),
+        (GgmlDType::Q4_1, 96, 33),
+        (GgmlDType::Q4_1, 1408, 67),
+        (GgmlDType::Q5_1, 576, 31),
+        (GgmlDType::Q8_0, 416, 101),
+        (GgmlDType::Q4K, 512, 65),
+        (GgmlDType::Q6K, 256, 32),
+        (GgmlDType::Q6K, 1024, 43),
+    ] {
+        let (read, exact) = stored(outputs, inputs, dtype, 31);
+        let (up, exact_up) = stored(outputs, inputs, dtype, 32);
+        let [read, up] = [read, up].map(|weight| StoredMatrix::read(&weight).unwrap().unwrap());
+        let bias = numbers(outputs, 33);
+        let compressed = Linear::compressed(&read, Some(bias.clone()));
+        let wide = Linear::new(&exact, inputs, Some(bias), DType::F32).unwrap();
+        assert!(compressed.bytes() < outputs.next_multiple_of(32) * inputs * 13 / 8);
+        let last = [outputs as u32 - 1, 0];
+        let rows = |linear: &Linear| linear.gather(&last, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+        assert!(rows(&compressed) == rows(&wide), "{dtype:?}");
+        let compressed_pair = GateUp::compressed(&read, &up);
+        let wide_pair = GateUp::new(&exact, &exact_up, inputs, DType::F32).unwrap();
+        for rows in [1, 2, 3, 4, 7, 8, 9, 16, 29, 97, 130] {
+            let x = Tensor::from_vec(numbers(rows * inputs, 34), (rows, inputs), &Device::Cpu).unwrap();
+            let vec = |product: Result<Tensor>| product.unwrap().to_vec2::<f32>().unwrap();
+            let what = format!("{rows} rows by {outputs} x {inputs} in {dtype:?}");
+            assert!(vec(compressed.forward(&x)) == vec(wide.forward(&x)), "{what}");
+            assert!(
+                vec(compressed_pair.forward(&x)) == vec(wide_pair.forward(&x)),
+                "{what}, in pairs"
+            );
+        }
+    }
+}
+
 #[test]
 fn a_row_is_the_same_in_any_batch() {
     let (inputs, outputs) = (320, 83);
@@ -184,15 +221,16 @@ fn a_row_is_the_same_in_any_batch() {
         let linear = Linear::new(&weight, inputs, None, dtype).unwrap();
         (format!("{dtype:?}"), linear)
     });
-    let quantized = [GgmlDType::Q4_1, GgmlDType::Q8_0].map(|dtype| {
-        let weight = Tensor::from_slice(&weight, (outputs, inputs), &Device::Cpu).unwrap();
-        let stored = QTensor::quantize(&weight, dtype).unwrap();
-        (
-            format!("{dtype:?}"),
-            Linear::quantized(&Rows::read(&stored).unwrap(), None),
-        )
+    let of_a_file = [GgmlDType::Q4_1, GgmlDType::Q8_0].map(|dtype| {
+        let (stored, _) = stored(outputs, inputs, dtype, 5);
+        let quantized = Linear::quantized(&quantized::read(&stored).unwrap(), None);
+        let compressed = Linear::compressed(&StoredMatrix::read(&stored).unwrap().unwrap(), None);
+        [
+            (format!("{dtype:?}, rounded"), quantized),
+            (format!("{dtype:?}, in float32"), compressed),
+        ]
     });
-    for (dtype, linear) in dense.into_iter().chain(quantized) {
+    for (dtype, linear) in dense.into_iter().chain(of_a_file.into_iter().flatten()) {
         let all: Vec<Vec<f32>> = linear.forward(&x).unwrap().to_vec2().unwrap();
         for batch in 1..=128 {
             let first = 128 - batch;

@@ -1,8 +1,8 @@
 //! Arithmetic on the CPU: candle custom operators over vectorised kernels that are chosen at run time.
 //!
-//! Activations are float32, whatever the weights and the KV cache are stored as; products with weights that stay
-//! quantized round them to eight bits, and those with bfloat16 weights or keys to bfloat16 where the processor multiplies
-//! such numbers. Every result is computed by a sequence of roundings that depends neither on the number of rows in the
+//! Activations are float32, whatever the weights and the KV cache are stored as; products with weights that are multiplied
+//! as whole numbers (`quantized`) round them to eight bits, and those with bfloat16 weights or keys to bfloat16 where the
+//! processor multiplies such numbers. Every result is computed by a sequence of roundings that depends neither on the number of rows in the
 //! step nor on the number of threads.
 
 pub mod attention;
@@ -12,6 +12,7 @@ mod attention_kernel;
 #[cfg(test)]
 mod attention_reference;
 pub(crate) mod bfloat16;
+mod compressed;
 pub(crate) mod elementwise;
 pub(crate) mod linear;
 pub(crate) mod math;
@@ -19,6 +20,7 @@ pub(crate) mod panels;
 mod prefetch;
 pub(crate) mod quantized;
 pub mod softmax;
+pub(crate) mod stored;
 mod tile;
 
 use candle_core::backend::BackendStorage;

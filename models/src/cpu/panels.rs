@@ -7,6 +7,9 @@ use half::{bf16, f16};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::compressed::{Compressed, CompressedPanels};
+use super::stored::StoredMatrix;
+
 /// A packed matrix. The last panel is filled up with zeros.
 pub struct Panels {
     data: Elements,
@@ -22,6 +25,7 @@ enum Elements {
     F32(Aligned<f32>),
     Bf16(Aligned<bf16>),
     F16(Aligned<f16>),
+    Compressed(CompressedPanels),
 }
 
 /// Part of a panel, as it is stored.
@@ -29,27 +33,25 @@ pub enum Block<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
     F16(&'a [f16]),
+    Compressed(Compressed<'a>),
 }
 
-impl<'a> Block<'a> {
-    /// The weights in float32: themselves, or converted into `buffer`.
-    #[inline(always)]
-    pub fn widened(self, buffer: &'a mut Vec<f32>) -> &'a [f32] {
-        match self {
-            Self::F32(weights) => return weights,
-            Self::Bf16(weights) => {
-                buffer.resize(weights.len(), 0.0);
-                for (to, from) in buffer.iter_mut().zip(weights) {
-                    *to = f32::from_bits(u32::from(from.to_bits()) << 16);
-                }
-            }
-            Self::F16(weights) => {
-                buffer.resize(weights.len(), 0.0);
-                weights.convert_to_f32_slice(buffer);
-            }
-        }
-        buffer
+/// The weights in float32, in `buffer`.
+#[inline(always)]
+pub fn widen_bf16<'a>(weights: &[bf16], buffer: &'a mut Vec<f32>) -> &'a [f32] {
+    buffer.resize(weights.len(), 0.0);
+    for (to, from) in buffer.iter_mut().zip(weights) {
+        *to = f32::from_bits(u32::from(from.to_bits()) << 16);
     }
+    buffer
+}
+
+/// The weights in float32, in `buffer`.
+#[inline(always)]
+pub fn widen_f16<'a>(weights: &[f16], buffer: &'a mut Vec<f32>) -> &'a [f32] {
+    buffer.resize(weights.len(), 0.0);
+    weights.convert_to_f32_slice(buffer);
+    buffer
 }
 
 /// A vector whose elements begin at a cache line.
@@ -115,6 +117,34 @@ impl Panels {
         })
     }
 
+    /// Packs a matrix that stays in its format.
+    pub fn compress(rows: &StoredMatrix) -> Self {
+        let count = rows.outputs().div_ceil(panel_width());
+        Self::compressed(rows, count, |panel| (rows, panel))
+    }
+
+    /// As [`Self::pack_pairs`], of matrices of one format, which stay in it.
+    pub fn compress_pairs(first: &StoredMatrix, second: &StoredMatrix) -> Self {
+        let count = 2 * first.outputs().div_ceil(panel_width());
+        Self::compressed(first, count, |panel| {
+            (if panel.is_multiple_of(2) { first } else { second }, panel / 2)
+        })
+    }
+
+    fn compressed<'a>(
+        rows: &StoredMatrix,
+        count: usize,
+        source: impl Fn(usize) -> (&'a StoredMatrix, usize) + Sync,
+    ) -> Self {
+        let width = panel_width();
+        Self {
+            data: Elements::Compressed(CompressedPanels::pack(count, width, source)),
+            depth: rows.depth,
+            outputs: rows.outputs(),
+            width,
+        }
+    }
+
     /// `source` tells of each panel which matrix it is cut from, and the how-manieth of that matrix it is.
     fn build<'a>(
         count: usize,
@@ -167,7 +197,13 @@ impl Panels {
             Elements::F32(data) => Block::F32(&data.get()[range]),
             Elements::Bf16(data) => Block::Bf16(&data.get()[range]),
             Elements::F16(data) => Block::F16(&data.get()[range]),
+            Elements::Compressed(data) => Block::Compressed(data.block(index, first, depth)),
         }
+    }
+
+    /// Whether weights are not stored in float32, in which they are multiplied.
+    pub fn are_widened(&self) -> bool {
+        !matches!(self.data, Elements::F32(_))
     }
 
     /// Bytes of the weights.
@@ -176,6 +212,7 @@ impl Panels {
             Elements::F32(data) => size_of_val(data.get()),
             Elements::Bf16(data) => size_of_val(data.get()),
             Elements::F16(data) => size_of_val(data.get()),
+            Elements::Compressed(data) => data.bytes(),
         }
     }
 
@@ -193,6 +230,7 @@ impl Panels {
                 .iter_mut()
                 .zip(positions)
                 .for_each(|(to, at)| *to = data.get()[at].to_f32()),
+            Elements::Compressed(data) => data.gather(index, row),
         }
     }
 }
@@ -222,7 +260,12 @@ mod tests {
                 let last = outputs / panels.width;
                 if outputs % panels.width != 0 {
                     let mut buffer = Vec::new();
-                    let block = panels.block(last, 0, depth).widened(&mut buffer);
+                    let block = match panels.block(last, 0, depth) {
+                        Block::F32(weights) => weights,
+                        Block::Bf16(weights) => widen_bf16(weights, &mut buffer),
+                        Block::F16(weights) => widen_f16(weights, &mut buffer),
+                        Block::Compressed(_) => panic!("nothing is compressed here"),
+                    };
                     assert!(
                         block
                             .chunks(panels.width)

@@ -10,7 +10,7 @@ use super::kernels::Address;
 use super::quantized::Quantized;
 use crate::decoder::built;
 use crate::rope::inverse_frequencies;
-use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, StoredLayer, Weights};
+use crate::weights::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, QUANTIZED, StoredLayer, Weights};
 use crate::{Config, ModelError};
 
 /// A tensor on the device and its address, which stays where it is as long as the tensor lives.
@@ -145,7 +145,8 @@ impl Loader<'_> {
             return Ok(None);
         }
         let device = Device::Cuda(self.device.clone());
-        let read = |(name, outputs): &(String, usize)| self.weights.quantized(name, [*outputs, inputs], &device);
+        let read =
+            |(name, outputs): &(String, usize)| self.weights.quantized(name, [*outputs, inputs], QUANTIZED, &device);
         let read: Option<Vec<_>> = parts.iter().map(read).collect::<Result<_, _>>()?;
         Ok(read.map(|parts| Projection::Quantized(Quantized::new(parts, inputs))))
     }

@@ -72,16 +72,19 @@ impl GgufFile {
     }
 
     /// See [`super::Weights::quantized`].
-    pub fn quantized(&self, name: &str, shape: [usize; 2], device: &Device) -> Result<Option<QTensor>, ModelError> {
-        use GgmlDType::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    pub fn quantized(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        types: &[GgmlDType],
+        device: &Device,
+    ) -> Result<Option<QTensor>, ModelError> {
         let stored_as = self
             .content
             .tensor_infos
             .get(&gguf_name(name))
             .map(|info| info.ggml_dtype);
-        if stored_as
-            .is_some_and(|dtype| !matches!(dtype, Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K))
-        {
+        if stored_as.is_some_and(|dtype| !types.contains(&dtype)) {
             return Ok(None);
         }
         let stored = self.stored(&gguf_name(name), &shape)?;
@@ -187,6 +190,7 @@ mod tests {
     use candle_core::Tensor;
     use candle_core::quantized::gguf_file;
 
+    use super::super::QUANTIZED;
     use super::*;
 
     #[test]
@@ -236,7 +240,7 @@ mod tests {
         };
         let name = |part| format!("model.layers.0.self_attn.{part}_proj.weight");
         let read = |part| file.read(&name(part), &[8, 64]).unwrap();
-        let stored = |part| file.quantized(&name(part), [8, 64], &Device::Cpu).unwrap();
+        let stored = |part| file.quantized(&name(part), [8, 64], QUANTIZED, &Device::Cpu).unwrap();
         for part in ["q", "v"] {
             let numbers = stored(part).unwrap().dequantize(&Device::Cpu).unwrap();
             assert_eq!(numbers.flatten_all().unwrap().to_vec1::<f32>().unwrap(), read(part));

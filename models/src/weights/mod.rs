@@ -7,11 +7,18 @@ mod safetensors;
 
 use std::path::Path;
 
-use candle_core::{Device, quantized::QTensor};
+use candle_core::Device;
+use candle_core::quantized::{GgmlDType, QTensor};
 
 use crate::{Config, ModelError};
 
 pub(crate) use layer::{EMBEDDING, FINAL_NORM, LayerWeights, OUTPUT, StoredLayer};
+
+/// Types that are multiplied as they are stored, or on the CPU rounded to one that is.
+pub(crate) const QUANTIZED: &[GgmlDType] = {
+    use GgmlDType::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    &[Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K]
+};
 
 /// Where a model's tensors come from.
 pub(crate) enum Weights {
@@ -41,11 +48,17 @@ impl Weights {
         }
     }
 
-    /// Matrix `name`, which must have `shape`, on `device` as the file stores it; `None` where that is not in quantized
-    /// blocks of a type that is multiplied so, or on the CPU rounded to one.
-    pub fn quantized(&self, name: &str, shape: [usize; 2], device: &Device) -> Result<Option<QTensor>, ModelError> {
+    /// Matrix `name`, which must have `shape`, on `device` as the file stores it; `None` where that is not as one of
+    /// `types`.
+    pub fn quantized(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        types: &[GgmlDType],
+        device: &Device,
+    ) -> Result<Option<QTensor>, ModelError> {
         match self {
-            Self::Gguf(file) => file.quantized(name, shape, device),
+            Self::Gguf(file) => file.quantized(name, shape, types, device),
             Self::Safetensors(_) | Self::Random => Ok(None),
         }
     }

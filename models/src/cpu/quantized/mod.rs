@@ -13,11 +13,11 @@ mod avx2;
 mod avx512;
 mod panels;
 mod portable;
-mod rows;
+mod rounding;
 
 pub use activations::{Activations, TILE};
 pub use panels::QuantizedPanels;
-pub use rows::Rows;
+pub use rounding::{alike, read};
 
 /// Inputs that share a scale.
 pub const BLOCK: usize = 32;

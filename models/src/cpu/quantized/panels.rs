@@ -9,10 +9,10 @@ use candle_core::{Result, bail};
 use half::f16;
 use rayon::prelude::*;
 
-use super::rows::Bits;
-use super::{Activations, BLOCK, Rows, TILE, WIDTH, portable};
+use super::{Activations, BLOCK, TILE, WIDTH, portable};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
+use crate::cpu::stored::{Format, StoredMatrix};
 
 /// Outputs of half a panel: those of a vector of 32 bytes.
 pub const LANES: usize = 8;
@@ -105,7 +105,7 @@ impl Block for EightBits {
 
 /// The panels of a matrix, block by block; `source` tells of each panel which matrix it is cut from, and the how-manieth
 /// of that matrix it is.
-fn build<'a, B: Block>(count: usize, source: impl Fn(usize) -> (&'a Rows, usize) + Sync) -> Vec<B> {
+fn build<'a, B: Block>(count: usize, source: impl Fn(usize) -> (&'a StoredMatrix, usize) + Sync) -> Vec<B> {
     let per_panel = source(0).0.depth / BLOCK;
     let indices = (0..count * per_panel).into_par_iter();
     let blocks = indices.map(|index| {
@@ -118,7 +118,12 @@ fn build<'a, B: Block>(count: usize, source: impl Fn(usize) -> (&'a Rows, usize)
             for (input, &value) in rows.values[at * BLOCK..][..BLOCK].iter().enumerate() {
                 block.set(half, lane, input, value);
             }
-            block.set_scale(half, lane, rows.scales[at], rows.minima[at]);
+            block.set_scale(
+                half,
+                lane,
+                f16::from_f32(rows.scales[at]),
+                f16::from_f32(rows.minima[at]),
+            );
         }
         block
     });
@@ -178,12 +183,12 @@ pub struct QuantizedPanels {
 
 impl QuantizedPanels {
     /// Packs a matrix, panel by panel.
-    pub fn pack(rows: &Rows) -> Self {
+    pub fn pack(rows: &StoredMatrix) -> Self {
         let count = rows.outputs().div_ceil(WIDTH);
         Self {
-            blocks: match rows.bits {
-                Bits::Four => Blocks::Four(build(count, |panel| (rows, panel))),
-                Bits::Eight => Blocks::Eight(build(count, |panel| (rows, panel))),
+            blocks: match rows.format {
+                Format::FourBy32 => Blocks::Four(build(count, |panel| (rows, panel))),
+                _ => Blocks::Eight(build(count, |panel| (rows, panel))),
             },
             depth: rows.depth,
             outputs: rows.outputs(),
@@ -194,8 +199,8 @@ impl QuantizedPanels {
     ///
     /// # Errors
     /// They are not alike.
-    pub fn pack_pairs(first: &Rows, second: &Rows) -> Result<Self> {
-        let shape = |rows: &Rows| (rows.bits, rows.depth, rows.outputs());
+    pub fn pack_pairs(first: &StoredMatrix, second: &StoredMatrix) -> Result<Self> {
+        let shape = |rows: &StoredMatrix| (rows.format, rows.depth, rows.outputs());
         if shape(first) != shape(second) {
             bail!(
                 "a pair of matrices {:?} and {:?} is not alike",
@@ -206,9 +211,9 @@ impl QuantizedPanels {
         let count = 2 * first.outputs().div_ceil(WIDTH);
         let source = |panel: usize| (if panel.is_multiple_of(2) { first } else { second }, panel / 2);
         Ok(Self {
-            blocks: match first.bits {
-                Bits::Four => Blocks::Four(build(count, source)),
-                Bits::Eight => Blocks::Eight(build(count, source)),
+            blocks: match first.format {
+                Format::FourBy32 => Blocks::Four(build(count, source)),
+                _ => Blocks::Eight(build(count, source)),
             },
             depth: first.depth,
             outputs: first.outputs(),
@@ -285,11 +290,11 @@ mod tests {
     use super::super::super::numbers;
     use super::*;
 
-    fn stored(outputs: usize, depth: usize, dtype: GgmlDType, seed: u32) -> (Rows, Vec<f32>) {
+    fn stored(outputs: usize, depth: usize, dtype: GgmlDType, seed: u32) -> (StoredMatrix, Vec<f32>) {
         let weights = Tensor::from_vec(numbers(outputs * depth, seed), (outputs, depth), &Device::Cpu).unwrap();
         let stored = QTensor::quantize(&weights, dtype).unwrap();
         let stands_for = stored.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap();
-        (Rows::read(&stored).unwrap(), stands_for.to_vec1().unwrap())
+        (super::super::read(&stored).unwrap(), stands_for.to_vec1().unwrap())
     }
 
     #[test]
@@ -354,16 +359,16 @@ mod tests {
         sums.collect()
     }
 
-    fn defined(rows: &Rows, x: &Activations, row: usize, output: usize) -> f32 {
+    fn defined(rows: &StoredMatrix, x: &Activations, row: usize, output: usize) -> f32 {
         let blocks = rows.depth / BLOCK;
         (0..blocks).fold(0.0, |sum, block| {
             let (at, group) = (output * blocks + block, x.group(row, block));
             let values = rows.values[at * BLOCK..][..BLOCK].iter().zip(&group.values);
             let whole: i32 = values.map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
-            let sum = (whole as f32).mul_add(rows.scales[at].to_f32() * group.scale, sum);
-            match rows.bits {
-                Bits::Four => rows.minima[at].to_f32().mul_add(group.sum, sum),
-                Bits::Eight => sum,
+            let sum = (whole as f32).mul_add(rows.scales[at] * group.scale, sum);
+            match rows.format {
+                Format::FourBy32 => rows.minima[at].mul_add(group.sum, sum),
+                _ => sum,
             }
         })
     }
@@ -371,20 +376,20 @@ mod tests {
     /// The largest numbers there are overflow nothing.
     #[test]
     fn extremes_are_summed_exactly() {
-        for (bits, weights) in [
-            (Bits::Four, [15, 15]),
-            (Bits::Four, [15, 0]),
-            (Bits::Eight, [127, 127]),
-            (Bits::Eight, [127, -128]),
-            (Bits::Eight, [-128, -128]),
+        for (format, weights) in [
+            (Format::FourBy32, [15, 15]),
+            (Format::FourBy32, [15, 0]),
+            (Format::EightBy32, [127, 127]),
+            (Format::EightBy32, [127, -128]),
+            (Format::EightBy32, [-128, -128]),
         ] {
             let depth = 64;
-            let rows = Rows {
-                bits,
+            let rows = StoredMatrix {
+                format,
                 depth,
                 values: weights.iter().cycle().take(16 * depth).copied().collect(),
-                scales: vec![f16::ONE; 16 * 2],
-                minima: vec![f16::ZERO; 16 * 2],
+                scales: vec![1.0; 16 * 2],
+                minima: vec![0.0; 16 * 2],
             };
             for signs in [[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]] {
                 let x: Vec<f32> = signs.iter().cycle().take(3 * depth).copied().collect();
