@@ -38,7 +38,8 @@ pub fn copy_bandwidth(device: &Device, budget: Duration) -> Result<f64> {
 }
 
 /// Speed in GFLOP/s of a large projection with weights stored as `dtype`, or on the CPU if `quantized` in four bits, through
-/// the same code as the decoder's: the best of those that fit into `budget`, at least one.
+/// the same code as the decoder's (but that weights in float32 need not be unpacked): the best of those that fit into
+/// `budget`, at least one.
 pub fn matmul_rate(device: &Device, dtype: DType, quantized: bool, budget: Duration) -> Result<f64> {
     if !device.is_cpu() {
         // Random, because a GPU multiplies zeros with less power and thus faster.
@@ -52,7 +53,7 @@ pub fn matmul_rate(device: &Device, dtype: DType, quantized: bool, budget: Durat
     let weights = vec![0.3; SIZE * SIZE];
     let linear = if quantized {
         let weights = Tensor::from_vec(weights, (SIZE, SIZE), device)?;
-        Linear::quantized(&quantized::read(&QTensor::quantize(&weights, GgmlDType::Q4_1)?)?, None)
+        Linear::quantized(&quantized::read(&QTensor::quantize(&weights, GgmlDType::Q4_1)?)?, None)?
     } else {
         Linear::new(&weights, SIZE, None, dtype)?
     };

@@ -1,5 +1,6 @@
 //! The decoder on the CPU: embedding, layers of attention and MLP, and the logits of the rows that are wanted.
 
+use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
@@ -63,8 +64,8 @@ struct Rows<'a> {
 }
 
 impl CpuDecoder {
-    /// Packs a model's weights to be multiplied as `dtype` (f32, bf16 or f16); if `quantized`, quantized matrices stay
-    /// quantized.
+    /// Packs a model's weights to be multiplied as `dtype` (f32, bf16 or f16); if `quantized`, quantized matrices are
+    /// multiplied in whole numbers.
     pub fn load(weights: &Weights, config: Config, dtype: DType, quantized: bool) -> Result<Self, ModelError> {
         let device = &Device::Cpu;
         let loader = Loader {
@@ -252,7 +253,7 @@ struct Loader<'a> {
     weights: &'a Weights,
     config: &'a Config,
     dtype: DType,
-    /// Whether quantized matrices stay quantized.
+    /// Whether quantized matrices are multiplied in whole numbers.
     quantized: bool,
 }
 
@@ -275,28 +276,21 @@ impl Loader<'_> {
         Ok((Some(table), projection(OUTPUT)?))
     }
 
-    /// Matrices with so many outputs each in one format, if they are to stay in the file's bits and all of them can.
+    /// Matrices with so many outputs each, all in one format, if they are to stay in blocks and all of them can.
     fn stored(&self, parts: &[(String, usize)], inputs: usize) -> Result<Option<Vec<StoredMatrix>>, ModelError> {
-        let types = match (self.quantized, self.dtype) {
-            (true, _) => QUANTIZED,
-            (false, DType::F32) => StoredMatrix::TYPES,
+        type Read = fn(&QTensor) -> candle_core::Result<StoredMatrix>;
+        type Alike = fn(Vec<StoredMatrix>) -> Vec<StoredMatrix>;
+        let (types, read, alike): (_, Read, Alike) = match (self.quantized, self.dtype) {
+            (true, _) => (QUANTIZED, quantized::read, quantized::alike),
+            (false, DType::F32) => (StoredMatrix::TYPES, StoredMatrix::read, StoredMatrix::alike),
             (false, _) => return Ok(None),
         };
-        let read = |(name, outputs): &(String, usize)| {
-            let stored = self.weights.quantized(name, [*outputs, inputs], types, &Device::Cpu)?;
-            let rows = stored.map(|stored| match self.quantized {
-                true => quantized::read(&stored).map(Some),
-                false => StoredMatrix::read(&stored),
-            });
-            Ok(rows.transpose().map_err(built(name))?.flatten())
+        let Some(stored) = self.weights.quantized(parts, inputs, types, &Device::Cpu)? else {
+            return Ok(None);
         };
-        let read: Vec<Option<StoredMatrix>> = parts.par_iter().map(read).collect::<Result<_, _>>()?;
-        let alike = if self.quantized {
-            quantized::alike
-        } else {
-            StoredMatrix::alike
-        };
-        Ok(read.into_iter().collect::<Option<_>>().map(alike))
+        let matrices = stored.par_iter().zip(parts);
+        let matrices = matrices.map(|(stored, (name, _))| read(stored).map_err(built(name)));
+        Ok(Some(alike(matrices.collect::<Result<_, _>>()?)))
     }
 
     fn layer(&self, index: usize) -> Result<Layer, ModelError> {
@@ -341,8 +335,8 @@ impl Loader<'_> {
         bias: Option<Vec<f32>>,
     ) -> Result<Linear, ModelError> {
         match stored.and_then(StoredMatrix::concat) {
-            Some(rows) if self.quantized => Ok(Linear::quantized(&rows, bias)),
-            Some(rows) => Ok(Linear::compressed(&rows, bias)),
+            Some(matrix) if self.quantized => Linear::quantized(&matrix, bias).map_err(built(what)),
+            Some(matrix) => Ok(Linear::compressed(&matrix, bias)),
             None => Linear::new(&weight, inputs, bias, self.dtype).map_err(built(what)),
         }
     }

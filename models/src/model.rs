@@ -61,8 +61,8 @@ enum On {
 
 impl Decoder {
     /// Loads a model from a `.gguf` file, or from a folder with `config.json` and safetensors. Weights are stored as
-    /// `dtype`: f32, bf16 or f16. With f32 on the CPU, those stay as the file has them that are in bfloat16 or in blocks of
-    /// four to eight bits, and stand for the same numbers.
+    /// `dtype`: f32, bf16 or f16. With f32 on the CPU, matrices that the file has in bfloat16 or in blocks of four to eight
+    /// bits are kept in hardly more, and stand for the same numbers.
     pub fn load(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
         let (weights, config) = Weights::open(path)?;
         Self::from_weights(&weights, config, device, dtype, false)
@@ -71,7 +71,7 @@ impl Decoder {
     /// As [`Self::load`], with the matrices of a GGUF file multiplied as it stores them, activations rounded to eight bits;
     /// what is not quantized in the file is stored as `dtype`, and on a GPU the embedding table too. On the CPU Q4_0, Q4_1,
     /// Q5_0 and Q8_0 are kept as they are and Q4_K nearly so; others are rounded to eight bits, and so are those in four
-    /// beside them in one projection.
+    /// beside one in eight in one projection.
     pub fn load_quantized(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
         let (weights, config) = Weights::open(path)?;
         if !matches!(weights, Weights::Gguf(_)) {

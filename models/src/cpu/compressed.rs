@@ -1,5 +1,5 @@
-//! Weights that stay in a file's bits and are multiplied in float32: every use makes of them exactly the numbers that they
-//! stand for.
+//! Weights that stay in four or eight bits and are multiplied in float32: every use makes of them exactly the numbers that
+//! they stand for.
 //!
 //! A panel's inputs are cut into blocks of those that share a scale. A block has words of each column, with the values of
 //! four or eight inputs in each, the first in the lowest bits, and then each column's scale and each column's minimum. So
@@ -20,8 +20,12 @@ const FACTORS: usize = 2;
 
 /// Rows of a tile for which weights are unpacked: their sums fit into the registers beside what that takes.
 pub const fn tile_rows<S: Simd>() -> usize {
-    if S::REGISTER_COUNT >= 32 { 8 } else { 3 }
+    if S::REGISTER_COUNT >= 32 { MANY } else { FEW }
 }
+
+/// Rows of a tile with many registers, and with few.
+const MANY: usize = 8;
+const FEW: usize = 3;
 
 /// A matrix in panels, the last of which is filled up with zeros.
 pub struct CompressedPanels {
@@ -39,17 +43,9 @@ pub struct Compressed<'a> {
     format: Format,
 }
 
-/// Bits of a value.
-fn bits(format: Format) -> usize {
-    match format {
-        Format::FourBy32 => 4,
-        Format::EightBy32 | Format::EightBy16 => 8,
-    }
-}
-
 /// Words of a column in a block.
 fn words(format: Format) -> usize {
-    bits(format) * format.group() / 32
+    format.bits() * format.group() / 32
 }
 
 /// What is added to values of so many bits so that none is negative.
@@ -62,23 +58,15 @@ impl CompressedPanels {
     /// matrix it is. The matrices are of one shape and format.
     pub fn pack<'a>(count: usize, width: usize, source: impl Fn(usize) -> (&'a StoredMatrix, usize) + Sync) -> Self {
         let StoredMatrix { format, depth, .. } = *source(0).0;
-        let (bits, words, group) = (bits(format), words(format), format.group());
-        let (blocks, block_len) = (depth / group, (words + FACTORS) * width);
+        let (blocks, block_len) = (depth / format.group(), (words(format) + FACTORS) * width);
         let mut data = Aligned::zeros(count * blocks * block_len);
         let panels = data.get_mut().par_chunks_exact_mut(blocks * block_len).enumerate();
         panels.for_each(|(index, panel)| {
-            let (rows, nth) = source(index);
-            for (column, output) in (nth * width..rows.outputs()).take(width).enumerate() {
+            let (matrix, nth) = source(index);
+            for (column, output) in (nth * width..matrix.outputs()).take(width).enumerate() {
                 for (block, packed) in panel.chunks_exact_mut(block_len).enumerate() {
-                    let at = output * blocks + block;
-                    let values = rows.values[at * group..][..group].chunks_exact(32 / bits);
-                    let words = values.map(|values| {
-                        let append = |word, &value: &i8| word << bits | (i32::from(value) + offset(bits)) as u32;
-                        values.iter().rev().fold(0, append)
-                    });
-                    let factors = [rows.scales[at], rows.minima[at]].map(f32::to_bits);
                     let column = packed[column..].iter_mut().step_by(width);
-                    column.zip(words.chain(factors)).for_each(|(to, word)| *to = word);
+                    pack_column(matrix, output * blocks + block, column);
                 }
             }
         });
@@ -110,7 +98,7 @@ impl CompressedPanels {
 
     /// Writes the weights of output `index` to `row`, as an embedding lookup wants them.
     pub fn gather(&self, index: usize, row: &mut [f32]) {
-        let (bits, words) = (bits(self.format), words(self.format));
+        let (bits, words) = (self.format.bits(), words(self.format));
         let panel = self.block(index / self.width, 0, self.depth).words;
         let blocks = panel.chunks_exact((words + FACTORS) * self.width);
         for (block, row) in blocks.zip(row.chunks_exact_mut(self.format.group())) {
@@ -122,6 +110,18 @@ impl CompressedPanels {
             }
         }
     }
+}
+
+/// Writes the words and factors of a group.
+fn pack_column<'a>(matrix: &StoredMatrix, group: usize, column: impl Iterator<Item = &'a mut u32>) {
+    let (bits, len) = (matrix.format.bits(), matrix.format.group());
+    let values = matrix.values[group * len..][..len].chunks_exact(32 / bits);
+    let words = values.map(|values| {
+        let append = |word, &value: &i8| word << bits | (i32::from(value) + offset(bits)) as u32;
+        values.iter().rev().fold(0, append)
+    });
+    let factors = [matrix.scales[group], matrix.minima[group]].map(f32::to_bits);
+    column.zip(words.chain(factors)).for_each(|(to, word)| *to = word);
 }
 
 impl Compressed<'_> {
@@ -154,8 +154,8 @@ impl Compressed<'_> {
         );
         let (sums, wide) = (columns::<S>(sums), columns::<S>(buffer));
         match tile_rows::<S>() {
-            8 => self.multiply::<S, 8, true>(simd, &Tile::new(x, depth, k), sums, wide),
-            _ => self.multiply::<S, 3, true>(simd, &Tile::new(x, depth, k), sums, wide),
+            MANY => self.multiply::<S, MANY, true>(simd, &Tile::new(x, depth, k), sums, wide),
+            _ => self.multiply::<S, FEW, true>(simd, &Tile::new(x, depth, k), sums, wide),
         }
         buffer
     }
@@ -304,8 +304,8 @@ mod tests {
         fn new(format: Format, width: usize) -> Self {
             let (outputs, group) = (2 * width - 1, format.group());
             let mut matrix = StoredMatrix::with_room(format, DEPTH, outputs * DEPTH);
-            let lowest = if bits(format) == 4 { 0 } else { -128 };
-            let mut values = (0i32..).map(|index| (lowest + index * 37 % (1 << bits(format))) as i8);
+            let lowest = if format.bits() == 4 { 0 } else { -128 };
+            let mut values = (0i32..).map(|index| (lowest + index * 37 % (1 << format.bits())) as i8);
             for factors in numbers(2 * outputs * DEPTH / group, 41).chunks_exact(2) {
                 // No more digits than a file's factors have.
                 let factor = |number| f16::from_f32(number).to_f32();

@@ -10,16 +10,16 @@ use super::bfloat16::{self, Bfloat16Panels};
 use super::compressed;
 use super::panels::{Aligned, Block, Panels, stored_as, widen_bf16, widen_f16};
 use super::quantized::{self, QuantizedPanels};
-use super::stored::StoredMatrix;
+use super::stored::{BLOCK, StoredMatrix};
 use super::tile::{Column, for_row_tiles, multiply, tile_rows};
 use super::{Stripes, math, slice, slice_mut};
 
 /// Most inputs that are multiplied before the next rows' turn, so that a block of a panel stays in the first-level cache.
 const DEPTH_BLOCK: usize = 384;
-/// Activations, in floats, that a thread works on at a time: a quarter of a usual second-level cache, or more where that is
-/// less than `ROW_STEP` rows.
+/// Activations, in floats, that a thread works on at a time where weights are not widened: a quarter of a usual second-level
+/// cache, or more where that is less than `ROW_STEP` rows.
 const ROW_BLOCK: usize = 32 * 1024;
-/// Rows of a block, or half of one: whole tiles of every kind of product.
+/// Rows of a block, or half of one: whole tiles of every kind of product, but for those of compressed weights.
 const ROW_STEP: usize = 48;
 const _: () = assert!(ROW_STEP.is_multiple_of(quantized::TILE));
 
@@ -109,18 +109,18 @@ impl Linear {
         })
     }
 
-    /// Packs a weight that was rounded to what stays quantized; activations are rounded to eight bits for it.
-    pub fn quantized(weight: &StoredMatrix, bias: Option<Vec<f32>>) -> Self {
-        Self {
-            matrix: Matrix::Quantized(QuantizedPanels::pack(weight)),
+    /// Packs a weight as [`quantized::read`] gives it; activations are rounded to eight bits for it.
+    pub fn quantized(weight: &StoredMatrix, bias: Option<Vec<f32>>) -> Result<Self> {
+        Ok(Self {
+            matrix: Matrix::Quantized(QuantizedPanels::pack(weight)?),
             bias,
-        }
+        })
     }
 
     /// Packs a weight that stays in its format and is multiplied in float32.
     pub fn compressed(weight: &StoredMatrix, bias: Option<Vec<f32>>) -> Self {
         Self {
-            matrix: Matrix::Dense(Panels::compress(weight)),
+            matrix: Matrix::Dense(Panels::pack_stored(weight)),
             bias,
         }
     }
@@ -210,7 +210,7 @@ impl GateUp {
     /// Packs weights that stay in their one format and are multiplied in float32.
     pub fn compressed(gate: &StoredMatrix, up: &StoredMatrix) -> Self {
         Self {
-            matrix: Matrix::Dense(Panels::compress_pairs(gate, up)),
+            matrix: Matrix::Dense(Panels::pack_stored_pairs(gate, up)),
         }
     }
 
@@ -333,8 +333,8 @@ impl WithSimd for Stripe<'_> {
             1
         };
         let activations = match self.operands {
-            // Each block widens the weights again.
-            Operands::Dense { panels, .. } if panels.are_widened() => 8 * ROW_BLOCK,
+            // Each block of rows widens the weights again, which costs more than activations that leave the cache.
+            Operands::Dense { panels, .. } if panels.are_widened() => usize::MAX,
             Operands::Dense { .. } => ROW_BLOCK,
             // Activations are half as large, and a quarter.
             Operands::Bfloat16 { .. } => 2 * ROW_BLOCK,
@@ -376,10 +376,8 @@ impl WithSimd for Stripe<'_> {
 #[inline(always)]
 fn dense<S: Simd>(simd: S, panels: &Panels, index: usize, x: &[f32], sums: &mut [f32], buffer: &mut Vec<f32>) {
     let depth = panels.depth;
-    // Blocks of nearly equal depth, so that none is hardly worth its overhead.
-    let depth_block = depth
-        .div_ceil(depth.div_ceil(DEPTH_BLOCK))
-        .next_multiple_of(quantized::BLOCK);
+    // Blocks of nearly equal depth, so that none is hardly worth its overhead, and of whole groups of stored weights.
+    let depth_block = depth.div_ceil(depth.div_ceil(DEPTH_BLOCK)).next_multiple_of(BLOCK);
     // Each weight is used once or twice: converting it each time is less work than writing it somewhere.
     let few = sums.len() <= 2 * tile_rows::<S>() * panels.width;
     for k in (0..depth).step_by(depth_block) {

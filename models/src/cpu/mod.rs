@@ -2,8 +2,8 @@
 //!
 //! Activations are float32, whatever the weights and the KV cache are stored as; products with weights that are multiplied
 //! as whole numbers (`quantized`) round them to eight bits, and those with bfloat16 weights or keys to bfloat16 where the
-//! processor multiplies such numbers. Every result is computed by a sequence of roundings that depends neither on the number of rows in the
-//! step nor on the number of threads.
+//! processor multiplies such numbers. Every result is computed by a sequence of roundings that depends neither on the
+//! number of rows in the step nor on the number of threads.
 
 pub mod attention;
 #[cfg(target_arch = "x86_64")]

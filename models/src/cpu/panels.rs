@@ -1,5 +1,5 @@
 //! Weights packed for the CPU: a matrix `[out, in]` cut into panels of as many outputs as one tile has columns,
-//! each panel `[in, width]`, so that a product reads them from front to back.
+//! each panel `[in, width]` unless it is compressed, so that a product reads them from front to back.
 
 use candle_core::{DType, Result, bail};
 use half::slice::HalfFloatSliceExt;
@@ -118,13 +118,13 @@ impl Panels {
     }
 
     /// Packs a matrix that stays in its format.
-    pub fn compress(rows: &StoredMatrix) -> Self {
-        let count = rows.outputs().div_ceil(panel_width());
-        Self::compressed(rows, count, |panel| (rows, panel))
+    pub fn pack_stored(matrix: &StoredMatrix) -> Self {
+        let count = matrix.outputs().div_ceil(panel_width());
+        Self::compressed(matrix, count, |panel| (matrix, panel))
     }
 
     /// As [`Self::pack_pairs`], of matrices of one format, which stay in it.
-    pub fn compress_pairs(first: &StoredMatrix, second: &StoredMatrix) -> Self {
+    pub fn pack_stored_pairs(first: &StoredMatrix, second: &StoredMatrix) -> Self {
         let count = 2 * first.outputs().div_ceil(panel_width());
         Self::compressed(first, count, |panel| {
             (if panel.is_multiple_of(2) { first } else { second }, panel / 2)
@@ -132,15 +132,15 @@ impl Panels {
     }
 
     fn compressed<'a>(
-        rows: &StoredMatrix,
+        matrix: &StoredMatrix,
         count: usize,
         source: impl Fn(usize) -> (&'a StoredMatrix, usize) + Sync,
     ) -> Self {
         let width = panel_width();
         Self {
             data: Elements::Compressed(CompressedPanels::pack(count, width, source)),
-            depth: rows.depth,
-            outputs: rows.outputs(),
+            depth: matrix.depth,
+            outputs: matrix.outputs(),
             width,
         }
     }
@@ -201,7 +201,7 @@ impl Panels {
         }
     }
 
-    /// Whether weights are not stored in float32, in which they are multiplied.
+    /// Whether weights become float32 only when they are multiplied.
     pub fn are_widened(&self) -> bool {
         !matches!(self.data, Elements::F32(_))
     }

@@ -4,8 +4,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Result, bail};
 use half::f16;
 
-/// Inputs of a block of the file types that have no larger ones.
-const BLOCK: usize = 32;
+/// Inputs of a file's smallest blocks; every row is a whole number of them.
+pub const BLOCK: usize = 32;
 
 /// Bits of a weight's value, and how many inputs share a scale. What is said in one can be said in those that come after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,9 +25,18 @@ impl Format {
             Self::EightBy16 => 16,
         }
     }
+
+    /// Bits of a value.
+    pub fn bits(self) -> usize {
+        match self {
+            Self::FourBy32 => 4,
+            Self::EightBy32 | Self::EightBy16 => 8,
+        }
+    }
 }
 
-/// A matrix `[outputs, depth]` whose weights are `scale * value + minimum`, scale and minimum being a group's.
+/// A matrix `[outputs, depth]` whose weights are `scale * value + minimum`, scale and minimum being a group's. No product of
+/// a scale and a value has more digits than float32, so that one rounding gives the weight.
 pub struct StoredMatrix {
     pub format: Format,
     pub depth: usize,
@@ -46,35 +55,36 @@ impl StoredMatrix {
         &[Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K]
     };
 
-    /// A GGUF file's matrix on the CPU. What it stands for is exactly what candle reads: no product of a scale and a value
-    /// has more digits than float32. `None` if it is not of a type that can be read.
+    /// A GGUF file's matrix on the CPU. It stands for what candle reads, but for the sign of zeros, as long as the file's
+    /// numbers are finite.
     ///
     /// # Errors
-    /// The tensor is no matrix, or its rows are no whole number of blocks.
-    pub fn read(tensor: &QTensor) -> Result<Option<Self>> {
+    /// The tensor is no matrix or of none of [`Self::TYPES`], or its rows are no whole number of blocks.
+    pub fn read(tensor: &QTensor) -> Result<Self> {
+        use Format::{EightBy16, EightBy32, FourBy32};
+        match tensor.dtype() {
+            GgmlDType::Q4_0 => Self::fill(tensor, FourBy32, Self::push_q4_0),
+            GgmlDType::Q4_1 => Self::fill(tensor, FourBy32, Self::push_q4_1),
+            GgmlDType::Q4K => Self::fill(tensor, FourBy32, Self::push_q4_k),
+            GgmlDType::Q5_0 => Self::fill(tensor, EightBy32, Self::push_q5_0),
+            GgmlDType::Q5_1 => Self::fill(tensor, EightBy32, Self::push_q5_1),
+            GgmlDType::Q5K => Self::fill(tensor, EightBy32, Self::push_q5_k),
+            GgmlDType::Q8_0 => Self::fill(tensor, EightBy32, Self::push_q8_0),
+            GgmlDType::Q6K => Self::fill(tensor, EightBy16, Self::push_q6_k),
+            other => bail!("a matrix in {other:?} cannot stay so"),
+        }
+    }
+
+    /// Of blocks of `N` bytes, each of which `push` appends.
+    fn fill<const N: usize>(tensor: &QTensor, format: Format, push: fn(&mut Self, &[u8; N])) -> Result<Self> {
         let (outputs, depth) = tensor.shape().dims2()?;
         if depth % BLOCK != 0 {
             bail!("a row of {depth} weights is no whole number of blocks")
         }
-        let format = match tensor.dtype() {
-            GgmlDType::Q4_0 | GgmlDType::Q4_1 | GgmlDType::Q4K => Format::FourBy32,
-            GgmlDType::Q5_0 | GgmlDType::Q5_1 | GgmlDType::Q8_0 | GgmlDType::Q5K => Format::EightBy32,
-            GgmlDType::Q6K => Format::EightBy16,
-            _ => return Ok(None),
-        };
-        let mut rows = Self::with_room(format, depth, outputs * depth);
+        let mut matrix = Self::with_room(format, depth, outputs * depth);
         let data = tensor.data()?;
-        match tensor.dtype() {
-            GgmlDType::Q4_0 => data.as_chunks().0.iter().for_each(|block| rows.push_q4_0(block)),
-            GgmlDType::Q4_1 => data.as_chunks().0.iter().for_each(|block| rows.push_q4_1(block)),
-            GgmlDType::Q5_0 => data.as_chunks().0.iter().for_each(|block| rows.push_q5_0(block)),
-            GgmlDType::Q5_1 => data.as_chunks().0.iter().for_each(|block| rows.push_q5_1(block)),
-            GgmlDType::Q8_0 => data.as_chunks().0.iter().for_each(|block| rows.push_q8_0(block)),
-            GgmlDType::Q4K => data.as_chunks().0.iter().for_each(|block| rows.push_q4_k(block)),
-            GgmlDType::Q5K => data.as_chunks().0.iter().for_each(|block| rows.push_q5_k(block)),
-            _ => data.as_chunks().0.iter().for_each(|block| rows.push_q6_k(block)),
-        }
-        Ok(Some(rows))
+        data.as_chunks().0.iter().for_each(|block| push(&mut matrix, block));
+        Ok(matrix)
     }
 
     /// None yet, with room for some.
@@ -249,21 +259,21 @@ mod tests {
     use super::super::numbers;
     use super::*;
 
-    fn stored(weights: &[f32], depth: usize, dtype: GgmlDType) -> (Option<StoredMatrix>, Vec<f32>) {
+    fn stored(weights: &[f32], depth: usize, dtype: GgmlDType) -> (Result<StoredMatrix>, Vec<f32>) {
         let tensor = Tensor::from_slice(weights, (weights.len() / depth, depth), &Device::Cpu).unwrap();
         let stored = QTensor::quantize(&tensor, dtype).unwrap();
         let stands_for = stored.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap();
-        (StoredMatrix::read(&stored).unwrap(), stands_for.to_vec1().unwrap())
+        (StoredMatrix::read(&stored), stands_for.to_vec1().unwrap())
     }
 
     #[test]
     fn what_a_file_stores_stands_for_the_numbers_candle_reads() {
         let weights = numbers(6 * 512, 3);
         for &dtype in StoredMatrix::TYPES {
-            let (rows, stands_for) = stored(&weights, 512, dtype);
-            assert!(rows.unwrap().weights() == stands_for, "{dtype:?}");
+            let (matrix, stands_for) = stored(&weights, 512, dtype);
+            assert!(matrix.unwrap().weights() == stands_for, "{dtype:?}");
         }
-        assert!(stored(&weights, 512, GgmlDType::Q3K).0.is_none());
+        assert!(stored(&weights, 512, GgmlDType::Q3K).0.is_err());
     }
 
     #[test]

@@ -145,9 +145,7 @@ impl Loader<'_> {
             return Ok(None);
         }
         let device = Device::Cuda(self.device.clone());
-        let read =
-            |(name, outputs): &(String, usize)| self.weights.quantized(name, [*outputs, inputs], QUANTIZED, &device);
-        let read: Option<Vec<_>> = parts.iter().map(read).collect::<Result<_, _>>()?;
+        let read = self.weights.quantized(parts, inputs, QUANTIZED, &device)?;
         Ok(read.map(|parts| Projection::Quantized(Quantized::new(parts, inputs))))
     }
 

@@ -71,22 +71,14 @@ impl GgufFile {
         }
     }
 
-    /// See [`super::Weights::quantized`].
-    pub fn quantized(
-        &self,
-        name: &str,
-        shape: [usize; 2],
-        types: &[GgmlDType],
-        device: &Device,
-    ) -> Result<Option<QTensor>, ModelError> {
-        let stored_as = self
-            .content
-            .tensor_infos
-            .get(&gguf_name(name))
-            .map(|info| info.ggml_dtype);
-        if stored_as.is_some_and(|dtype| !types.contains(&dtype)) {
-            return Ok(None);
-        }
+    /// The type that the file has `name` in, if it has it.
+    pub fn stored_as(&self, name: &str) -> Option<GgmlDType> {
+        let info = self.content.tensor_infos.get(&gguf_name(name))?;
+        Some(info.ggml_dtype)
+    }
+
+    /// A matrix as it is stored, on `device`.
+    pub fn quantized(&self, name: &str, shape: [usize; 2], device: &Device) -> Result<QTensor, ModelError> {
         let stored = self.stored(&gguf_name(name), &shape)?;
         let dtype = stored.dtype();
         let placed = || {
@@ -97,7 +89,7 @@ impl GgufFile {
             }
             QTensor::new(QStorage::from_data(rows, device, dtype)?, &shape)
         };
-        placed().map(Some).map_err(|source| ModelError::Tensor {
+        placed().map_err(|source| ModelError::Tensor {
             what: name.into(),
             source: without_backtrace(source),
         })
@@ -190,7 +182,6 @@ mod tests {
     use candle_core::Tensor;
     use candle_core::quantized::gguf_file;
 
-    use super::super::QUANTIZED;
     use super::*;
 
     #[test]
@@ -240,12 +231,13 @@ mod tests {
         };
         let name = |part| format!("model.layers.0.self_attn.{part}_proj.weight");
         let read = |part| file.read(&name(part), &[8, 64]).unwrap();
-        let stored = |part| file.quantized(&name(part), [8, 64], QUANTIZED, &Device::Cpu).unwrap();
+        let stored = |part| file.quantized(&name(part), [8, 64], &Device::Cpu).unwrap();
         for part in ["q", "v"] {
-            let numbers = stored(part).unwrap().dequantize(&Device::Cpu).unwrap();
+            let numbers = stored(part).dequantize(&Device::Cpu).unwrap();
             assert_eq!(numbers.flatten_all().unwrap().to_vec1::<f32>().unwrap(), read(part));
         }
         assert_ne!(read("q"), read("v"), "the heads' rows are put back in order");
-        assert!(stored("k").is_none());
+        let types = ["q", "k"].map(|part| file.stored_as(&name(part)));
+        assert_eq!(types, [Some(GgmlDType::Q4_1), Some(GgmlDType::F32)]);
     }
 }

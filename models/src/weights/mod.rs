@@ -48,19 +48,26 @@ impl Weights {
         }
     }
 
-    /// Matrix `name`, which must have `shape`, on `device` as the file stores it; `None` where that is not as one of
-    /// `types`.
+    /// Matrices that belong together, by name and outputs, on `device` as they are stored; `None` unless a GGUF file has all
+    /// of them as one of `types`.
     pub fn quantized(
         &self,
-        name: &str,
-        shape: [usize; 2],
+        parts: &[(String, usize)],
+        inputs: usize,
         types: &[GgmlDType],
         device: &Device,
-    ) -> Result<Option<QTensor>, ModelError> {
-        match self {
-            Self::Gguf(file) => file.quantized(name, shape, types, device),
-            Self::Safetensors(_) | Self::Random => Ok(None),
+    ) -> Result<Option<Vec<QTensor>>, ModelError> {
+        let Self::Gguf(file) = self else {
+            return Ok(None);
+        };
+        let is_one = |(name, _): &(String, usize)| file.stored_as(name).is_some_and(|dtype| types.contains(&dtype));
+        if !parts.iter().all(is_one) {
+            return Ok(None);
         }
+        let read = parts
+            .iter()
+            .map(|(name, outputs)| file.quantized(name, [*outputs, inputs], device));
+        read.collect::<Result<_, _>>().map(Some)
     }
 }
 

@@ -20,7 +20,7 @@ fn interleave(weight: &Tensor, heads: usize) -> Tensor {
         .unwrap()
 }
 
-fn gguf_name(name: &str) -> String {
+pub fn gguf_name(name: &str) -> String {
     let names = [
         ("model.embed_tokens", "token_embd"),
         ("model.norm", "output_norm"),

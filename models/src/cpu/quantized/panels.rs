@@ -109,20 +109,20 @@ fn build<'a, B: Block>(count: usize, source: impl Fn(usize) -> (&'a StoredMatrix
     let per_panel = source(0).0.depth / BLOCK;
     let indices = (0..count * per_panel).into_par_iter();
     let blocks = indices.map(|index| {
-        let (rows, nth) = source(index / per_panel);
+        let (matrix, nth) = source(index / per_panel);
         let mut block = B::EMPTY;
-        let outputs = (nth * WIDTH..rows.outputs()).take(WIDTH);
+        let outputs = (nth * WIDTH..matrix.outputs()).take(WIDTH);
         for (column, output) in outputs.enumerate() {
             let (half, lane) = (column / LANES, column % LANES);
             let at = output * per_panel + index % per_panel;
-            for (input, &value) in rows.values[at * BLOCK..][..BLOCK].iter().enumerate() {
+            for (input, &value) in matrix.values[at * BLOCK..][..BLOCK].iter().enumerate() {
                 block.set(half, lane, input, value);
             }
             block.set_scale(
                 half,
                 lane,
-                f16::from_f32(rows.scales[at]),
-                f16::from_f32(rows.minima[at]),
+                f16::from_f32(matrix.scales[at]),
+                f16::from_f32(matrix.minima[at]),
             );
         }
         block
@@ -182,25 +182,20 @@ pub struct QuantizedPanels {
 }
 
 impl QuantizedPanels {
-    /// Packs a matrix, panel by panel.
-    pub fn pack(rows: &StoredMatrix) -> Self {
-        let count = rows.outputs().div_ceil(WIDTH);
-        Self {
-            blocks: match rows.format {
-                Format::FourBy32 => Blocks::Four(build(count, |panel| (rows, panel))),
-                _ => Blocks::Eight(build(count, |panel| (rows, panel))),
-            },
-            depth: rows.depth,
-            outputs: rows.outputs(),
-        }
+    /// Packs a matrix that was rounded to what is multiplied, panel by panel.
+    ///
+    /// # Errors
+    /// It was not.
+    pub fn pack(matrix: &StoredMatrix) -> Result<Self> {
+        Self::new(matrix, matrix.outputs().div_ceil(WIDTH), |panel| (matrix, panel))
     }
 
     /// Packs two matrices of equal shape, a panel of `first` and the same panel of `second` in turn.
     ///
     /// # Errors
-    /// They are not alike.
+    /// They are not alike, or were not rounded to what is multiplied.
     pub fn pack_pairs(first: &StoredMatrix, second: &StoredMatrix) -> Result<Self> {
-        let shape = |rows: &StoredMatrix| (rows.format, rows.depth, rows.outputs());
+        let shape = |matrix: &StoredMatrix| (matrix.format, matrix.depth, matrix.outputs());
         if shape(first) != shape(second) {
             bail!(
                 "a pair of matrices {:?} and {:?} is not alike",
@@ -209,14 +204,25 @@ impl QuantizedPanels {
             )
         }
         let count = 2 * first.outputs().div_ceil(WIDTH);
-        let source = |panel: usize| (if panel.is_multiple_of(2) { first } else { second }, panel / 2);
+        Self::new(first, count, |panel| {
+            (if panel.is_multiple_of(2) { first } else { second }, panel / 2)
+        })
+    }
+
+    fn new<'a>(
+        matrix: &StoredMatrix,
+        count: usize,
+        source: impl Fn(usize) -> (&'a StoredMatrix, usize) + Sync,
+    ) -> Result<Self> {
+        let no_minima = || matrix.minima.iter().all(|&minimum| minimum == 0.0);
         Ok(Self {
-            blocks: match first.format {
+            blocks: match matrix.format {
                 Format::FourBy32 => Blocks::Four(build(count, source)),
-                _ => Blocks::Eight(build(count, source)),
+                Format::EightBy32 if no_minima() => Blocks::Eight(build(count, source)),
+                other => bail!("a matrix in {other:?} was not rounded to what is multiplied in whole numbers"),
             },
-            depth: first.depth,
-            outputs: first.outputs(),
+            depth: matrix.depth,
+            outputs: matrix.outputs(),
         })
     }
 
@@ -300,15 +306,40 @@ mod tests {
     #[test]
     fn every_output_is_found_again() {
         for outputs in [1, 15, 16, 17, 67] {
-            for dtype in [GgmlDType::Q4_1, GgmlDType::Q8_0] {
-                let (rows, weights) = stored(outputs, 96, dtype, 3);
-                let panels = QuantizedPanels::pack(&rows);
+            for dtype in [GgmlDType::Q4_1, GgmlDType::Q5_0, GgmlDType::Q8_0] {
+                let (matrix, weights) = stored(outputs, 96, dtype, 3);
+                let panels = QuantizedPanels::pack(&matrix).unwrap();
                 for (output, weights) in weights.chunks_exact(96).enumerate() {
                     let mut row = vec![0.0; 96];
                     panels.gather(output, &mut row);
                     assert_eq!(row, weights, "output {output} of {outputs} as {dtype:?}");
                 }
             }
+        }
+    }
+
+    /// Of Q4_K, factors are rounded.
+    #[test]
+    fn outputs_with_rounded_factors_are_nearly_found() {
+        let (matrix, weights) = stored(5, 256, GgmlDType::Q4K, 3);
+        let panels = QuantizedPanels::pack(&matrix).unwrap();
+        let mut row = vec![0.0; 256];
+        panels.gather(4, &mut row);
+        let off = row
+            .iter()
+            .zip(&weights[4 * 256..])
+            .map(|(found, exact)| (found - exact).abs());
+        let most = off.fold(0.0, f32::max);
+        assert!(0.0 < most && most < 1e-3, "{most}");
+    }
+
+    #[test]
+    fn what_was_not_rounded_is_refused() {
+        let weights = Tensor::from_vec(numbers(256, 3), (1, 256), &Device::Cpu).unwrap();
+        for dtype in [GgmlDType::Q5_1, GgmlDType::Q6K] {
+            let matrix = StoredMatrix::read(&QTensor::quantize(&weights, dtype).unwrap()).unwrap();
+            assert!(QuantizedPanels::pack(&matrix).is_err(), "{dtype:?}");
+            assert!(QuantizedPanels::pack_pairs(&matrix, &matrix).is_err(), "{dtype:?}");
         }
     }
 
@@ -325,15 +356,15 @@ mod tests {
             (40, 1024, 17),
         ] {
             for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0] {
-                let (rows, _) = stored(outputs, depth, dtype, 4);
-                let panels = QuantizedPanels::pack(&rows);
+                let (matrix, _) = stored(outputs, depth, dtype, 4);
+                let panels = QuantizedPanels::pack(&matrix).unwrap();
                 let x = Activations::round(&numbers(count * depth, 5), depth);
                 for panel in 0..outputs.div_ceil(WIDTH) {
                     for (kernel, sums) in by_all(&panels, panel, &x, count) {
                         for (at, &sum) in sums.iter().enumerate() {
                             let (row, output) = (at / WIDTH, panel * WIDTH + at % WIDTH);
                             let exact = if output < outputs {
-                                defined(&rows, &x, row, output)
+                                defined(&matrix, &x, row, output)
                             } else {
                                 0.0
                             };
@@ -359,15 +390,15 @@ mod tests {
         sums.collect()
     }
 
-    fn defined(rows: &StoredMatrix, x: &Activations, row: usize, output: usize) -> f32 {
-        let blocks = rows.depth / BLOCK;
+    fn defined(matrix: &StoredMatrix, x: &Activations, row: usize, output: usize) -> f32 {
+        let blocks = matrix.depth / BLOCK;
         (0..blocks).fold(0.0, |sum, block| {
             let (at, group) = (output * blocks + block, x.group(row, block));
-            let values = rows.values[at * BLOCK..][..BLOCK].iter().zip(&group.values);
+            let values = matrix.values[at * BLOCK..][..BLOCK].iter().zip(&group.values);
             let whole: i32 = values.map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
-            let sum = (whole as f32).mul_add(rows.scales[at] * group.scale, sum);
-            match rows.format {
-                Format::FourBy32 => rows.minima[at].mul_add(group.sum, sum),
+            let sum = (whole as f32).mul_add(matrix.scales[at] * group.scale, sum);
+            match matrix.format {
+                Format::FourBy32 => matrix.minima[at].mul_add(group.sum, sum),
                 _ => sum,
             }
         })
@@ -384,7 +415,7 @@ mod tests {
             (Format::EightBy32, [-128, -128]),
         ] {
             let depth = 64;
-            let rows = StoredMatrix {
+            let matrix = StoredMatrix {
                 format,
                 depth,
                 values: weights.iter().cycle().take(16 * depth).copied().collect(),
@@ -394,10 +425,10 @@ mod tests {
             for signs in [[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]] {
                 let x: Vec<f32> = signs.iter().cycle().take(3 * depth).copied().collect();
                 let x = Activations::round(&x, depth);
-                let panels = QuantizedPanels::pack(&rows);
+                let panels = QuantizedPanels::pack(&matrix).unwrap();
                 for (kernel, sums) in by_all(&panels, 0, &x, 3) {
                     for (at, &sum) in sums.iter().enumerate() {
-                        let exact = defined(&rows, &x, at / WIDTH, at % WIDTH);
+                        let exact = defined(&matrix, &x, at / WIDTH, at % WIDTH);
                         assert_eq!(sum, exact, "{kernel:?}: {weights:?} {signs:?}");
                     }
                 }

@@ -16,17 +16,12 @@ use crate::cpu::stored::{Format, StoredMatrix};
 /// The tensor is no matrix, or its rows are no whole number of blocks.
 pub fn read(tensor: &QTensor) -> Result<StoredMatrix> {
     use GgmlDType::{Q4_0, Q4_1, Q4K, Q5_0, Q8_0};
+    if matches!(tensor.dtype(), Q4_0 | Q4_1 | Q4K | Q5_0 | Q8_0) {
+        return StoredMatrix::read(tensor);
+    }
     let (_, depth) = tensor.shape().dims2()?;
     if depth % BLOCK != 0 {
         bail!("a row of {depth} weights is no whole number of blocks")
-    }
-    match tensor.dtype() {
-        Q4_0 | Q4_1 | Q4K | Q5_0 | Q8_0 => {
-            if let Some(rows) = StoredMatrix::read(tensor)? {
-                return Ok(rows);
-            }
-        }
-        _ => {}
     }
     Ok(round(
         &tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?,
@@ -35,7 +30,7 @@ pub fn read(tensor: &QTensor) -> Result<StoredMatrix> {
 }
 
 /// Rounds weights to eight bits; `depth` is a whole number of blocks.
-pub fn round(weights: &[f32], depth: usize) -> StoredMatrix {
+fn round(weights: &[f32], depth: usize) -> StoredMatrix {
     let blocks: Vec<(f32, [i8; BLOCK])> = weights
         .par_chunks_exact(BLOCK)
         .map(|block| {
@@ -49,11 +44,11 @@ pub fn round(weights: &[f32], depth: usize) -> StoredMatrix {
             (scale, std::array::from_fn(value))
         })
         .collect();
-    let mut rows = StoredMatrix::with_room(Format::EightBy32, depth, weights.len());
+    let mut matrix = StoredMatrix::with_room(Format::EightBy32, depth, weights.len());
     for (scale, values) in blocks {
-        rows.push(scale, 0.0, values.into_iter());
+        matrix.push(scale, 0.0, values.into_iter());
     }
-    rows
+    matrix
 }
 
 /// Matrices that were read, all in eight bits if one of them is.
