@@ -144,7 +144,7 @@ pub struct Model {
     #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto", value_parser = values::device)]
     pub device: Device,
     /// The type of weights and KV cache; on the CPU sums stay in f32, only a processor with AVX-512 BF16 multiplies in bf16,
-    /// and weights that a file has in fewer bits take hardly more in f32 too; `auto` is f32 on the CPU and bf16 on a GPU
+    /// and matrices that a file has in fewer bits stay small in f32 too; `auto` is f32 on the CPU and bf16 on a GPU
     #[arg(long, default_value = "auto")]
     pub dtype: Dtype,
     /// The most tokens in a sequence, prompt and answer together; unset, the model's own limit as far as the KV cache

@@ -62,7 +62,7 @@ enum On {
 impl Decoder {
     /// Loads a model from a `.gguf` file, or from a folder with `config.json` and safetensors. Weights are stored as
     /// `dtype`: f32, bf16 or f16. With f32 on the CPU, matrices that the file has in bfloat16 or in blocks of four to eight
-    /// bits are kept in hardly more, and stand for the same numbers.
+    /// bits stay small, and stand for the same numbers.
     pub fn load(path: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
         let (weights, config) = Weights::open(path)?;
         Self::from_weights(&weights, config, device, dtype, false)

@@ -9,7 +9,7 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 
-use super::panels::Aligned;
+use super::panels::{Aligned, in_turn};
 
 /// Columns of a panel: three vectors of 16 sums, which eight rows keep in 24 of the 32 registers.
 pub const WIDTH: usize = 48;
@@ -50,9 +50,7 @@ impl Bfloat16Panels {
     /// Packs two matrices of equal shape, a panel of `first` and the same panel of `second` in turn.
     pub fn pack_pairs(first: &[f32], second: &[f32], depth: usize) -> Self {
         let outputs = first.len() / depth;
-        Self::build(2 * outputs.div_ceil(WIDTH), outputs, depth, |panel| {
-            (if panel.is_multiple_of(2) { first } else { second }, panel / 2)
-        })
+        Self::build(2 * outputs.div_ceil(WIDTH), outputs, depth, in_turn(first, second))
     }
 
     /// `source` tells of each panel which matrix it is cut from, and the how-manieth of that matrix it is.

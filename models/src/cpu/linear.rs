@@ -380,28 +380,20 @@ fn dense<S: Simd>(simd: S, panels: &Panels, index: usize, x: &[f32], sums: &mut 
     let depth_block = depth.div_ceil(depth.div_ceil(DEPTH_BLOCK)).next_multiple_of(BLOCK);
     // Each weight is used once or twice: converting it each time is less work than writing it somewhere.
     let few = sums.len() <= 2 * tile_rows::<S>() * panels.width;
+    let tile = compressed::tile_rows::<S>();
     for k in (0..depth).step_by(depth_block) {
         match panels.block(index, k, depth_block.min(depth - k)) {
             Block::F32(weights) => accumulate(simd, x, depth, k, weights, sums),
             Block::Bf16(weights) if few => accumulate(simd, x, depth, k, weights, sums),
             Block::Bf16(weights) => accumulate(simd, x, depth, k, widen_bf16(weights, buffer), sums),
             Block::F16(weights) => accumulate(simd, x, depth, k, widen_f16(weights, buffer), sums),
-            Block::Compressed(weights) => {
-                match sums.split_at_mut_checked(compressed::tile_rows::<S>() * panels.width) {
-                    Some((sums, more)) if !more.is_empty() => {
-                        let weights = weights.accumulate_and_widen(simd, x, depth, k, sums, buffer);
-                        accumulate(
-                            simd,
-                            &x[compressed::tile_rows::<S>() * depth..],
-                            depth,
-                            k,
-                            weights,
-                            more,
-                        );
-                    }
-                    _ => weights.accumulate(simd, x, depth, k, sums),
+            Block::Compressed(weights) => match sums.split_at_mut_checked(tile * panels.width) {
+                Some((sums, more)) if !more.is_empty() => {
+                    let weights = weights.accumulate_and_widen(simd, x, depth, k, sums, buffer);
+                    accumulate(simd, &x[tile * depth..], depth, k, weights, more);
                 }
-            }
+                _ => weights.accumulate(simd, x, depth, k, sums),
+            },
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Projections by each kind of weights, against sums in float64 and against each other.
 
 use candle_core::Device;
-use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::quantized::GgmlDType;
 
-use super::super::numbers;
 use super::super::panels::panel_width;
+use super::super::{numbers, quantized_numbers};
 use super::*;
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {
@@ -66,7 +66,7 @@ fn quantized_products_of_odd_sizes_are_near() {
         (25, 1024, 43, GgmlDType::Q8_0),
     ] {
         let stored = |seed| {
-            let (stored, stands_for) = stored(outputs, inputs, dtype, seed);
+            let (stored, stands_for) = quantized_numbers(outputs, inputs, dtype, seed);
             (quantized::read(&stored).unwrap(), stands_for)
         };
         let ((weight, exact), (up, exact_up)) = (stored(21), stored(22));
@@ -168,14 +168,6 @@ impl Near {
     }
 }
 
-/// A matrix of random numbers as a file stores it, and what that stands for.
-fn stored(outputs: usize, inputs: usize, dtype: GgmlDType, seed: u32) -> (QTensor, Vec<f32>) {
-    let weights = Tensor::from_vec(numbers(outputs * inputs, seed), (outputs, inputs), &Device::Cpu);
-    let stored = QTensor::quantize(&weights.unwrap(), dtype).unwrap();
-    let stands_for = stored.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap();
-    (stored, stands_for.to_vec1().unwrap())
-}
-
 #[test]
 fn compressed_products_are_float32s() {
     for (dtype, inputs, outputs) in [
@@ -188,8 +180,8 @@ fn compressed_products_are_float32s() {
         (GgmlDType::Q6K, 256, 32),
         (GgmlDType::Q6K, 1024, 43),
     ] {
-        let (read, exact) = stored(outputs, inputs, dtype, 31);
-        let (up, exact_up) = stored(outputs, inputs, dtype, 32);
+        let (read, exact) = quantized_numbers(outputs, inputs, dtype, 31);
+        let (up, exact_up) = quantized_numbers(outputs, inputs, dtype, 32);
         let [read, up] = [read, up].map(|weight| StoredMatrix::read(&weight).unwrap());
         let bias = numbers(outputs, 33);
         let compressed = Linear::compressed(&read, Some(bias.clone()));
@@ -229,7 +221,7 @@ fn a_row_is_the_same_in_any_batch() {
         (format!("{dtype:?}"), linear)
     });
     let of_a_file = [GgmlDType::Q4_1, GgmlDType::Q8_0].map(|dtype| {
-        let (stored, _) = stored(outputs, inputs, dtype, 5);
+        let (stored, _) = quantized_numbers(outputs, inputs, dtype, 5);
         let quantized = Linear::quantized(&quantized::read(&stored).unwrap(), None).unwrap();
         let compressed = Linear::compressed(&StoredMatrix::read(&stored).unwrap(), None);
         [

@@ -24,7 +24,11 @@ pub(crate) mod stored;
 mod tile;
 
 use candle_core::backend::BackendStorage;
+#[cfg(test)]
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
+#[cfg(test)]
+use candle_core::{Device, Tensor};
 
 /// The elements of a contiguous operand.
 pub(crate) fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
@@ -89,4 +93,13 @@ pub(crate) fn numbers(len: usize, seed: u32) -> Vec<f32> {
         state as i32 as f32 / i32::MAX as f32
     };
     (0..len).map(|_| next()).collect()
+}
+
+/// A matrix of such numbers, `[outputs, depth]`, as a file stores it, and the numbers that this stands for.
+#[cfg(test)]
+pub(crate) fn quantized_numbers(outputs: usize, depth: usize, dtype: GgmlDType, seed: u32) -> (QTensor, Vec<f32>) {
+    let weights = Tensor::from_vec(numbers(outputs * depth, seed), (outputs, depth), &Device::Cpu).unwrap();
+    let stored = QTensor::quantize(&weights, dtype).unwrap();
+    let stands_for = stored.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap();
+    (stored, stands_for.to_vec1().unwrap())
 }

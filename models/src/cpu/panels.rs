@@ -36,6 +36,12 @@ pub enum Block<'a> {
     Compressed(Compressed<'a>),
 }
 
+/// Of each panel, which matrix it is cut from and the how-manieth of that matrix it is, where panels of two matrices lie in
+/// turn.
+pub fn in_turn<'a, T: ?Sized>(first: &'a T, second: &'a T) -> impl Fn(usize) -> (&'a T, usize) {
+    move |panel| (if panel.is_multiple_of(2) { first } else { second }, panel / 2)
+}
+
 /// The weights in float32, in `buffer`.
 #[inline(always)]
 pub fn widen_bf16<'a>(weights: &[bf16], buffer: &'a mut Vec<f32>) -> &'a [f32] {
@@ -112,9 +118,7 @@ impl Panels {
     pub fn pack_pairs(first: &[f32], second: &[f32], depth: usize, dtype: DType) -> Result<Self> {
         let outputs = first.len() / depth;
         let count = 2 * outputs.div_ceil(panel_width());
-        Self::build(count, outputs, depth, dtype, |panel| {
-            (if panel % 2 == 0 { first } else { second }, panel / 2)
-        })
+        Self::build(count, outputs, depth, dtype, in_turn(first, second))
     }
 
     /// Packs a matrix that stays in its format.
@@ -126,9 +130,7 @@ impl Panels {
     /// As [`Self::pack_pairs`], of matrices of one format, which stay in it.
     pub fn pack_stored_pairs(first: &StoredMatrix, second: &StoredMatrix) -> Self {
         let count = 2 * first.outputs().div_ceil(panel_width());
-        Self::compressed(first, count, |panel| {
-            (if panel.is_multiple_of(2) { first } else { second }, panel / 2)
-        })
+        Self::compressed(first, count, in_turn(first, second))
     }
 
     fn compressed<'a>(

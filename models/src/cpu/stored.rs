@@ -39,6 +39,7 @@ impl Format {
 /// a scale and a value has more digits than float32, so that one rounding gives the weight.
 pub struct StoredMatrix {
     pub format: Format,
+    /// Inputs.
     pub depth: usize,
     /// `[outputs, depth]`
     pub values: Vec<i8>,
@@ -77,10 +78,7 @@ impl StoredMatrix {
 
     /// Of blocks of `N` bytes, each of which `push` appends.
     fn fill<const N: usize>(tensor: &QTensor, format: Format, push: fn(&mut Self, &[u8; N])) -> Result<Self> {
-        let (outputs, depth) = tensor.shape().dims2()?;
-        if depth % BLOCK != 0 {
-            bail!("a row of {depth} weights is no whole number of blocks")
-        }
+        let (outputs, depth) = shape(tensor)?;
         let mut matrix = Self::with_room(format, depth, outputs * depth);
         let data = tensor.data()?;
         data.as_chunks().0.iter().for_each(|block| push(&mut matrix, block));
@@ -98,11 +96,12 @@ impl StoredMatrix {
         }
     }
 
+    /// Rows.
     pub fn outputs(&self) -> usize {
         self.values.len() / self.depth
     }
 
-    /// The weights that these stand for.
+    /// The weights that these stand for, `[outputs, depth]`.
     pub fn weights(&self) -> Vec<f32> {
         let groups = self.values.chunks_exact(self.format.group());
         let factors = self.scales.iter().zip(&self.minima);
@@ -140,6 +139,7 @@ impl StoredMatrix {
         })
     }
 
+    /// Appends a group, of as many values as the format has in one.
     pub fn push(&mut self, scale: f32, minimum: f32, values: impl Iterator<Item = i8>) {
         self.scales.push(scale);
         self.minima.push(minimum);
@@ -209,6 +209,18 @@ impl StoredMatrix {
     }
 }
 
+/// Outputs and depth of a matrix.
+///
+/// # Errors
+/// The tensor is no matrix, or its rows are no whole number of blocks.
+pub fn shape(tensor: &QTensor) -> Result<(usize, usize)> {
+    let (outputs, depth) = tensor.shape().dims2()?;
+    if depth % BLOCK != 0 {
+        bail!("a row of {depth} weights is no whole number of blocks")
+    }
+    Ok((outputs, depth))
+}
+
 /// The float16 number at a place of a block.
 fn number(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
@@ -254,36 +266,28 @@ fn six_bits(packed: &[u8], index: usize) -> (u8, u8) {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
-
-    use super::super::numbers;
+    use super::super::quantized_numbers;
     use super::*;
-
-    fn stored(weights: &[f32], depth: usize, dtype: GgmlDType) -> (Result<StoredMatrix>, Vec<f32>) {
-        let tensor = Tensor::from_slice(weights, (weights.len() / depth, depth), &Device::Cpu).unwrap();
-        let stored = QTensor::quantize(&tensor, dtype).unwrap();
-        let stands_for = stored.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap();
-        (StoredMatrix::read(&stored), stands_for.to_vec1().unwrap())
-    }
 
     #[test]
     fn what_a_file_stores_stands_for_the_numbers_candle_reads() {
-        let weights = numbers(6 * 512, 3);
         for &dtype in StoredMatrix::TYPES {
-            let (matrix, stands_for) = stored(&weights, 512, dtype);
-            assert!(matrix.unwrap().weights() == stands_for, "{dtype:?}");
+            let (stored, stands_for) = quantized_numbers(6, 512, dtype, 3);
+            assert!(
+                StoredMatrix::read(&stored).unwrap().weights() == stands_for,
+                "{dtype:?}"
+            );
         }
-        assert!(stored(&weights, 512, GgmlDType::Q3K).0.is_err());
+        assert!(StoredMatrix::read(&quantized_numbers(6, 512, GgmlDType::Q3K, 3).0).is_err());
     }
 
     #[test]
     fn matrices_in_one_format_stand_for_the_same() {
         let types = [GgmlDType::Q4K, GgmlDType::Q6K, GgmlDType::Q8_0];
-        let (parts, exact): (Vec<_>, Vec<_>) = types
-            .map(|dtype| stored(&numbers(3 * 256, 5), 256, dtype))
-            .into_iter()
-            .unzip();
-        let parts = StoredMatrix::alike(parts.into_iter().flatten().collect());
+        let parts = types.map(|dtype| quantized_numbers(3, 256, dtype, 5));
+        let exact = parts.each_ref().map(|(_, exact)| exact.clone());
+        let read = parts.iter().map(|(stored, _)| StoredMatrix::read(stored).unwrap());
+        let parts = StoredMatrix::alike(read.collect());
         assert!(parts.iter().all(|part| part.format == Format::EightBy16));
         let all = StoredMatrix::concat(parts).unwrap();
         assert_eq!(all.outputs(), 9);

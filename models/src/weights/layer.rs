@@ -14,7 +14,7 @@ pub(crate) fn layer_name(index: usize, part: &str) -> String {
     format!("model.layers.{index}.{part}")
 }
 
-/// The matrices of a layer that stay quantized: those which `T` was made of.
+/// The matrices of a layer that stay in a file's blocks: those which `T` was made of.
 pub(crate) struct StoredLayer<T> {
     /// Queries, keys and values.
     pub qkv: Option<T>,

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::{Activations, BLOCK, TILE, WIDTH, portable};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
+use crate::cpu::panels::in_turn;
 use crate::cpu::stored::{Format, StoredMatrix};
 
 /// Outputs of half a panel: those of a vector of 32 bytes.
@@ -204,9 +205,7 @@ impl QuantizedPanels {
             )
         }
         let count = 2 * first.outputs().div_ceil(WIDTH);
-        Self::new(first, count, |panel| {
-            (if panel.is_multiple_of(2) { first } else { second }, panel / 2)
-        })
+        Self::new(first, count, in_turn(first, second))
     }
 
     fn new<'a>(
@@ -290,17 +289,14 @@ fn gather<B: Block>(blocks: &[B], column: usize, row: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::quantized::{GgmlDType, QTensor};
-    use candle_core::{Device, Tensor};
+    use candle_core::quantized::GgmlDType;
 
-    use super::super::super::numbers;
+    use super::super::super::{numbers, quantized_numbers};
     use super::*;
 
     fn stored(outputs: usize, depth: usize, dtype: GgmlDType, seed: u32) -> (StoredMatrix, Vec<f32>) {
-        let weights = Tensor::from_vec(numbers(outputs * depth, seed), (outputs, depth), &Device::Cpu).unwrap();
-        let stored = QTensor::quantize(&weights, dtype).unwrap();
-        let stands_for = stored.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap();
-        (super::super::read(&stored).unwrap(), stands_for.to_vec1().unwrap())
+        let (stored, stands_for) = quantized_numbers(outputs, depth, dtype, seed);
+        (super::super::read(&stored).unwrap(), stands_for)
     }
 
     #[test]
@@ -335,9 +331,8 @@ mod tests {
 
     #[test]
     fn what_was_not_rounded_is_refused() {
-        let weights = Tensor::from_vec(numbers(256, 3), (1, 256), &Device::Cpu).unwrap();
         for dtype in [GgmlDType::Q5_1, GgmlDType::Q6K] {
-            let matrix = StoredMatrix::read(&QTensor::quantize(&weights, dtype).unwrap()).unwrap();
+            let matrix = StoredMatrix::read(&quantized_numbers(1, 256, dtype, 3).0).unwrap();
             assert!(QuantizedPanels::pack(&matrix).is_err(), "{dtype:?}");
             assert!(QuantizedPanels::pack_pairs(&matrix, &matrix).is_err(), "{dtype:?}");
         }

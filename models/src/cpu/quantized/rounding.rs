@@ -2,12 +2,12 @@
 //! with factors in float16.
 
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{Device, Result, bail};
+use candle_core::{Device, Result};
 use half::f16;
 use rayon::prelude::*;
 
 use super::BLOCK;
-use crate::cpu::stored::{Format, StoredMatrix};
+use crate::cpu::stored::{Format, StoredMatrix, shape};
 
 /// A file's matrix on the CPU: Q4_0, Q4_1, Q4_K, Q5_0 and Q8_0 as they are, but for Q4_K's factors, which are rounded when
 /// they are packed; others rounded to eight bits.
@@ -19,10 +19,7 @@ pub fn read(tensor: &QTensor) -> Result<StoredMatrix> {
     if matches!(tensor.dtype(), Q4_0 | Q4_1 | Q4K | Q5_0 | Q8_0) {
         return StoredMatrix::read(tensor);
     }
-    let (_, depth) = tensor.shape().dims2()?;
-    if depth % BLOCK != 0 {
-        bail!("a row of {depth} weights is no whole number of blocks")
-    }
+    let (_, depth) = shape(tensor)?;
     Ok(round(
         &tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?,
         depth,
@@ -63,21 +60,16 @@ pub fn alike(parts: Vec<StoredMatrix>) -> Vec<StoredMatrix> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Tensor;
-
-    use super::super::super::numbers;
+    use super::super::super::quantized_numbers;
     use super::*;
 
-    fn stored(weights: &[f32], depth: usize, dtype: GgmlDType) -> (StoredMatrix, Vec<f32>) {
-        let tensor = Tensor::from_slice(weights, (weights.len() / depth, depth), &Device::Cpu).unwrap();
-        let stored = QTensor::quantize(&tensor, dtype).unwrap();
-        let stands_for = stored.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap();
-        (read(&stored).unwrap(), stands_for.to_vec1().unwrap())
+    fn stored(outputs: usize, depth: usize, dtype: GgmlDType, seed: u32) -> (StoredMatrix, Vec<f32>) {
+        let (stored, stands_for) = quantized_numbers(outputs, depth, dtype, seed);
+        (read(&stored).unwrap(), stands_for)
     }
 
     #[test]
     fn what_is_not_multiplied_as_it_is_is_rounded_to_eight_bits() {
-        let weights = numbers(6 * 256, 3);
         for (dtype, format, within) in [
             (GgmlDType::Q4_0, Format::FourBy32, 0.0),
             (GgmlDType::Q4_1, Format::FourBy32, 0.0),
@@ -88,9 +80,9 @@ mod tests {
             (GgmlDType::Q5_1, Format::EightBy32, 4.5e-3),
             (GgmlDType::Q6K, Format::EightBy32, 4.5e-3),
         ] {
-            let (rows, stands_for) = stored(&weights, 256, dtype);
-            assert_eq!(rows.format, format, "{dtype:?}");
-            for (found, exact) in rows.weights().iter().zip(&stands_for) {
+            let (matrix, stands_for) = stored(6, 256, dtype, 3);
+            assert_eq!(matrix.format, format, "{dtype:?}");
+            for (found, exact) in matrix.weights().iter().zip(&stands_for) {
                 assert!((found - exact).abs() <= within, "{dtype:?}: {found} is not {exact}");
             }
         }
@@ -98,11 +90,10 @@ mod tests {
 
     #[test]
     fn matrices_side_by_side_take_the_wider_type() {
-        let (first, second) = (numbers(4 * 64, 5), numbers(2 * 64, 6));
-        let (four, _) = stored(&first, 64, GgmlDType::Q4_1);
-        let exact = [four.weights(), stored(&second, 64, GgmlDType::Q8_0).1].concat();
-        let parts = vec![four, stored(&second, 64, GgmlDType::Q8_0).0];
-        let both = StoredMatrix::concat(alike(parts)).unwrap();
+        let (four, exact_four) = stored(4, 64, GgmlDType::Q4_1, 5);
+        let (eight, exact_eight) = stored(2, 64, GgmlDType::Q8_0, 6);
+        let exact = [exact_four, exact_eight].concat();
+        let both = StoredMatrix::concat(alike(vec![four, eight])).unwrap();
         assert_eq!((both.format, both.values.len()), (Format::EightBy32, 6 * 64));
         for (found, exact) in both.weights().iter().zip(&exact) {
             assert!((found - exact).abs() < 4.5e-3, "{found} is not {exact}");
@@ -114,12 +105,12 @@ mod tests {
         let mut weights = vec![0.0; 64];
         weights[40] = -1000.0;
         weights[41] = 5.0;
-        let rows = round(&weights, 64);
-        assert_eq!(rows.weights()[..32], [0.0; 32]);
-        assert_eq!(rows.values[40], -127);
-        assert!((rows.weights()[40] + 1000.0).abs() < 1.0 && (rows.weights()[41] - 5.0).abs() < 4.0);
+        let matrix = round(&weights, 64);
+        assert_eq!(matrix.weights()[..32], [0.0; 32]);
+        assert_eq!(matrix.values[40], -127);
+        assert!((matrix.weights()[40] + 1000.0).abs() < 1.0 && (matrix.weights()[41] - 5.0).abs() < 4.0);
         weights[3] = f32::NAN;
-        let rows = round(&weights, 64);
-        assert!(rows.weights()[..32].iter().all(|weight| weight.is_nan()) && rows.weights()[40] < -999.0);
+        let matrix = round(&weights, 64);
+        assert!(matrix.weights()[..32].iter().all(|weight| weight.is_nan()) && matrix.weights()[40] < -999.0);
     }
 }
