@@ -7,7 +7,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::bfloat16::{self, Bfloat16Panels};
-use super::compressed;
+use super::compressed::{self, CompressedPanels};
 use super::panels::{Aligned, Block, Panels, stored_as, widen_bf16, widen_f16};
 use super::quantized::{self, QuantizedPanels};
 use super::stored::{BLOCK, StoredMatrix};
@@ -21,7 +21,7 @@ const DEPTH_BLOCK: usize = 384;
 const ROW_BLOCK: usize = 32 * 1024;
 /// Rows of a block, or half of one: whole tiles of every kind of product, but for those of compressed weights.
 const ROW_STEP: usize = 48;
-const _: () = assert!(ROW_STEP.is_multiple_of(quantized::TILE));
+const _: () = assert!(ROW_STEP.is_multiple_of(quantized::TILE) && ROW_STEP.is_multiple_of(compressed::TILE));
 
 /// What becomes of a product.
 #[derive(Clone, Copy)]
@@ -37,6 +37,8 @@ enum Epilogue<'a> {
 /// Packed weights.
 enum Matrix {
     Dense(Panels),
+    /// In the blocks of a file, and multiplied in float32 or as exactly.
+    Compressed(CompressedPanels),
     /// In bfloat16, and multiplied as such.
     Bfloat16(Bfloat16Panels),
     Quantized(QuantizedPanels),
@@ -62,6 +64,7 @@ impl Matrix {
     fn depth(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.depth,
+            Self::Compressed(panels) => panels.depth,
             Self::Bfloat16(panels) => panels.depth,
             Self::Quantized(panels) => panels.depth,
         }
@@ -70,6 +73,7 @@ impl Matrix {
     fn outputs(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.outputs,
+            Self::Compressed(panels) => panels.outputs,
             Self::Bfloat16(panels) => panels.outputs,
             Self::Quantized(panels) => panels.outputs,
         }
@@ -79,6 +83,7 @@ impl Matrix {
     fn width(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.width,
+            Self::Compressed(panels) => panels.width,
             Self::Bfloat16(_) => bfloat16::WIDTH,
             Self::Quantized(_) => quantized::WIDTH,
         }
@@ -88,6 +93,7 @@ impl Matrix {
     fn bytes(&self) -> usize {
         match self {
             Self::Dense(panels) => panels.bytes(),
+            Self::Compressed(panels) => panels.bytes(),
             Self::Bfloat16(panels) => panels.bytes(),
             Self::Quantized(panels) => panels.bytes(),
         }
@@ -120,7 +126,7 @@ impl Linear {
     /// Packs a weight that stays in its format and is multiplied in float32.
     pub fn compressed(weight: &StoredMatrix, bias: Option<Vec<f32>>) -> Self {
         Self {
-            matrix: Matrix::Dense(Panels::pack_stored(weight)),
+            matrix: Matrix::Compressed(CompressedPanels::pack(weight)),
             bias,
         }
     }
@@ -157,6 +163,7 @@ impl Linear {
         for (row, &index) in rows.chunks_exact_mut(depth).zip(indices) {
             match &self.matrix {
                 Matrix::Dense(panels) => panels.gather(index as usize, row),
+                Matrix::Compressed(panels) => panels.gather(index as usize, row),
                 Matrix::Bfloat16(panels) => panels.gather(index as usize, row),
                 Matrix::Quantized(panels) => panels.gather(index as usize, row),
             }
@@ -210,7 +217,7 @@ impl GateUp {
     /// Packs weights that stay in their one format and are multiplied in float32.
     pub fn compressed(gate: &StoredMatrix, up: &StoredMatrix) -> Self {
         Self {
-            matrix: Matrix::Dense(Panels::pack_stored_pairs(gate, up)),
+            matrix: Matrix::Compressed(CompressedPanels::pack_pairs(gate, up)),
         }
     }
 
@@ -266,6 +273,10 @@ fn run(matrix: &Matrix, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Resul
     let out = Stripes::new(out);
     let operands = match matrix {
         Matrix::Dense(panels) => Operands::Dense { panels, x },
+        Matrix::Compressed(panels) => Operands::Compressed {
+            panels,
+            x: panels.activations(x),
+        },
         Matrix::Bfloat16(panels) => Operands::Bfloat16 {
             panels,
             x: bfloat16::Activations::round(x, depth),
@@ -296,6 +307,10 @@ enum Operands<'a> {
     Dense {
         panels: &'a Panels,
         x: &'a [f32],
+    },
+    Compressed {
+        panels: &'a CompressedPanels,
+        x: compressed::Activations<'a>,
     },
     Bfloat16 {
         panels: &'a Bfloat16Panels,
@@ -335,6 +350,7 @@ impl WithSimd for Stripe<'_> {
         let activations = match self.operands {
             // Each block of rows widens the weights again, which costs more than activations that leave the cache.
             Operands::Dense { panels, .. } if panels.are_widened() => usize::MAX,
+            Operands::Compressed { .. } => usize::MAX,
             Operands::Dense { .. } => ROW_BLOCK,
             // Activations are half as large, and a quarter.
             Operands::Bfloat16 { .. } => 2 * ROW_BLOCK,
@@ -362,6 +378,9 @@ impl WithSimd for Stripe<'_> {
                                 &mut buffer,
                             );
                         }
+                        Operands::Compressed { panels, x } => {
+                            panels.multiply(simd, panel, x, first..first + rows, sums, &mut buffer);
+                        }
                         Operands::Bfloat16 { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
                         Operands::Quantized { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
                     }
@@ -376,31 +395,28 @@ impl WithSimd for Stripe<'_> {
 #[inline(always)]
 fn dense<S: Simd>(simd: S, panels: &Panels, index: usize, x: &[f32], sums: &mut [f32], buffer: &mut Vec<f32>) {
     let depth = panels.depth;
-    // Blocks of nearly equal depth, so that none is hardly worth its overhead, and of whole groups of stored weights.
-    let depth_block = depth.div_ceil(depth.div_ceil(DEPTH_BLOCK)).next_multiple_of(BLOCK);
+    let depth_block = depth_block(depth);
     // Each weight is used once or twice: converting it each time is less work than writing it somewhere.
     let few = sums.len() <= 2 * tile_rows::<S>() * panels.width;
-    let tile = compressed::tile_rows::<S>();
     for k in (0..depth).step_by(depth_block) {
         match panels.block(index, k, depth_block.min(depth - k)) {
             Block::F32(weights) => accumulate(simd, x, depth, k, weights, sums),
             Block::Bf16(weights) if few => accumulate(simd, x, depth, k, weights, sums),
             Block::Bf16(weights) => accumulate(simd, x, depth, k, widen_bf16(weights, buffer), sums),
             Block::F16(weights) => accumulate(simd, x, depth, k, widen_f16(weights, buffer), sums),
-            Block::Compressed(weights) => match sums.split_at_mut_checked(tile * panels.width) {
-                Some((sums, more)) if !more.is_empty() => {
-                    let weights = weights.accumulate_and_widen(simd, x, depth, k, sums, buffer);
-                    accumulate(simd, &x[tile * depth..], depth, k, weights, more);
-                }
-                _ => weights.accumulate(simd, x, depth, k, sums),
-            },
         }
     }
 }
 
+/// Inputs that are multiplied before the next rows' turn: blocks of nearly equal depth, so that none is hardly worth its
+/// overhead, and of whole groups of stored weights.
+pub fn depth_block(depth: usize) -> usize {
+    depth.div_ceil(depth.div_ceil(DEPTH_BLOCK)).next_multiple_of(BLOCK)
+}
+
 /// `sums[row] (+)= x[row][k..] * weights`, from zero where `k` is 0: `sums` `[rows, width]`, `x` `[rows, depth]`.
 #[inline(always)]
-fn accumulate<S: Simd, W: Column>(simd: S, x: &[f32], depth: usize, k: usize, weights: &[W], sums: &mut [f32]) {
+pub fn accumulate<S: Simd, W: Column>(simd: S, x: &[f32], depth: usize, k: usize, weights: &[W], sums: &mut [f32]) {
     let width = 2 * S::F32_LANES;
     let (rows, block) = (sums.len() / width, weights.len() / width);
     assert!(k + block <= depth && rows * depth <= x.len());

@@ -168,8 +168,42 @@ impl Near {
     }
 }
 
+/// However this processor multiplies them.
 #[test]
-fn compressed_products_are_float32s() {
+fn compressed_products_have_float32s_accuracy() {
+    for (rows, inputs, outputs, dtype) in [
+        (1, 32, 1, GgmlDType::Q4_0),
+        (9, 96, 33, GgmlDType::Q4_1),
+        (97, 1408, 67, GgmlDType::Q4_1),
+        (25, 576, 31, GgmlDType::Q5_1),
+        (130, 416, 101, GgmlDType::Q8_0),
+        (17, 1024, 43, GgmlDType::Q6K),
+    ] {
+        let stored = |seed| {
+            let (stored, stands_for) = quantized_numbers(outputs, inputs, dtype, seed);
+            (StoredMatrix::read(&stored).unwrap(), stands_for)
+        };
+        let ((weight, exact), (up, exact_up)) = (stored(35), stored(36));
+        let (x, bias) = (numbers(rows * inputs, 37), numbers(outputs, 38));
+        Near {
+            x,
+            exact,
+            exact_up,
+            bias: bias.clone(),
+            inputs,
+            // Sums of numbers up to one, rounded once an input.
+            within: 1e-6 * (inputs as f64).sqrt(),
+        }
+        .check(
+            Linear::compressed(&weight, None),
+            Linear::compressed(&weight, Some(bias)),
+            GateUp::compressed(&weight, &up),
+        );
+    }
+}
+
+#[test]
+fn compressed_products_in_float32_are_those_of_float32_weights() {
     for (dtype, inputs, outputs) in [
         (GgmlDType::Q4_0, 32, 1),
         (GgmlDType::Q4_1, 96, 33),
@@ -184,7 +218,11 @@ fn compressed_products_are_float32s() {
         let (up, exact_up) = quantized_numbers(outputs, inputs, dtype, 32);
         let [read, up] = [read, up].map(|weight| StoredMatrix::read(&weight).unwrap());
         let bias = numbers(outputs, 33);
-        let compressed = Linear::compressed(&read, Some(bias.clone()));
+        let matrix = |panels: CompressedPanels| Matrix::Compressed(panels.in_float32());
+        let compressed = Linear {
+            matrix: matrix(CompressedPanels::pack(&read)),
+            bias: Some(bias.clone()),
+        };
         let wide = Linear::new(&exact, inputs, Some(bias), DType::F32).unwrap();
         let bits = match dtype {
             GgmlDType::Q4_0 | GgmlDType::Q4_1 | GgmlDType::Q4K => 6,
@@ -196,7 +234,9 @@ fn compressed_products_are_float32s() {
         let last = [outputs as u32 - 1, 0];
         let rows = |linear: &Linear| linear.gather(&last, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
         assert!(rows(&compressed) == rows(&wide), "{dtype:?}");
-        let compressed_pair = GateUp::compressed(&read, &up);
+        let compressed_pair = GateUp {
+            matrix: matrix(CompressedPanels::pack_pairs(&read, &up)),
+        };
         let wide_pair = GateUp::new(&exact, &exact_up, inputs, DType::F32).unwrap();
         for rows in [1, 2, 3, 4, 7, 8, 9, 16, 29, 97, 130] {
             let x = Tensor::from_vec(numbers(rows * inputs, 34), (rows, inputs), &Device::Cpu).unwrap();
@@ -213,20 +253,25 @@ fn compressed_products_are_float32s() {
 
 #[test]
 fn a_row_is_the_same_in_any_batch() {
-    let (inputs, outputs) = (320, 83);
+    let (inputs, outputs) = (512, 83);
     let weight = numbers(outputs * inputs, 5);
     let x = Tensor::from_vec(numbers(128 * inputs, 6), (128, inputs), &Device::Cpu).unwrap();
     let dense = [DType::F32, DType::BF16, DType::F16].map(|dtype| {
         let linear = Linear::new(&weight, inputs, None, dtype).unwrap();
         (format!("{dtype:?}"), linear)
     });
-    let of_a_file = [GgmlDType::Q4_1, GgmlDType::Q8_0].map(|dtype| {
+    let of_a_file = [GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::Q6K].map(|dtype| {
         let (stored, _) = quantized_numbers(outputs, inputs, dtype, 5);
         let quantized = Linear::quantized(&quantized::read(&stored).unwrap(), None).unwrap();
-        let compressed = Linear::compressed(&StoredMatrix::read(&stored).unwrap(), None);
+        let read = StoredMatrix::read(&stored).unwrap();
+        let in_float32 = Linear {
+            matrix: Matrix::Compressed(CompressedPanels::pack(&read).in_float32()),
+            bias: None,
+        };
         [
             (format!("{dtype:?}, rounded"), quantized),
-            (format!("{dtype:?}, in float32"), compressed),
+            (format!("{dtype:?}"), Linear::compressed(&read, None)),
+            (format!("{dtype:?}, in float32"), in_float32),
         ]
     });
     for (dtype, linear) in dense.into_iter().chain(of_a_file.into_iter().flatten()) {

@@ -1,14 +1,11 @@
 //! Weights packed for the CPU: a matrix `[out, in]` cut into panels of as many outputs as one tile has columns,
-//! each panel `[in, width]` unless it is compressed, so that a product reads them from front to back.
+//! each panel `[in, width]`, so that a product reads them from front to back.
 
 use candle_core::{DType, Result, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
-
-use super::compressed::{Compressed, CompressedPanels};
-use super::stored::StoredMatrix;
 
 /// A packed matrix. The last panel is filled up with zeros.
 pub struct Panels {
@@ -25,7 +22,6 @@ enum Elements {
     F32(Aligned<f32>),
     Bf16(Aligned<bf16>),
     F16(Aligned<f16>),
-    Compressed(CompressedPanels),
 }
 
 /// Part of a panel, as it is stored.
@@ -33,7 +29,6 @@ pub enum Block<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
     F16(&'a [f16]),
-    Compressed(Compressed<'a>),
 }
 
 /// Of each panel, which matrix it is cut from and the how-manieth of that matrix it is, where panels of two matrices lie in
@@ -121,32 +116,6 @@ impl Panels {
         Self::build(count, outputs, depth, dtype, in_turn(first, second))
     }
 
-    /// Packs a matrix that stays in its format.
-    pub fn pack_stored(matrix: &StoredMatrix) -> Self {
-        let count = matrix.outputs().div_ceil(panel_width());
-        Self::compressed(matrix, count, |panel| (matrix, panel))
-    }
-
-    /// As [`Self::pack_pairs`], of matrices of one format, which stay in it.
-    pub fn pack_stored_pairs(first: &StoredMatrix, second: &StoredMatrix) -> Self {
-        let count = 2 * first.outputs().div_ceil(panel_width());
-        Self::compressed(first, count, in_turn(first, second))
-    }
-
-    fn compressed<'a>(
-        matrix: &StoredMatrix,
-        count: usize,
-        source: impl Fn(usize) -> (&'a StoredMatrix, usize) + Sync,
-    ) -> Self {
-        let width = panel_width();
-        Self {
-            data: Elements::Compressed(CompressedPanels::pack(count, width, source)),
-            depth: matrix.depth,
-            outputs: matrix.outputs(),
-            width,
-        }
-    }
-
     /// `source` tells of each panel which matrix it is cut from, and the how-manieth of that matrix it is.
     fn build<'a>(
         count: usize,
@@ -199,7 +168,6 @@ impl Panels {
             Elements::F32(data) => Block::F32(&data.get()[range]),
             Elements::Bf16(data) => Block::Bf16(&data.get()[range]),
             Elements::F16(data) => Block::F16(&data.get()[range]),
-            Elements::Compressed(data) => Block::Compressed(data.block(index, first, depth)),
         }
     }
 
@@ -214,7 +182,6 @@ impl Panels {
             Elements::F32(data) => size_of_val(data.get()),
             Elements::Bf16(data) => size_of_val(data.get()),
             Elements::F16(data) => size_of_val(data.get()),
-            Elements::Compressed(data) => data.bytes(),
         }
     }
 
@@ -232,7 +199,6 @@ impl Panels {
                 .iter_mut()
                 .zip(positions)
                 .for_each(|(to, at)| *to = data.get()[at].to_f32()),
-            Elements::Compressed(data) => data.gather(index, row),
         }
     }
 }
@@ -266,7 +232,6 @@ mod tests {
                         Block::F32(weights) => weights,
                         Block::Bf16(weights) => widen_bf16(weights, &mut buffer),
                         Block::F16(weights) => widen_f16(weights, &mut buffer),
-                        Block::Compressed(_) => panic!("nothing is compressed here"),
                     };
                     assert!(
                         block

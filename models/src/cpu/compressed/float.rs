@@ -1,134 +1,56 @@
-//! Weights that stay in four or eight bits and are multiplied in float32: every use makes of them exactly the numbers that
-//! they stand for.
-//!
-//! A panel's inputs are cut into blocks of those that share a scale. A block has words of each column, with the values of
-//! four or eight inputs in each, the first in the lowest bits, and then each column's scale and each column's minimum. So
-//! the weights of an input are unpacked by the same operations in all lanes.
+//! Products in float32.
 
 use pulp::Simd;
-use rayon::prelude::*;
 
-use super::panels::Aligned;
-use super::prefetch::prefetch;
-use super::stored::{Format, StoredMatrix};
-use super::tile::for_row_tiles;
+use super::{Compressed, CompressedPanels, FACTORS, offset, place, words};
+use crate::cpu::linear::{accumulate, depth_block};
+use crate::cpu::prefetch::prefetch;
+use crate::cpu::stored::Format;
+use crate::cpu::tile::for_row_tiles;
 
 /// How many blocks before its turn a block is fetched, whatever panel it belongs to.
 const AHEAD: usize = 6;
-/// Numbers of a column after the words: scale and minimum.
-const FACTORS: usize = 2;
-
-/// Rows of a tile for which weights are unpacked: their sums fit into the registers beside what that takes.
-pub const fn tile_rows<S: Simd>() -> usize {
-    if S::REGISTER_COUNT >= 32 { MANY } else { FEW }
-}
-
 /// Rows of a tile with many registers, and with few.
 const MANY: usize = 8;
 const FEW: usize = 3;
 
-/// A matrix in panels, the last of which is filled up with zeros.
-pub struct CompressedPanels {
-    /// `[panels, depth / group, words and factors, width]`
-    words: Aligned<u32>,
-    format: Format,
-    depth: usize,
-    width: usize,
-}
-
-/// Some blocks of a panel.
-pub struct Compressed<'a> {
-    /// `[blocks, words and factors, width]`
-    words: &'a [u32],
-    format: Format,
-}
-
-/// Words of a column in a block.
-fn words(format: Format) -> usize {
-    format.bits() * format.group() / 32
-}
-
-/// What is added to values of so many bits so that none is negative.
-const fn offset(bits: usize) -> i32 {
-    if bits == 8 { 128 } else { 0 }
+/// Rows of a tile for which weights are unpacked: their sums fit into the registers beside what that takes.
+const fn tile_rows<S: Simd>() -> usize {
+    if S::REGISTER_COUNT >= 32 { MANY } else { FEW }
 }
 
 impl CompressedPanels {
-    /// `count` panels of `width` columns; `source` tells of each which matrix it is cut from, and the how-manieth of that
-    /// matrix it is. The matrices are of one shape and format.
-    pub fn pack<'a>(count: usize, width: usize, source: impl Fn(usize) -> (&'a StoredMatrix, usize) + Sync) -> Self {
-        let StoredMatrix { format, depth, .. } = *source(0).0;
-        let (blocks, block_len) = (depth / format.group(), (words(format) + FACTORS) * width);
-        let mut data = Aligned::zeros(count * blocks * block_len);
-        let panels = data.get_mut().par_chunks_exact_mut(blocks * block_len).enumerate();
-        panels.for_each(|(index, panel)| {
-            let (matrix, nth) = source(index);
-            for (column, output) in (nth * width..matrix.outputs()).take(width).enumerate() {
-                for (block, packed) in panel.chunks_exact_mut(block_len).enumerate() {
-                    let column = packed[column..].iter_mut().step_by(width);
-                    pack_column(matrix, output * blocks + block, column);
-                }
-            }
-        });
-        Self {
-            words: data,
-            format,
-            depth,
-            width,
-        }
-    }
-
-    /// Inputs `first..first + depth` of panel `index`: whole blocks.
+    /// Panel `index` times `x`, whose first rows are multiplied while the weights are unpacked, and the others by what that
+    /// leaves in `buffer`.
     #[inline(always)]
-    pub fn block(&self, index: usize, first: usize, depth: usize) -> Compressed<'_> {
-        let group = self.format.group();
-        assert!(first.is_multiple_of(group) && depth.is_multiple_of(group));
-        let block_len = (words(self.format) + FACTORS) * self.width;
-        let start = (index * self.depth + first) / group * block_len;
-        Compressed {
-            words: &self.words.get()[start..][..depth / group * block_len],
-            format: self.format,
-        }
-    }
-
-    /// Bytes of the weights.
-    pub fn bytes(&self) -> usize {
-        size_of_val(self.words.get())
-    }
-
-    /// Writes the weights of output `index` to `row`, as an embedding lookup wants them.
-    pub fn gather(&self, index: usize, row: &mut [f32]) {
-        let (bits, words) = (self.format.bits(), words(self.format));
-        let panel = self.block(index / self.width, 0, self.depth).words;
-        let blocks = panel.chunks_exact((words + FACTORS) * self.width);
-        for (block, row) in blocks.zip(row.chunks_exact_mut(self.format.group())) {
-            let word = |nth: usize| block[nth * self.width + index % self.width];
-            let (scale, minimum) = (f32::from_bits(word(words)), f32::from_bits(word(words + 1)));
-            for (input, weight) in row.iter_mut().enumerate() {
-                let value = word(bits * input / 32) >> (bits * input % 32) & ((1 << bits) - 1);
-                *weight = scale * (value as i32 - offset(bits)) as f32 + minimum;
+    pub fn multiply_in_float32<S: Simd>(
+        &self,
+        simd: S,
+        index: usize,
+        x: &[f32],
+        sums: &mut [f32],
+        buffer: &mut Vec<f32>,
+    ) {
+        let (depth, tile) = (self.depth, tile_rows::<S>());
+        let depth_block = depth_block(depth);
+        for k in (0..depth).step_by(depth_block) {
+            let weights = self.block(index, k, depth_block.min(depth - k));
+            match sums.split_at_mut_checked(tile * self.width) {
+                Some((sums, more)) if !more.is_empty() => {
+                    let weights = weights.accumulate_and_widen(simd, x, depth, k, sums, buffer);
+                    accumulate(simd, &x[tile * depth..], depth, k, weights, more);
+                }
+                _ => weights.accumulate(simd, x, depth, k, sums),
             }
         }
     }
-}
-
-/// Writes the words and factors of a group.
-fn pack_column<'a>(matrix: &StoredMatrix, group: usize, column: impl Iterator<Item = &'a mut u32>) {
-    let (bits, len) = (matrix.format.bits(), matrix.format.group());
-    let values = matrix.values[group * len..][..len].chunks_exact(32 / bits);
-    let words = values.map(|values| {
-        let append = |word, &value: &i8| word << bits | (i32::from(value) + offset(bits)) as u32;
-        values.iter().rev().fold(0, append)
-    });
-    let factors = [matrix.scales[group], matrix.minima[group]].map(f32::to_bits);
-    column.zip(words.chain(factors)).for_each(|(to, word)| *to = word);
 }
 
 impl Compressed<'_> {
     /// `sums[row] (+)= x[row][k..] * weights`, from zero where `k` is 0: `sums` `[rows, width]`, `x` `[rows, depth]`; at most
     /// [`tile_rows`].
     #[inline(always)]
-    pub fn accumulate<S: Simd>(&self, simd: S, x: &[f32], depth: usize, k: usize, sums: &mut [f32]) {
+    fn accumulate<S: Simd>(&self, simd: S, x: &[f32], depth: usize, k: usize, sums: &mut [f32]) {
         let columns = columns::<S>(sums);
         for_row_tiles!(tile_rows::<S>(), columns.len(), |first, MR| {
             let rows = Tile::<MR>::new(&x[first * depth..], depth, k);
@@ -139,7 +61,7 @@ impl Compressed<'_> {
     /// As [`Self::accumulate`], of exactly [`tile_rows`]; meanwhile the weights are written to `buffer` for more rows, as
     /// `[depth, width]` in float32.
     #[inline(always)]
-    pub fn accumulate_and_widen<'a, S: Simd>(
+    fn accumulate_and_widen<'a, S: Simd>(
         &self,
         simd: S,
         x: &[f32],
@@ -255,7 +177,7 @@ fn weight<S: Simd, const BITS: usize>(
 ) -> S::f32s {
     // In the low bits of 2^23 as a float32 number, a whole number is added to it.
     const WHOLE: f32 = 8_388_608.0;
-    let values = simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s((BITS * nth) as u32));
+    let values = simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s(place(BITS, nth) as u32));
     let values = simd.and_u32s(values, simd.splat_u32s((1 << BITS) - 1));
     let values = simd.transmute_f32s_u32s(simd.or_u32s(values, simd.splat_u32s(WHOLE.to_bits())));
     let values = simd.sub_f32s(values, simd.splat_f32s(WHOLE + offset(BITS) as f32));
@@ -272,8 +194,9 @@ mod tests {
     use half::f16;
     use pulp::{Arch, Scalar, WithSimd};
 
-    use super::super::numbers;
     use super::*;
+    use crate::cpu::numbers;
+    use crate::cpu::stored::StoredMatrix;
 
     /// Products of a panel of each format, by as many rows as each way through takes.
     struct EveryFormat;
@@ -315,7 +238,7 @@ mod tests {
         }
 
         fn is_multiplied_as_it_stands<S: Simd>(&self, simd: S, rows: usize) {
-            let panels = CompressedPanels::pack(2, self.width, |panel| (&self.matrix, panel));
+            let panels = CompressedPanels::build(&self.matrix, 2, self.width, |panel| (&self.matrix, panel));
             let (x, before) = (numbers(rows * DEPTH, 42), numbers(rows * self.width, 43));
             let weights = panels.block(1, FROM, DEPTH - FROM);
             let mut sums = before.clone();

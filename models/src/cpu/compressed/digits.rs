@@ -1,0 +1,471 @@
+//! Products in whole numbers, with float32's accuracy, for x86 processors with AVX-512 and its dot products of bytes (VNNI).
+//!
+//! The activations of a row become whole numbers of 24 bits with one scale, and these are cut into three digits to base 256.
+//! Weights are small whole numbers as they are, so each digit's products with a block of them are summed exactly. Only these
+//! sums are rounded to float32, and then added up, block by block in order: a row's result does not depend on the rows
+//! beside it. An activation is off by 3 * 2^-24 of its row's largest at most, so a product is nearer to the exact one than a
+//! chain of multiply-adds in float32, unless the row has an activation far larger than the others. Cutting factors into such
+//! digits is known as the Ozaki scheme (Ootomo, Ozaki and Yokota, "DGEMM on Integer Matrix Multiplication Unit", 2024,
+//! section 3).
+//!
+//! `vpdpbusd` multiplies unsigned bytes, the weights, by signed ones, the digits, and adds four neighbouring products to a sum
+//! in 32 bits.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{FACTORS, TILE};
+use crate::cpu::panels::panel_width;
+use crate::cpu::prefetch::prefetch;
+use crate::cpu::stored::Format;
+use crate::cpu::tile::for_row_tiles;
+
+/// Columns of a vector.
+const LANES: usize = 16;
+/// Columns of a panel.
+const WIDTH: usize = 2 * LANES;
+/// Digits of an activation.
+const DIGITS: usize = 3;
+/// The largest value: three digits of 127, less what rounding may add. 32 products of such with -8 to 7 are less than 2^31.
+const MOST: f32 = 8_355_700.0;
+/// Rows whose sums are in registers at once. A dot product takes four or five cycles and one can start in each: so many
+/// keep them busy.
+const ROWS: usize = 8;
+/// How many blocks before its turn a block is fetched, whatever panel it belongs to.
+const AHEAD: usize = 6;
+
+/// Words or factors of a panel's columns.
+type Line = [[u32; LANES]; 2];
+
+/// Activations in digits, in groups as long as those of the weights, and in tiles of [`TILE`] rows of which the last may have
+/// fewer.
+pub enum Digits {
+    FourBy32(Vec<Tile<32>>),
+    EightBy32(Vec<Tile<32>>),
+    EightBy16(Vec<Tile<16>>),
+}
+
+/// Up to [`TILE`] rows.
+pub struct Tile<const LEN: usize> {
+    /// `[groups, rows]`
+    groups: Vec<Group<LEN>>,
+    /// Of each row, what its values are multiplied by. Not finite if any activation is not, so that no product is.
+    scales: Vec<f32>,
+}
+
+/// A row's values in a group.
+#[derive(Clone, Copy)]
+#[repr(align(16))]
+struct Group<const LEN: usize> {
+    /// The highest of all values first.
+    digits: [[i8; LEN]; DIGITS],
+    /// The sum of the values, by which the weights' minimum is multiplied.
+    sum: f32,
+    /// What sums of products are to be lowered by, as weights are made unsigned: with eight bits of the first two digits and
+    /// of the last, with four bits of all three.
+    lower: [i32; 2],
+}
+
+/// By how much values of so many bits are too large as the unsigned bytes that are multiplied.
+const fn above(bits: usize) -> i32 {
+    1 << (bits - 1)
+}
+
+/// Whether this processor has the instructions.
+pub fn are_fast() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vnni")
+        && panel_width() == WIDTH
+}
+
+impl Digits {
+    /// Rounds `x` (`[rows, depth]`) for weights of a format.
+    pub fn round(x: &[f32], depth: usize, format: Format) -> Self {
+        match format {
+            Format::FourBy32 => Self::FourBy32(tiles::<4, 32>(x, depth)),
+            Format::EightBy32 => Self::EightBy32(tiles::<8, 32>(x, depth)),
+            Format::EightBy16 => Self::EightBy16(tiles::<8, 16>(x, depth)),
+        }
+    }
+
+    /// A panel of that format times some rows, which begin where a tile does: `sums` becomes `[rows, WIDTH]`.
+    pub fn multiply(&self, panel: &[u32], rows: Range<usize>, sums: &mut [f32]) {
+        assert!(are_fast() && rows.start.is_multiple_of(TILE));
+        let first = rows.start / TILE;
+        let sums = sums.as_chunks_mut().0.chunks_mut(TILE);
+        match self {
+            Self::FourBy32(tiles) => tiles[first..].iter().zip(sums).for_each(|(x, sums)| {
+                // SAFETY: the processor has what the function needs, by the assertion; so in the other cases.
+                unsafe { multiply::<4, 8, 32>(panel, x, sums) }
+            }),
+            Self::EightBy32(tiles) => tiles[first..].iter().zip(sums).for_each(|(x, sums)| {
+                // SAFETY: as above.
+                unsafe { multiply::<8, 8, 32>(panel, x, sums) }
+            }),
+            Self::EightBy16(tiles) => tiles[first..].iter().zip(sums).for_each(|(x, sums)| {
+                // SAFETY: as above.
+                unsafe { multiply::<8, 4, 16>(panel, x, sums) }
+            }),
+        }
+    }
+}
+
+fn tiles<const BITS: usize, const LEN: usize>(x: &[f32], depth: usize) -> Vec<Tile<LEN>> {
+    assert!(are_fast() && depth.is_multiple_of(LEN));
+    let tiles = x.par_chunks(TILE * depth);
+    // SAFETY: the processor has what the function needs, by the assertion.
+    tiles.map(|x| unsafe { round::<BITS, LEN>(x, depth) }).collect()
+}
+
+/// `x` is `[rows, depth]`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn round<const BITS: usize, const LEN: usize>(x: &[f32], depth: usize) -> Tile<LEN> {
+    let (mut scales, mut inverses) = (Vec::with_capacity(TILE), [0.0; TILE]);
+    for (x, inverse) in x.chunks_exact(depth).zip(&mut inverses) {
+        // As whole numbers, magnitudes are in the same order, and what is not a number is above them all.
+        let largest = x.iter().fold(0, |most: u32, x| most.max(x.to_bits() & 0x7FFF_FFFF));
+        let largest = f32::from_bits(largest);
+        *inverse = if largest > 0.0 { MOST / largest } else { 0.0 };
+        scales.push(largest / MOST);
+    }
+    let mut groups = Vec::with_capacity(x.len() / LEN);
+    for index in 0..depth / LEN {
+        for (x, &inverse) in x.chunks_exact(depth).zip(&inverses) {
+            groups.push(round_group::<BITS, LEN>(&x.as_chunks().0[index], inverse));
+        }
+    }
+    Tile { groups, scales }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn round_group<const BITS: usize, const LEN: usize>(x: &[f32; LEN], inverse: f32) -> Group<LEN> {
+    // 128 in each digit: by so much more, a value has bytes for digits that are 128 too large, and turning the highest bit of
+    // a byte over takes that off.
+    let more = _mm512_set1_epi32(0x80_8080);
+    let mut digits = [[0; LEN]; DIGITS];
+    let (mut sums, mut last_sums) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+    for (index, x) in x.as_chunks::<LANES>().0.iter().enumerate() {
+        // SAFETY: the array is as long as the vector; the read needs no alignment.
+        let x = unsafe { _mm512_loadu_ps(x.as_ptr()) };
+        let values = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
+        let bytes = _mm512_xor_si512(_mm512_add_epi32(values, more), more);
+        let of_digits = [
+            _mm512_cvtepi32_epi8(_mm512_srli_epi32::<16>(bytes)),
+            _mm512_cvtepi32_epi8(_mm512_srli_epi32::<8>(bytes)),
+            _mm512_cvtepi32_epi8(bytes),
+        ];
+        for (digits, of_digit) in digits.iter_mut().zip(of_digits) {
+            let digits = &mut digits.as_chunks_mut::<LANES>().0[index];
+            // SAFETY: the array is as long as the vector; the write needs no alignment.
+            unsafe { _mm_storeu_si128(digits.as_mut_ptr().cast(), of_digit) };
+        }
+        sums = _mm512_add_epi32(sums, values);
+        last_sums = _mm512_add_epi32(last_sums, _mm512_cvtepi8_epi32(of_digits[DIGITS - 1]));
+    }
+    let sum = _mm512_reduce_add_epi32(sums);
+    let lower = if BITS == 8 {
+        let last = _mm512_reduce_add_epi32(last_sums);
+        [sum.wrapping_sub(last) >> 8, last].map(|sum| sum.wrapping_mul(above(BITS)))
+    } else {
+        [0, sum.wrapping_mul(above(BITS))]
+    };
+    Group {
+        digits,
+        sum: sum as f32,
+        lower,
+    }
+}
+
+/// `sums` becomes `x` times the panel, whose values have so many bits; four times `STEPS` inputs share a scale.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn multiply<const BITS: usize, const STEPS: usize, const LEN: usize>(
+    panel: &[u32],
+    x: &Tile<LEN>,
+    sums: &mut [[f32; WIDTH]],
+) {
+    const { assert!(LEN == 4 * STEPS) };
+    let lines = panel.as_chunks().0.as_chunks().0;
+    for_row_tiles!(ROWS, sums.len(), |first, MR| {
+        for half in 0..2 {
+            tile::<BITS, STEPS, LEN, MR>(lines, half, x, first, sums);
+        }
+    });
+}
+
+/// The products of one half of the columns and `M` rows from `first` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn tile<const BITS: usize, const STEPS: usize, const LEN: usize, const M: usize>(
+    panel: &[Line],
+    half: usize,
+    x: &Tile<LEN>,
+    first: usize,
+    sums: &mut [[f32; WIDTH]],
+) {
+    let words = BITS * LEN / 32;
+    let mut acc = [_mm512_setzero_ps(); M];
+    let groups = x.groups.chunks_exact(x.scales.len());
+    for (block, groups) in panel.chunks_exact(words + FACTORS).zip(groups) {
+        if half == 0 && first == 0 {
+            prefetch(block.as_ptr().wrapping_add(AHEAD * block.len()), block.len());
+        }
+        let groups = &groups[first..][..M];
+        let weights = unpack::<BITS, STEPS>(block, half);
+        let [scales, minima] = [words, words + 1].map(|factors| _mm512_castsi512_ps(load(&block[factors][half])));
+        let mut wholes = [_mm512_setzero_si512(); M];
+        for digit in 0..DIGITS {
+            if BITS == 8 && digit == DIGITS - 1 {
+                // With all three digits, sums of products with eight bits would not fit.
+                add(
+                    &wholes,
+                    groups,
+                    0,
+                    _mm512_mul_ps(scales, _mm512_set1_ps(256.0)),
+                    &mut acc,
+                );
+                wholes = [_mm512_setzero_si512(); M];
+            } else if digit > 0 {
+                for whole in &mut wholes {
+                    *whole = _mm512_slli_epi32::<8>(*whole);
+                }
+            }
+            for (step, &weights) in weights.iter().enumerate() {
+                for (whole, group) in wholes.iter_mut().zip(groups) {
+                    let (digits, _) = group.digits[digit].as_chunks();
+                    let digits = i32::from_le_bytes(digits[step].map(|digit| digit as u8));
+                    *whole = _mm512_dpbusd_epi32(*whole, weights, _mm512_set1_epi32(digits));
+                }
+            }
+        }
+        add(&wholes, groups, 1, scales, &mut acc);
+        let minima = match BITS {
+            4 => _mm512_fmadd_ps(scales, _mm512_set1_ps(above(BITS) as f32), minima),
+            _ => minima,
+        };
+        for (acc, group) in acc.iter_mut().zip(groups) {
+            *acc = _mm512_fmadd_ps(minima, _mm512_set1_ps(group.sum), *acc);
+        }
+    }
+    for ((acc, sums), &scale) in acc.iter().zip(&mut sums[first..]).zip(&x.scales[first..]) {
+        let sums = &mut sums.as_chunks_mut::<LANES>().0[half];
+        // SAFETY: the array is as long as the vector; the write needs no alignment.
+        unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), _mm512_mul_ps(*acc, _mm512_set1_ps(scale))) };
+    }
+}
+
+/// Adds whole sums, once they are lowered, as what they stand for.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn add<const LEN: usize, const M: usize>(
+    wholes: &[__m512i; M],
+    groups: &[Group<LEN>],
+    which: usize,
+    scales: __m512,
+    acc: &mut [__m512; M],
+) {
+    for ((acc, &whole), group) in acc.iter_mut().zip(wholes).zip(groups) {
+        let whole = _mm512_sub_epi32(whole, _mm512_set1_epi32(group.lower[which]));
+        *acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scales, *acc);
+    }
+}
+
+/// A block's values as bytes, of four inputs each.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn unpack<const BITS: usize, const STEPS: usize>(block: &[Line], half: usize) -> [__m512i; STEPS] {
+    let low = _mm512_set1_epi8(15);
+    let mut weights = [low; STEPS];
+    for (step, weights) in weights.iter_mut().enumerate() {
+        *weights = match BITS {
+            8 => load(&block[step][half]),
+            _ if step % 2 == 0 => _mm512_and_si512(load(&block[step / 2][half]), low),
+            _ => _mm512_and_si512(_mm512_srli_epi16::<4>(load(&block[step / 2][half])), low),
+        };
+    }
+    weights
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn load(words: &[u32; LANES]) -> __m512i {
+    // SAFETY: the array is as long as the vector; the read needs no alignment.
+    unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::CompressedPanels;
+    use super::*;
+    use crate::cpu::numbers;
+    use crate::cpu::stored::StoredMatrix;
+
+    const FORMATS: [Format; 3] = [Format::FourBy32, Format::EightBy32, Format::EightBy16];
+
+    fn matrix(format: Format, outputs: usize, depth: usize) -> StoredMatrix {
+        let mut matrix = StoredMatrix::with_room(format, depth, outputs * depth);
+        let lowest = if format.bits() == 4 { 0 } else { -128 };
+        let mut values = (0i32..).map(|index| (lowest + index * 37 % (1 << format.bits())) as i8);
+        for factors in numbers(2 * outputs * depth / format.group(), 51).chunks_exact(2) {
+            matrix.push(factors[0], factors[1], values.by_ref().take(format.group()));
+        }
+        matrix
+    }
+
+    /// All outputs of some rows, row by row, if this processor has the instructions.
+    fn products(matrix: &StoredMatrix, x: &[f32]) -> Option<Vec<f32>> {
+        if !are_fast() {
+            return None;
+        }
+        let (panels, rows) = (CompressedPanels::pack(matrix), x.len() / matrix.depth);
+        let x = Digits::round(x, matrix.depth, matrix.format);
+        let mut all = vec![f32::NAN; rows * matrix.outputs()];
+        for panel in 0..matrix.outputs().div_ceil(WIDTH) {
+            let mut sums = vec![f32::NAN; rows * WIDTH];
+            x.multiply(panels.block(panel, 0, matrix.depth).words, 0..rows, &mut sums);
+            for (all, sums) in all.chunks_exact_mut(matrix.outputs()).zip(sums.chunks_exact(WIDTH)) {
+                all.iter_mut()
+                    .skip(panel * WIDTH)
+                    .zip(sums)
+                    .for_each(|(to, sum)| *to = *sum);
+            }
+        }
+        Some(all)
+    }
+
+    /// One product, by the definition.
+    fn defined(matrix: &StoredMatrix, x: &[f32], output: usize) -> f32 {
+        let largest = x.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
+        let inverse = if largest > 0.0 { MOST / largest } else { 0.0 };
+        let group = matrix.format.group();
+        let mut sum = 0.0;
+        for (index, x) in x.chunks_exact(group).enumerate() {
+            let at = output * matrix.depth / group + index;
+            let (scale, minimum) = (matrix.scales[at], matrix.minima[at]);
+            let weights = matrix.values[at * group..][..group]
+                .iter()
+                .map(|&value| i64::from(value));
+            let values = || x.iter().map(|x| (x * inverse).round_ties_even() as i64);
+            let whole = values().sum::<i64>() as f32;
+            if matrix.format.bits() == 4 {
+                let products: i64 = weights.zip(values()).map(|(weight, value)| (weight - 8) * value).sum();
+                sum = (products as f32).mul_add(scale, sum);
+                sum = scale.mul_add(8.0, minimum).mul_add(whole, sum);
+            } else {
+                let (mut high, mut low) = (0, 0);
+                for (weight, value) in weights.zip(values()) {
+                    let last = i64::from(value as i8);
+                    high += weight * ((value - last) / 256);
+                    low += weight * last;
+                }
+                sum = (high as f32).mul_add(256.0 * scale, sum);
+                sum = (low as f32).mul_add(scale, sum);
+                sum = minimum.mul_add(whole, sum);
+            }
+        }
+        sum * (largest / MOST)
+    }
+
+    #[test]
+    fn products_are_what_the_definition_says() {
+        for format in FORMATS {
+            for (outputs, depth, rows) in [(1, 32, 1), (31, 64, 2), (33, 96, 5), (64, 576, 16), (70, 1536, 41)] {
+                let (matrix, x) = (matrix(format, outputs, depth), numbers(rows * depth, 52));
+                let Some(found) = products(&matrix, &x) else { return };
+                for (at, found) in found.iter().enumerate() {
+                    let exact = defined(&matrix, &x[at / outputs * depth..][..depth], at % outputs);
+                    assert_eq!(
+                        *found,
+                        exact,
+                        "row {}, output {} in {format:?}",
+                        at / outputs,
+                        at % outputs
+                    );
+                }
+            }
+        }
+    }
+
+    /// The largest numbers there are overflow nothing.
+    #[test]
+    fn extremes_are_summed_exactly() {
+        for (format, weights) in [
+            (Format::FourBy32, [15, 15]),
+            (Format::FourBy32, [15, 0]),
+            (Format::EightBy32, [127, 127]),
+            (Format::EightBy16, [127, -128]),
+            (Format::EightBy32, [-128, -128]),
+        ] {
+            let mut matrix = StoredMatrix::with_room(format, 64, 64);
+            for _ in 0..64 / format.group() {
+                matrix.push(1.0, 0.0, weights.into_iter().cycle().take(format.group()));
+            }
+            for signs in [[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]] {
+                let x: Vec<f32> = signs.into_iter().cycle().take(3 * 64).collect();
+                let Some(found) = products(&matrix, &x) else { return };
+                let exact = 32.0 * (signs[0] * f32::from(weights[0]) + signs[1] * f32::from(weights[1]));
+                for product in found {
+                    let off = (product - exact).abs();
+                    assert!(off <= 1e-6 * exact.abs(), "{weights:?} {signs:?}: {product}");
+                }
+            }
+        }
+    }
+
+    /// Against float64: better than a chain of fused multiply-adds in float32, and not much worse where one activation is far
+    /// larger than the others.
+    #[test]
+    fn products_have_float32s_accuracy() {
+        for format in FORMATS {
+            for (depth, outlier, times) in [
+                (576, 1.0, 1.0),
+                (1536, 1.0, 1.0),
+                (576, 1000.0, 10.0),
+                (1536, 1000.0, 10.0),
+            ] {
+                let (outputs, rows) = (48, 24);
+                let matrix = matrix(format, outputs, depth);
+                let mut x = numbers(rows * depth, 53);
+                x.iter_mut().skip(100).step_by(depth).for_each(|x| *x = outlier);
+                let Some(found) = products(&matrix, &x) else { return };
+                let weights = matrix.weights();
+                let (mut off, mut off_in_float32, mut all) = (0.0, 0.0, 0.0);
+                for (at, found) in found.iter().enumerate() {
+                    let x = &x[at / outputs * depth..][..depth];
+                    let factors = || x.iter().zip(&weights[at % outputs * depth..]);
+                    let exact: f64 = factors().map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
+                    let in_float32 = factors().fold(0.0, |sum, (x, w)| x.mul_add(*w, sum));
+                    off += (f64::from(*found) - exact).powi(2);
+                    off_in_float32 += (f64::from(in_float32) - exact).powi(2);
+                    all += exact.powi(2);
+                }
+                let [off, off_in_float32] = [off, off_in_float32].map(|off| (off / all).sqrt());
+                assert!(
+                    off < 1e-5 && off < times * off_in_float32,
+                    "{off:e}, in float32 {off_in_float32:e}: {format:?}, {depth} inputs, one of them {outlier}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so_and_zeros_are_zero() {
+        let matrix = matrix(Format::FourBy32, 40, 64);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN] {
+            let mut x = numbers(4 * 64, 54);
+            x[64 + 40] = bad;
+            x[2 * 64..3 * 64].fill(0.0);
+            let Some(found) = products(&matrix, &x) else { return };
+            let rows: Vec<&[f32]> = found.chunks_exact(40).collect();
+            assert!(rows[1].iter().all(|product| !product.is_finite()), "{bad}");
+            assert!(
+                rows[0].iter().chain(rows[3]).all(|product| product.is_finite()),
+                "{bad}"
+            );
+            assert_eq!(rows[2], [0.0; 40]);
+        }
+    }
+}
