@@ -19,7 +19,7 @@ const DEPTH_BLOCK: usize = 384;
 /// Activations, in floats, that a thread works on at a time where weights are not widened: a quarter of a usual second-level
 /// cache, or more where that is less than `ROW_STEP` rows.
 const ROW_BLOCK: usize = 32 * 1024;
-/// Rows of a block, or half of one: whole tiles of every kind of product, but for those of compressed weights.
+/// Rows of a block, or half of one: whole tiles of every kind of product, but for those of compressed weights in float32.
 const ROW_STEP: usize = 48;
 const _: () = assert!(ROW_STEP.is_multiple_of(quantized::TILE) && ROW_STEP.is_multiple_of(compressed::TILE));
 
@@ -37,7 +37,7 @@ enum Epilogue<'a> {
 /// Packed weights.
 enum Matrix {
     Dense(Panels),
-    /// In the blocks of a file, and multiplied in float32 or as exactly.
+    /// In the blocks of a file, and multiplied with float32's accuracy.
     Compressed(CompressedPanels),
     /// In bfloat16, and multiplied as such.
     Bfloat16(Bfloat16Panels),
@@ -123,7 +123,7 @@ impl Linear {
         })
     }
 
-    /// Packs a weight that stays in its format and is multiplied in float32.
+    /// Packs a weight that stays in its format and is multiplied with float32's accuracy.
     pub fn compressed(weight: &StoredMatrix, bias: Option<Vec<f32>>) -> Self {
         Self {
             matrix: Matrix::Compressed(CompressedPanels::pack(weight)),
@@ -214,7 +214,7 @@ impl GateUp {
         })
     }
 
-    /// Packs weights that stay in their one format and are multiplied in float32.
+    /// Packs weights that stay in their one format and are multiplied with float32's accuracy.
     pub fn compressed(gate: &StoredMatrix, up: &StoredMatrix) -> Self {
         Self {
             matrix: Matrix::Compressed(CompressedPanels::pack_pairs(gate, up)),
@@ -348,7 +348,8 @@ impl WithSimd for Stripe<'_> {
             1
         };
         let activations = match self.operands {
-            // Each block of rows widens the weights again, which costs more than activations that leave the cache.
+            // Each block of rows widens the weights again, which costs more than activations that leave the cache. Where weights
+            // are not widened but whole, they are unpacked for every tile, and it makes no difference.
             Operands::Dense { panels, .. } if panels.are_widened() => usize::MAX,
             Operands::Compressed { .. } => usize::MAX,
             Operands::Dense { .. } => ROW_BLOCK,
@@ -410,13 +411,20 @@ fn dense<S: Simd>(simd: S, panels: &Panels, index: usize, x: &[f32], sums: &mut 
 
 /// Inputs that are multiplied before the next rows' turn: blocks of nearly equal depth, so that none is hardly worth its
 /// overhead, and of whole groups of stored weights.
-pub fn depth_block(depth: usize) -> usize {
+pub(super) fn depth_block(depth: usize) -> usize {
     depth.div_ceil(depth.div_ceil(DEPTH_BLOCK)).next_multiple_of(BLOCK)
 }
 
 /// `sums[row] (+)= x[row][k..] * weights`, from zero where `k` is 0: `sums` `[rows, width]`, `x` `[rows, depth]`.
 #[inline(always)]
-pub fn accumulate<S: Simd, W: Column>(simd: S, x: &[f32], depth: usize, k: usize, weights: &[W], sums: &mut [f32]) {
+pub(super) fn accumulate<S: Simd, W: Column>(
+    simd: S,
+    x: &[f32],
+    depth: usize,
+    k: usize,
+    weights: &[W],
+    sums: &mut [f32],
+) {
     let width = 2 * S::F32_LANES;
     let (rows, block) = (sums.len() / width, weights.len() / width);
     assert!(k + block <= depth && rows * depth <= x.len());

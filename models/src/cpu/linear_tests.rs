@@ -176,6 +176,8 @@ fn compressed_products_have_float32s_accuracy() {
         (9, 96, 33, GgmlDType::Q4_1),
         (97, 1408, 67, GgmlDType::Q4_1),
         (25, 576, 31, GgmlDType::Q5_1),
+        (3, 512, 40, GgmlDType::Q4K),
+        (11, 256, 33, GgmlDType::Q5K),
         (130, 416, 101, GgmlDType::Q8_0),
         (17, 1024, 43, GgmlDType::Q6K),
     ] {

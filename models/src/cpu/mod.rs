@@ -1,7 +1,7 @@
 //! Arithmetic on the CPU: candle custom operators over vectorised kernels that are chosen at run time.
 //!
 //! Activations are float32, whatever the weights and the KV cache are stored as; products with weights that are multiplied
-//! as whole numbers (`quantized`) round them to eight bits, and those with bfloat16 weights or keys to bfloat16 where the
+//! as whole numbers round them to eight bits (`quantized`) or cut them into digits (`compressed`), and those with bfloat16 weights or keys to bfloat16 where the
 //! processor multiplies such numbers. Every result is computed by a sequence of roundings that depends neither on the
 //! number of rows in the step nor on the number of threads.
 

@@ -3,7 +3,7 @@
 //! The activations of a row become whole numbers of 24 bits with one scale, and these are cut into three digits to base 256.
 //! Weights are small whole numbers as they are, so each digit's products with a block of them are summed exactly. Only these
 //! sums are rounded to float32, and then added up, block by block in order: a row's result does not depend on the rows
-//! beside it. An activation is off by 3 * 2^-24 of its row's largest at most, so a product is nearer to the exact one than a
+//! beside it. An activation is off by about 3 * 2^-24 of its row's largest at most, so a product is nearer to the exact one than a
 //! chain of multiply-adds in float32, unless the row has an activation far larger than the others. Cutting factors into such
 //! digits is known as the Ozaki scheme (Ootomo, Ozaki and Yokota, "DGEMM on Integer Matrix Multiplication Unit", 2024,
 //! section 3).
@@ -16,8 +16,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{FACTORS, TILE};
-use crate::cpu::panels::panel_width;
+use super::{AHEAD, FACTORS, TILE};
 use crate::cpu::prefetch::prefetch;
 use crate::cpu::stored::Format;
 use crate::cpu::tile::for_row_tiles;
@@ -25,16 +24,16 @@ use crate::cpu::tile::for_row_tiles;
 /// Columns of a vector.
 const LANES: usize = 16;
 /// Columns of a panel.
-const WIDTH: usize = 2 * LANES;
+pub const WIDTH: usize = 2 * LANES;
 /// Digits of an activation.
 const DIGITS: usize = 3;
 /// The largest value: three digits of 127, less what rounding may add. 32 products of such with -8 to 7 are less than 2^31.
 const MOST: f32 = 8_355_700.0;
+/// Activations of a row that has none above this count as nothing.
+const SMALLEST: f32 = 1e-30;
 /// Rows whose sums are in registers at once. A dot product takes four or five cycles and one can start in each: so many
 /// keep them busy.
 const ROWS: usize = 8;
-/// How many blocks before its turn a block is fetched, whatever panel it belongs to.
-const AHEAD: usize = 6;
 
 /// Words or factors of a panel's columns.
 type Line = [[u32; LANES]; 2];
@@ -56,19 +55,20 @@ pub struct Tile<const LEN: usize> {
 }
 
 /// A row's values in a group.
-#[derive(Clone, Copy)]
 #[repr(align(16))]
 struct Group<const LEN: usize> {
     /// The highest of all values first.
     digits: [[i8; LEN]; DIGITS],
     /// The sum of the values, by which the weights' minimum is multiplied.
     sum: f32,
-    /// What sums of products are to be lowered by, as weights are made unsigned: with eight bits of the first two digits and
-    /// of the last, with four bits of all three.
+    /// What the weights' being too large as they are multiplied adds to sums of products: with eight bits of the first two
+    /// digits and of the last, with four bits of all three.
     lower: [i32; 2],
 }
 
-/// By how much values of so many bits are too large as the unsigned bytes that are multiplied.
+/// By how much values of so many bits are too large as they are multiplied: those of eight bits are made unsigned for that,
+/// and those of four, which are unsigned, are taken to be -8 to 7, for which there is room for larger digits; their minimum
+/// is raised instead.
 const fn above(bits: usize) -> i32 {
     1 << (bits - 1)
 }
@@ -78,7 +78,6 @@ pub fn are_fast() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vnni")
-        && panel_width() == WIDTH
 }
 
 impl Digits {
@@ -94,21 +93,16 @@ impl Digits {
     /// A panel of that format times some rows, which begin where a tile does: `sums` becomes `[rows, WIDTH]`.
     pub fn multiply(&self, panel: &[u32], rows: Range<usize>, sums: &mut [f32]) {
         assert!(are_fast() && rows.start.is_multiple_of(TILE));
-        let first = rows.start / TILE;
-        let sums = sums.as_chunks_mut().0.chunks_mut(TILE);
+        let (sums, _) = sums.as_chunks_mut();
+        assert_eq!(sums.len(), rows.len());
+        let tiles = rows.start / TILE..rows.end.div_ceil(TILE);
         match self {
-            Self::FourBy32(tiles) => tiles[first..].iter().zip(sums).for_each(|(x, sums)| {
-                // SAFETY: the processor has what the function needs, by the assertion; so in the other cases.
-                unsafe { multiply::<4, 8, 32>(panel, x, sums) }
-            }),
-            Self::EightBy32(tiles) => tiles[first..].iter().zip(sums).for_each(|(x, sums)| {
-                // SAFETY: as above.
-                unsafe { multiply::<8, 8, 32>(panel, x, sums) }
-            }),
-            Self::EightBy16(tiles) => tiles[first..].iter().zip(sums).for_each(|(x, sums)| {
-                // SAFETY: as above.
-                unsafe { multiply::<8, 4, 16>(panel, x, sums) }
-            }),
+            // SAFETY: the processor has what the function needs, by the assertion; so in the other cases.
+            Self::FourBy32(x) => unsafe { multiply::<4, 8, 32>(panel, &x[tiles], sums) },
+            // SAFETY: as above.
+            Self::EightBy32(x) => unsafe { multiply::<8, 8, 32>(panel, &x[tiles], sums) },
+            // SAFETY: as above.
+            Self::EightBy16(x) => unsafe { multiply::<8, 4, 16>(panel, &x[tiles], sums) },
         }
     }
 }
@@ -128,7 +122,8 @@ fn round<const BITS: usize, const LEN: usize>(x: &[f32], depth: usize) -> Tile<L
         // As whole numbers, magnitudes are in the same order, and what is not a number is above them all.
         let largest = x.iter().fold(0, |most: u32, x| most.max(x.to_bits() & 0x7FFF_FFFF));
         let largest = f32::from_bits(largest);
-        *inverse = if largest > 0.0 { MOST / largest } else { 0.0 };
+        // What is smaller counts as nothing: the inverse might be too large for a number.
+        *inverse = if largest > SMALLEST { MOST / largest } else { 0.0 };
         scales.push(largest / MOST);
     }
     let mut groups = Vec::with_capacity(x.len() / LEN);
@@ -184,24 +179,29 @@ fn round_group<const BITS: usize, const LEN: usize>(x: &[f32; LEN], inverse: f32
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn multiply<const BITS: usize, const STEPS: usize, const LEN: usize>(
     panel: &[u32],
-    x: &Tile<LEN>,
+    x: &[Tile<LEN>],
     sums: &mut [[f32; WIDTH]],
 ) {
     const { assert!(LEN == 4 * STEPS) };
     let lines = panel.as_chunks().0.as_chunks().0;
-    for_row_tiles!(ROWS, sums.len(), |first, MR| {
-        for half in 0..2 {
-            tile::<BITS, STEPS, LEN, MR>(lines, half, x, first, sums);
-        }
-    });
+    for (index, (x, sums)) in x.iter().zip(sums.chunks_mut(TILE)).enumerate() {
+        assert!(sums.len() <= x.scales.len());
+        for_row_tiles!(ROWS, sums.len(), |first, MR| {
+            for half in 0..2 {
+                let fetch = (index, first, half) == (0, 0, 0);
+                tile::<BITS, STEPS, LEN, MR>(lines, half, fetch, x, first, sums);
+            }
+        });
+    }
 }
 
-/// The products of one half of the columns and `M` rows from `first` on.
+/// The products of one half of the columns and `M` rows from `first` on. If `fetch`, the panel is fetched on the way.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn tile<const BITS: usize, const STEPS: usize, const LEN: usize, const M: usize>(
     panel: &[Line],
     half: usize,
+    fetch: bool,
     x: &Tile<LEN>,
     first: usize,
     sums: &mut [[f32; WIDTH]],
@@ -210,7 +210,7 @@ fn tile<const BITS: usize, const STEPS: usize, const LEN: usize, const M: usize>
     let mut acc = [_mm512_setzero_ps(); M];
     let groups = x.groups.chunks_exact(x.scales.len());
     for (block, groups) in panel.chunks_exact(words + FACTORS).zip(groups) {
-        if half == 0 && first == 0 {
+        if fetch {
             prefetch(block.as_ptr().wrapping_add(AHEAD * block.len()), block.len());
         }
         let groups = &groups[first..][..M];
@@ -315,7 +315,7 @@ mod tests {
         matrix
     }
 
-    /// All outputs of some rows, row by row, if this processor has the instructions.
+    /// All outputs of some rows, row by row, if this processor has the instructions: on others there is nothing to test.
     fn products(matrix: &StoredMatrix, x: &[f32]) -> Option<Vec<f32>> {
         if !are_fast() {
             return None;
@@ -339,7 +339,7 @@ mod tests {
     /// One product, by the definition.
     fn defined(matrix: &StoredMatrix, x: &[f32], output: usize) -> f32 {
         let largest = x.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
-        let inverse = if largest > 0.0 { MOST / largest } else { 0.0 };
+        let inverse = if largest > SMALLEST { MOST / largest } else { 0.0 };
         let group = matrix.format.group();
         let mut sum = 0.0;
         for (index, x) in x.chunks_exact(group).enumerate() {
@@ -395,9 +395,11 @@ mod tests {
         for (format, weights) in [
             (Format::FourBy32, [15, 15]),
             (Format::FourBy32, [15, 0]),
+            (Format::FourBy32, [0, 0]),
             (Format::EightBy32, [127, 127]),
             (Format::EightBy16, [127, -128]),
             (Format::EightBy32, [-128, -128]),
+            (Format::EightBy16, [-128, -128]),
         ] {
             let mut matrix = StoredMatrix::with_room(format, 64, 64);
             for _ in 0..64 / format.group() {
@@ -452,20 +454,36 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_stays_so_and_zeros_are_zero() {
-        let matrix = matrix(Format::FourBy32, 40, 64);
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN] {
-            let mut x = numbers(4 * 64, 54);
-            x[64 + 40] = bad;
-            x[2 * 64..3 * 64].fill(0.0);
-            let Some(found) = products(&matrix, &x) else { return };
-            let rows: Vec<&[f32]> = found.chunks_exact(40).collect();
-            assert!(rows[1].iter().all(|product| !product.is_finite()), "{bad}");
-            assert!(
-                rows[0].iter().chain(rows[3]).all(|product| product.is_finite()),
-                "{bad}"
-            );
-            assert_eq!(rows[2], [0.0; 40]);
+    fn what_is_not_finite_stays_so_and_what_is_nearly_nothing_is_small() {
+        for format in FORMATS {
+            let matrix = matrix(format, 40, 64);
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN] {
+                let mut x = numbers(5 * 64, 54);
+                (x[64 + 40], x[64 + 41]) = (bad, bad);
+                x[2 * 64..3 * 64].fill(0.0);
+                x[3 * 64..4 * 64].iter_mut().for_each(|x| *x *= 1e-33);
+                x[4 * 64..].iter_mut().for_each(|x| *x *= 1e34);
+                let Some(found) = products(&matrix, &x) else { return };
+                let rows: Vec<&[f32]> = found.chunks_exact(40).collect();
+                assert!(rows[1].iter().all(|product| !product.is_finite()), "{bad}");
+                assert_eq!(rows[2], [0.0; 40]);
+                assert!(rows[3].iter().all(|product| product.abs() < 1e-28), "{bad}");
+                assert!(
+                    rows[0].iter().chain(rows[4]).all(|product| product.is_finite()),
+                    "{bad}"
+                );
+            }
         }
+    }
+
+    #[test]
+    fn rows_from_a_later_tile_on_are_the_same() {
+        let (matrix, x) = (matrix(Format::FourBy32, 32, 96), numbers(40 * 96, 55));
+        let Some(all) = products(&matrix, &x) else { return };
+        let panels = CompressedPanels::pack(&matrix);
+        let mut some = vec![f32::NAN; 24 * WIDTH];
+        let x = Digits::round(&x, 96, matrix.format);
+        x.multiply(panels.block(0, 0, 96).words, 16..40, &mut some);
+        assert_eq!(some, all[16 * WIDTH..]);
     }
 }

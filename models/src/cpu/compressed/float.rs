@@ -1,15 +1,13 @@
-//! Products in float32.
+//! Products in float32, for processors without dot products of bytes.
 
 use pulp::Simd;
 
-use super::{Compressed, CompressedPanels, FACTORS, offset, place, words};
+use super::{AHEAD, Compressed, CompressedPanels, FACTORS, offset, place, words};
 use crate::cpu::linear::{accumulate, depth_block};
 use crate::cpu::prefetch::prefetch;
 use crate::cpu::stored::Format;
 use crate::cpu::tile::for_row_tiles;
 
-/// How many blocks before its turn a block is fetched, whatever panel it belongs to.
-const AHEAD: usize = 6;
 /// Rows of a tile with many registers, and with few.
 const MANY: usize = 8;
 const FEW: usize = 3;
@@ -23,7 +21,7 @@ impl CompressedPanels {
     /// Panel `index` times `x`, whose first rows are multiplied while the weights are unpacked, and the others by what that
     /// leaves in `buffer`.
     #[inline(always)]
-    pub fn multiply_in_float32<S: Simd>(
+    pub(super) fn multiply_in_float32<S: Simd>(
         &self,
         simd: S,
         index: usize,

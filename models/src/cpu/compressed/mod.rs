@@ -22,6 +22,8 @@ use super::stored::{Format, StoredMatrix};
 
 /// Rows that are multiplied at a time begin at multiples of this.
 pub const TILE: usize = 16;
+/// How many blocks before its turn a block is fetched, whatever panel it belongs to.
+const AHEAD: usize = 6;
 /// Numbers of a column after the words: scale and minimum.
 const FACTORS: usize = 2;
 
@@ -37,6 +39,7 @@ pub struct CompressedPanels {
     /// Columns of a panel.
     pub width: usize,
     /// Whether activations are cut into digits, for which the processor has to have the instructions.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86 has a kernel"))]
     by_digits: bool,
 }
 
@@ -48,7 +51,7 @@ pub enum Activations<'a> {
 }
 
 /// Some blocks of a panel.
-pub struct Compressed<'a> {
+struct Compressed<'a> {
     /// `[blocks, words and factors, width]`
     words: &'a [u32],
     format: Format,
@@ -110,7 +113,7 @@ impl CompressedPanels {
             outputs: matrix.outputs(),
             width,
             #[cfg(target_arch = "x86_64")]
-            by_digits: digits::are_fast(),
+            by_digits: digits::are_fast() && width == digits::WIDTH,
             #[cfg(not(target_arch = "x86_64"))]
             by_digits: false,
         }
@@ -118,7 +121,7 @@ impl CompressedPanels {
 
     /// Inputs `first..first + depth` of panel `index`: whole blocks.
     #[inline(always)]
-    pub fn block(&self, index: usize, first: usize, depth: usize) -> Compressed<'_> {
+    fn block(&self, index: usize, first: usize, depth: usize) -> Compressed<'_> {
         let group = self.format.group();
         assert!(first.is_multiple_of(group) && depth.is_multiple_of(group));
         let block_len = (words(self.format) + FACTORS) * self.width;
