@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use crate::cpu::linear::Linear;
 use crate::cpu::quantized;
+use crate::cpu::stored::StoredMatrix;
 
 /// Bytes copied at a time: far more than the caches hold.
 const COPY_BYTES: usize = 128 << 20;
@@ -37,10 +38,20 @@ pub fn copy_bandwidth(device: &Device, budget: Duration) -> Result<f64> {
     Ok(2.0 * COPY_BYTES as f64 / seconds / 1e9)
 }
 
-/// Speed in GFLOP/s of a large projection with weights stored as `dtype`, or on the CPU if `quantized` in four bits, through
-/// the same code as the decoder's (but that weights in float32 need not be unpacked): the best of those that fit into
-/// `budget`, at least one.
-pub fn matmul_rate(device: &Device, dtype: DType, quantized: bool, budget: Duration) -> Result<f64> {
+/// How a decoder multiplies by most of its weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// As numbers of the compute type.
+    Numbers,
+    /// On the CPU as a file's blocks, with float32's accuracy.
+    Blocks,
+    /// On the CPU as blocks, with rounded activations.
+    Rounded,
+}
+
+/// Speed in GFLOP/s of a large projection with weights stored as `dtype`, or in blocks of four bits, through the same code as
+/// the decoder's: the best of those that fit into `budget`, at least one.
+pub fn matmul_rate(device: &Device, dtype: DType, arithmetic: Arithmetic, budget: Duration) -> Result<f64> {
     if !device.is_cpu() {
         // Random, because a GPU multiplies zeros with less power and thus faster.
         let matrix = Tensor::randn(0f32, 1.0, (GPU_SIZE, GPU_SIZE), device)?.to_dtype(dtype)?;
@@ -50,12 +61,12 @@ pub fn matmul_rate(device: &Device, dtype: DType, quantized: bool, budget: Durat
         return Ok(2.0 * (GPU_SIZE as f64).powi(3) / seconds / 1e9);
     }
     // No bfloat16 number, which would be stored as one.
-    let weights = vec![0.3; SIZE * SIZE];
-    let linear = if quantized {
-        let weights = Tensor::from_vec(weights, (SIZE, SIZE), device)?;
-        Linear::quantized(&quantized::read(&QTensor::quantize(&weights, GgmlDType::Q4_1)?)?, None)?
-    } else {
-        Linear::new(&weights, SIZE, None, dtype)?
+    let numbers = vec![0.3; SIZE * SIZE];
+    let blocks = || QTensor::quantize(&Tensor::from_slice(&numbers, (SIZE, SIZE), device)?, GgmlDType::Q4_1);
+    let linear = match arithmetic {
+        Arithmetic::Numbers => Linear::new(&numbers, SIZE, None, dtype)?,
+        Arithmetic::Blocks => Linear::compressed(&StoredMatrix::read(&blocks()?)?, None),
+        Arithmetic::Rounded => Linear::quantized(&quantized::read(&blocks()?)?, None)?,
     };
     let x = Tensor::ones((SIZE, SIZE), DType::F32, device)?;
     let seconds = best(budget, || linear.forward(&x).map(drop))?;
@@ -88,8 +99,8 @@ mod tests {
     #[test]
     fn even_no_budget_measures_once() {
         assert!(copy_bandwidth(&Device::Cpu, Duration::ZERO).unwrap() > 0.0);
-        for quantized in [false, true] {
-            assert!(matmul_rate(&Device::Cpu, DType::BF16, quantized, Duration::ZERO).unwrap() > 0.0);
+        for arithmetic in [Arithmetic::Numbers, Arithmetic::Blocks, Arithmetic::Rounded] {
+            assert!(matmul_rate(&Device::Cpu, DType::F32, arithmetic, Duration::ZERO).unwrap() > 0.0);
         }
     }
 }

@@ -4,6 +4,7 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
+use crate::ceilings::Arithmetic;
 use crate::cpu::attention::{Attention, Queries};
 use crate::cpu::elementwise::{Half, ROWS_A_THREAD, RmsNorm, Rotate, Store};
 use crate::cpu::linear::{GateUp, Linear};
@@ -95,6 +96,12 @@ impl CpuDecoder {
     /// The model's settings.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// How most weights are multiplied: the first layer's, as those of the others.
+    pub fn arithmetic(&self) -> Arithmetic {
+        let first = self.layers.first();
+        first.map_or(Arithmetic::Numbers, |layer| layer.gate_up.arithmetic())
     }
 
     /// Bytes of weights that a step reads.

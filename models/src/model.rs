@@ -4,6 +4,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
+use crate::ceilings::Arithmetic;
 #[cfg(feature = "cuda")]
 use crate::cuda::CudaDecoder;
 use crate::decoder::CpuDecoder;
@@ -119,6 +120,15 @@ impl Decoder {
             On::Cpu(decoder) => decoder.config(),
             #[cfg(feature = "cuda")]
             On::Cuda(decoder) => decoder.config(),
+        }
+    }
+
+    /// How it multiplies by most of its weights.
+    pub fn arithmetic(&self) -> Arithmetic {
+        match &self.0 {
+            On::Cpu(decoder) => decoder.arithmetic(),
+            #[cfg(feature = "cuda")]
+            On::Cuda(_) => Arithmetic::Numbers,
         }
     }
 

@@ -83,7 +83,7 @@ pub fn run(settings: Bench) -> Result<(), BenchError> {
 
     let ceilings = Ceilings {
         copy: ceilings::copy_bandwidth(&device, BUDGET)?,
-        matmul: ceilings::matmul_rate(&device, dtype, settings.model.quantized, BUDGET)?,
+        matmul: ceilings::matmul_rate(&device, dtype, decoder.arithmetic(), BUDGET)?,
     };
     say(format_args!(
         "model    {} ({dtype:?} on {device:?})\nceilings copy {:.1} GB/s, matmul {:.0} GFLOP/s\n",

@@ -13,6 +13,7 @@ use super::quantized::{self, QuantizedPanels};
 use super::stored::{BLOCK, StoredMatrix};
 use super::tile::{Column, for_row_tiles, multiply, tile_rows};
 use super::{Stripes, math, slice, slice_mut};
+use crate::ceilings::Arithmetic;
 
 /// Most inputs that are multiplied before the next rows' turn, so that a block of a panel stays in the first-level cache.
 const DEPTH_BLOCK: usize = 384;
@@ -76,6 +77,15 @@ impl Matrix {
             Self::Compressed(panels) => panels.outputs,
             Self::Bfloat16(panels) => panels.outputs,
             Self::Quantized(panels) => panels.outputs,
+        }
+    }
+
+    /// How it is multiplied.
+    fn arithmetic(&self) -> Arithmetic {
+        match self {
+            Self::Dense(_) | Self::Bfloat16(_) => Arithmetic::Numbers,
+            Self::Compressed(_) => Arithmetic::Blocks,
+            Self::Quantized(_) => Arithmetic::Rounded,
         }
     }
 
@@ -224,6 +234,11 @@ impl GateUp {
     /// Bytes of the weights.
     pub fn bytes(&self) -> usize {
         self.matrix.bytes()
+    }
+
+    /// How they are multiplied.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.matrix.arithmetic()
     }
 
     /// `[rows, in]` to `[rows, out]`.
