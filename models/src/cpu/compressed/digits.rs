@@ -3,10 +3,10 @@
 //! The activations of a row become whole numbers of 24 bits with one scale, and these are cut into three digits to base 256.
 //! Weights are small whole numbers as they are, so each digit's products with a block of them are summed exactly. Only these
 //! sums are rounded to float32, and then added up, block by block in order: a row's result does not depend on the rows
-//! beside it. An activation is off by about 3 * 2^-24 of its row's largest at most, so a product is nearer to the exact one than a
-//! chain of multiply-adds in float32, unless the row has an activation far larger than the others. Cutting factors into such
-//! digits is known as the Ozaki scheme (Ootomo, Ozaki and Yokota, "DGEMM on Integer Matrix Multiplication Unit", 2024,
-//! section 3).
+//! beside it. An activation is off by about 3 * 2^-24 of its row's largest at most, so a product is nearer to the exact one
+//! than a chain of multiply-adds in float32, unless the row has an activation far larger than the others. Cutting factors
+//! into such digits is known as the Ozaki scheme (Ootomo, Ozaki and Yokota, "DGEMM on Integer Matrix Multiplication Unit",
+//! 2024, section 3).
 //!
 //! `vpdpbusd` multiplies unsigned bytes, the weights, by signed ones, the digits, and adds four neighbouring products to a sum
 //! in 32 bits.
