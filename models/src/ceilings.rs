@@ -49,8 +49,12 @@ pub enum Arithmetic {
     Rounded,
 }
 
-/// Speed in GFLOP/s of a large projection with weights stored as `dtype`, or in blocks of four bits, through the same code as
-/// the decoder's: the best of those that fit into `budget`, at least one.
+/// Speed in GFLOP/s of a large projection with weights stored as `dtype`, or on the CPU in blocks of four bits if the
+/// arithmetic is that of blocks, through the same code as the decoder's: the best of those that fit into `budget`, at least
+/// one.
+///
+/// # Errors
+/// What candle says of memory or of a type that it has no product for.
 pub fn matmul_rate(device: &Device, dtype: DType, arithmetic: Arithmetic, budget: Duration) -> Result<f64> {
     if !device.is_cpu() {
         // Random, because a GPU multiplies zeros with less power and thus faster.
