@@ -121,8 +121,10 @@ fn score_vectors<const NV: usize>(
     scores: &mut [f32],
 ) {
     let (pairs, per_block) = (keys.head_dim / 2, keys.size / LANES);
-    keys.next
-        .fetch(vector.div_ceil(per_block)..(vector + NV).div_ceil(per_block));
+    keys.next.fetch(
+        vector.div_ceil(per_block)..(vector + NV).div_ceil(per_block),
+        0..keys.size * keys.head_dim,
+    );
     let panels: [_; NV] = std::array::from_fn(|v| {
         let (block, within) = ((vector + v) / per_block, (vector + v) % per_block * LANES);
         keys.pool[keys.starts[block] + within..][..(keys.head_dim - 1) * keys.size + LANES].as_ptr()
@@ -162,7 +164,7 @@ fn weigh_blocks(values: &Blocks, probabilities: &[Pair], columns: Columns, sums:
             let mut acc = [[_mm512_setzero_ps(); 2]; MR];
             for (index, start) in values.starts.iter().enumerate() {
                 if first == 0 && dimension == 0 {
-                    values.next.fetch(index..index + 1);
+                    values.next.fetch(index..index + 1, 0..values.size * dim);
                 }
                 let column = index * values.size;
                 let depth = values.size.min(columns.end - column);

@@ -93,6 +93,11 @@ pub struct Scratch {
 
 /// Most blocks that are fetched at once where the next tile reads more of them than this one.
 const MORE: usize = 32;
+/// Dimensions of keys after whose products some more is fetched: few lines can be on their way at once, and behind those of
+/// a whole block the products would wait.
+const DIMENSIONS: usize = 8;
+/// The same for values, in positions.
+const POSITIONS: usize = 4;
 
 /// The blocks in a pool that the next tile reads. They are fetched while this one computes: what of a head lies together is
 /// too short for the processor to guess where it goes on.
@@ -101,20 +106,19 @@ pub struct Next<'a, T> {
     pool: &'a [T],
     /// Where each begins.
     starts: &'a [usize],
-    /// Elements of a block.
-    len: usize,
     /// Blocks of this tile.
     now: usize,
 }
 
 impl<T> Next<'_, T> {
-    /// Fetches what is in the places of some blocks of this tile, and with the last of them more of what is left.
+    /// Fetches some elements of each block that is in the place of one of these blocks of this tile, and with the last of
+    /// them of more of what is left.
     #[inline(always)]
-    pub fn fetch(&self, blocks: Range<usize>) {
+    pub fn fetch(&self, blocks: Range<usize>, elements: Range<usize>) {
         let more = if blocks.end < self.now { 0 } else { MORE };
         let count = if blocks.is_empty() { 0 } else { blocks.len() + more };
         for &start in self.starts.iter().skip(blocks.start).take(count) {
-            prefetch(self.pool[start..].as_ptr(), self.len);
+            prefetch(self.pool[start + elements.start..].as_ptr(), elements.len());
         }
     }
 }
@@ -349,12 +353,7 @@ impl<T: Element> Tile<'_, T> {
 
     /// What the next tile reads of a pool.
     fn next<'b, E>(&self, pool: &'b [E], starts: &'b [usize], now: usize) -> Next<'b, E> {
-        Next {
-            pool,
-            starts,
-            len: self.block_size * self.attention.head_dim,
-            now,
-        }
+        Next { pool, starts, now }
     }
 
     fn rows(&self) -> usize {
@@ -400,19 +399,12 @@ impl<T: Element> Tile<'_, T> {
     /// `scores[row][position - origin] = query . key`, two vectors of keys at a time, be they of one block or of two.
     #[inline(always)]
     fn score<S: Simd>(&self, simd: S, keys: Read<T>, positions: Positions, scores: &mut [f32]) {
-        let Read {
-            blocks: keys,
-            data,
-            next,
-        } = keys;
-        let per_block = keys.stride / S::F32_LANES;
-        let vectors = keys.starts.len() * per_block;
+        let vectors = keys.blocks.starts.len() * (keys.blocks.stride / S::F32_LANES);
         for first in (0..vectors).step_by(2) {
-            next.fetch(first.div_ceil(per_block)..(first + 2).div_ceil(per_block));
             if first + 1 < vectors {
-                self.score_vectors::<S, 2>(simd, keys, data, first, positions, scores);
+                self.score_vectors::<S, 2>(simd, keys, first, positions, scores);
             } else {
-                self.score_vectors::<S, 1>(simd, keys, data, first, positions, scores);
+                self.score_vectors::<S, 1>(simd, keys, first, positions, scores);
             }
         }
     }
@@ -422,15 +414,20 @@ impl<T: Element> Tile<'_, T> {
     fn score_vectors<S: Simd, const NV: usize>(
         &self,
         simd: S,
-        keys: &Blocks,
-        data: &[f32],
+        keys: Read<T>,
         vector: usize,
         positions: Positions,
         scores: &mut [f32],
     ) {
+        let Read {
+            blocks: keys,
+            data,
+            next,
+        } = keys;
         let (rows, dim) = (self.rows(), self.attention.head_dim);
         let (lanes, per_block) = (S::F32_LANES, keys.stride / S::F32_LANES);
         let places: [_; NV] = std::array::from_fn(|v| ((vector + v) / per_block, (vector + v) % per_block * lanes));
+        let fetched = vector.div_ceil(per_block)..(vector + NV).div_ceil(per_block);
         let panels = places.map(|(block, within)| {
             let panel = &data[keys.starts[block] + within..][..(dim - 1) * keys.stride + lanes];
             panel.as_ptr()
@@ -440,8 +437,16 @@ impl<T: Element> Tile<'_, T> {
         for_row_tiles!(tile_rows::<S>(), rows, |first, MR| {
             let a: [_; MR] = std::array::from_fn(|m| self.qkv[self.place(first + m).0..][..dim].as_ptr());
             let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
-            // SAFETY: every query has `dim` floats; each panel reaches to its last row's vector.
-            unsafe { multiply(simd, dim, &a, &panels, keys.stride, &mut acc) };
+            for k in (0..dim).step_by(DIMENSIONS) {
+                let depth = DIMENSIONS.min(dim - k);
+                if first == 0 {
+                    next.fetch(fetched.clone(), k * self.block_size..(k + depth) * self.block_size);
+                }
+                let a = a.map(|a| a.wrapping_add(k));
+                let panels = panels.map(|panel| panel.wrapping_add(k * keys.stride));
+                // SAFETY: every query has `dim` floats; each panel reaches to its last row's vector.
+                unsafe { multiply(simd, depth, &a, &panels, keys.stride, &mut acc) };
+            }
             for (m, acc) in acc.iter().enumerate() {
                 let row = &mut scores[(first + m) * positions.stride..][..positions.stride];
                 // In order: where a block is no whole vector, the next one's scores overwrite what was too much.
@@ -508,9 +513,6 @@ impl<T: Element> Tile<'_, T> {
             for_row_tiles!(tile_rows::<S>(), scales.len(), |first, MR| {
                 let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
                 for (index, start) in values.starts.iter().enumerate() {
-                    if first == 0 && column == 0 {
-                        next.fetch(index..index + 1);
-                    }
                     let position = positions.block + index * self.block_size;
                     let depth = self.block_size.min(positions.end - position);
                     let panel = &data[start + column..][..(depth - 1) * values.stride + NV * lanes];
@@ -519,8 +521,17 @@ impl<T: Element> Tile<'_, T> {
                         let at = (first + m) * positions.stride + position - positions.origin;
                         probabilities[at..][..depth].as_ptr()
                     });
-                    // SAFETY: each row has `depth` probabilities; `panel` reaches to its last row's last vector.
-                    unsafe { multiply(simd, depth, &a, &vectors, values.stride, &mut acc) };
+                    for k in (0..depth).step_by(POSITIONS) {
+                        let rows = POSITIONS.min(depth - k);
+                        if first == 0 && column == 0 {
+                            let end = if k + rows < depth { k + rows } else { self.block_size };
+                            next.fetch(index..index + 1, k * dim..end * dim);
+                        }
+                        let (a, at) = (a.map(|a| a.wrapping_add(k)), k * values.stride);
+                        let vectors = vectors.map(|vector| vector.wrapping_add(at));
+                        // SAFETY: each row has `depth` probabilities; `panel` reaches to its last row's last vector.
+                        unsafe { multiply(simd, rows, &a, &vectors, values.stride, &mut acc) };
+                    }
                 }
                 for (m, acc) in acc.iter().enumerate() {
                     let scale = simd.splat_f32s(scales[first + m]);
