@@ -98,7 +98,7 @@ impl Rotate<'_> {
     }
 
     #[inline(always)]
-    fn head(&self, index: usize, head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    fn head<S: Simd>(&self, simd: S, index: usize, head: &mut [f32], cos: &[f32], sin: &[f32]) {
         let norm = if index < self.query_heads {
             self.query_norm
         } else {
@@ -108,7 +108,15 @@ impl Rotate<'_> {
             normalise(head, &norm.weight, norm.eps);
         }
         let (low, high) = head.split_at_mut(self.head_dim / 2);
-        for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        let ((low, last_low), (high, last_high)) = (S::as_mut_simd_f32s(low), S::as_mut_simd_f32s(high));
+        let ((cos, last_cos), (sin, last_sin)) = (S::as_simd_f32s(cos), S::as_simd_f32s(sin));
+        for (((a, b), &cos), &sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+            (*a, *b) = (
+                simd.sub_f32s(simd.mul_f32s(*a, cos), simd.mul_f32s(*b, sin)),
+                simd.add_f32s(simd.mul_f32s(*b, cos), simd.mul_f32s(*a, sin)),
+            );
+        }
+        for (((a, b), cos), sin) in last_low.iter_mut().zip(last_high).zip(last_cos).zip(last_sin) {
             (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
     }
@@ -161,7 +169,7 @@ impl WithSimd for RotateRows<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    fn with_simd<S: Simd>(self, simd: S) {
         let Rotate {
             query_heads,
             key_heads,
@@ -174,7 +182,7 @@ impl WithSimd for RotateRows<'_> {
             .zip(self.sin.chunks_exact(head_dim / 2));
         for (row, (cos, sin)) in self.rows.chunks_exact_mut(self.width).zip(angles) {
             for (index, head) in row.chunks_exact_mut(head_dim).take(query_heads + key_heads).enumerate() {
-                self.rotate.head(index, head, cos, sin);
+                self.rotate.head(simd, index, head, cos, sin);
             }
         }
     }

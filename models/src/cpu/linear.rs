@@ -381,6 +381,7 @@ impl WithSimd for Stripe<'_> {
         for first in (0..self.rows).step_by(block) {
             let rows = block.min(self.rows - first);
             for unit in self.units.clone() {
+                self.fetch(first..first + rows, unit);
                 for (index, sums) in sums.chunks_exact_mut(block * width).enumerate() {
                     let (panel, sums) = (unit * per_unit + index, &mut sums[..rows * width]);
                     match self.operands {
@@ -401,7 +402,7 @@ impl WithSimd for Stripe<'_> {
                         Operands::Quantized { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
                     }
                 }
-                self.finish::<S>(first, rows, unit, sums, block * width);
+                self.finish(simd, first, rows, unit, sums, block * width);
             }
         }
     }
@@ -459,9 +460,19 @@ pub(super) fn accumulate<S: Simd, W: Column>(
 }
 
 impl Stripe<'_> {
+    /// Fetches where a unit's part of the result goes. It lies in many short pieces, for which `finish` would wait.
+    #[inline(always)]
+    fn fetch(&self, rows: Range<usize>, unit: usize) {
+        let column = unit * self.width;
+        let columns = self.width.min(self.outputs - column);
+        for row in rows {
+            self.out.fetch(row * self.outputs + column, columns);
+        }
+    }
+
     /// Moves finished sums to their place in the result; `up_at` is where the second panel of a pair begins.
     #[inline(always)]
-    fn finish<S: Simd>(&self, first: usize, rows: usize, unit: usize, sums: &[f32], up_at: usize) {
+    fn finish<S: Simd>(&self, simd: S, first: usize, rows: usize, unit: usize, sums: &[f32], up_at: usize) {
         let Stripe { width, outputs, .. } = *self;
         let column = unit * width;
         let columns = width.min(outputs - column);
@@ -485,7 +496,11 @@ impl Stripe<'_> {
                     }
                 }
                 Epilogue::Add => {
-                    for (to, sum) in out.iter_mut().zip(sums_row) {
+                    let ((out, last), (sums, last_sums)) = (S::as_mut_simd_f32s(out), S::as_simd_f32s(sums_row));
+                    for (to, sum) in out.iter_mut().zip(sums) {
+                        *to = simd.add_f32s(*to, *sum);
+                    }
+                    for (to, sum) in last.iter_mut().zip(last_sums) {
                         *to += sum;
                     }
                 }

@@ -1,9 +1,9 @@
 //! Arithmetic on the CPU: candle custom operators over vectorised kernels that are chosen at run time.
 //!
 //! Activations are float32, whatever the weights and the KV cache are stored as; products with weights that are multiplied
-//! as whole numbers round them to eight bits (`quantized`) or cut them into digits (`compressed`), and those with bfloat16 weights or keys to bfloat16 where the
-//! processor multiplies such numbers. Every result is computed by a sequence of roundings that depends neither on the
-//! number of rows in the step nor on the number of threads.
+//! as whole numbers round them to eight bits (`quantized`) or cut them into digits (`compressed`), and those with bfloat16
+//! weights or keys to bfloat16 where the processor multiplies such numbers. Every result is computed by a sequence of
+//! roundings that depends neither on the number of rows in the step nor on the number of threads.
 
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
@@ -68,6 +68,12 @@ impl Stripes {
             data: data.as_mut_ptr(),
             len: data.len(),
         }
+    }
+
+    /// Asks for elements that are written soon.
+    #[inline(always)]
+    pub fn fetch(self, start: usize, len: usize) {
+        prefetch::prefetch(self.data.wrapping_add(start), len);
     }
 
     /// `len` elements from `start` on.
