@@ -93,8 +93,8 @@ pub struct Scratch {
 
 /// Most blocks that are fetched at once where the next tile reads more of them than this one.
 const MORE: usize = 32;
-/// Dimensions of keys after whose products some more is fetched: few lines can be on their way at once, and behind those of
-/// a whole block the products would wait.
+/// Dimensions of keys that are fetched for the next tile, and then multiplied in this one, at a time: only few lines can be
+/// on their way at once, and products would wait behind those of a whole block.
 const DIMENSIONS: usize = 8;
 /// The same for values, in positions.
 const POSITIONS: usize = 4;
@@ -111,8 +111,8 @@ pub struct Next<'a, T> {
 }
 
 impl<T> Next<'_, T> {
-    /// Fetches some elements of each block that is in the place of one of these blocks of this tile, and with the last of
-    /// them of more of what is left.
+    /// Fetches these elements of each block of the next tile in whose place this tile has one of `blocks`, and with this
+    /// tile's last block of up to [`MORE`] blocks behind it.
     #[inline(always)]
     pub fn fetch(&self, blocks: Range<usize>, elements: Range<usize>) {
         let more = if blocks.end < self.now { 0 } else { MORE };
@@ -304,7 +304,11 @@ impl<T: Element> Tile<'_, T> {
         let blocks = |pool| attention_bfloat16::Blocks {
             pool,
             starts,
-            next: self.next(pool, next, starts.len()),
+            next: Next {
+                pool,
+                starts: next,
+                now: starts.len(),
+            },
             size,
             head_dim,
         };
@@ -347,13 +351,12 @@ impl<T: Element> Tile<'_, T> {
         Read {
             blocks,
             data: blocks.data(pool),
-            next: self.next(pool, next, blocks.starts.len()),
+            next: Next {
+                pool,
+                starts: next,
+                now: blocks.starts.len(),
+            },
         }
-    }
-
-    /// What the next tile reads of a pool.
-    fn next<'b, E>(&self, pool: &'b [E], starts: &'b [usize], now: usize) -> Next<'b, E> {
-        Next { pool, starts, now }
     }
 
     fn rows(&self) -> usize {
@@ -438,14 +441,15 @@ impl<T: Element> Tile<'_, T> {
             let a: [_; MR] = std::array::from_fn(|m| self.qkv[self.place(first + m).0..][..dim].as_ptr());
             let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
             for k in (0..dim).step_by(DIMENSIONS) {
-                let depth = DIMENSIONS.min(dim - k);
+                let count = DIMENSIONS.min(dim - k);
                 if first == 0 {
-                    next.fetch(fetched.clone(), k * self.block_size..(k + depth) * self.block_size);
+                    next.fetch(fetched.clone(), k * self.block_size..(k + count) * self.block_size);
                 }
                 let a = a.map(|a| a.wrapping_add(k));
                 let panels = panels.map(|panel| panel.wrapping_add(k * keys.stride));
-                // SAFETY: every query has `dim` floats; each panel reaches to its last row's vector.
-                unsafe { multiply(simd, depth, &a, &panels, keys.stride, &mut acc) };
+                // SAFETY: every query has `dim` floats, `count` of them from `k` on; each panel reaches to its last row's
+                // vector.
+                unsafe { multiply(simd, count, &a, &panels, keys.stride, &mut acc) };
             }
             for (m, acc) in acc.iter().enumerate() {
                 let row = &mut scores[(first + m) * positions.stride..][..positions.stride];
@@ -522,15 +526,16 @@ impl<T: Element> Tile<'_, T> {
                         probabilities[at..][..depth].as_ptr()
                     });
                     for k in (0..depth).step_by(POSITIONS) {
-                        let rows = POSITIONS.min(depth - k);
+                        let count = POSITIONS.min(depth - k);
                         if first == 0 && column == 0 {
-                            let end = if k + rows < depth { k + rows } else { self.block_size };
+                            let end = if k + count < depth { k + count } else { self.block_size };
                             next.fetch(index..index + 1, k * dim..end * dim);
                         }
-                        let (a, at) = (a.map(|a| a.wrapping_add(k)), k * values.stride);
-                        let vectors = vectors.map(|vector| vector.wrapping_add(at));
-                        // SAFETY: each row has `depth` probabilities; `panel` reaches to its last row's last vector.
-                        unsafe { multiply(simd, rows, &a, &vectors, values.stride, &mut acc) };
+                        let a = a.map(|a| a.wrapping_add(k));
+                        let vectors = vectors.map(|vector| vector.wrapping_add(k * values.stride));
+                        // SAFETY: each row has `depth` probabilities, `count` of them from `k` on; `panel` reaches to its
+                        // last row's last vector.
+                        unsafe { multiply(simd, count, &a, &vectors, values.stride, &mut acc) };
                     }
                 }
                 for (m, acc) in acc.iter().enumerate() {

@@ -108,6 +108,7 @@ impl Rotate<'_> {
             normalise(head, &norm.weight, norm.eps);
         }
         let (low, high) = head.split_at_mut(self.head_dim / 2);
+        // By whole vectors: a head is too short for the loop that the compiler would make.
         let ((low, last_low), (high, last_high)) = (S::as_mut_simd_f32s(low), S::as_mut_simd_f32s(high));
         let ((cos, last_cos), (sin, last_sin)) = (S::as_simd_f32s(cos), S::as_simd_f32s(sin));
         for (((a, b), &cos), &sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {

@@ -496,6 +496,7 @@ impl Stripe<'_> {
                     }
                 }
                 Epilogue::Add => {
+                    // By whole vectors: a panel's columns are too few for the loop that the compiler would make.
                     let ((out, last), (sums, last_sums)) = (S::as_mut_simd_f32s(out), S::as_simd_f32s(sums_row));
                     for (to, sum) in out.iter_mut().zip(sums) {
                         *to = simd.add_f32s(*to, *sum);

@@ -1,5 +1,5 @@
-//! Hints at memory that is read soon. A processor follows a stream of reads only to the end of a page; where that is far from
-//! what is read next, or much of it lies in main memory, it has to be told.
+//! Hints at memory that is read or written soon. A processor follows a stream of reads only to the end of a page; where that
+//! is far from what is read next, or much of it lies in main memory, it has to be told.
 
 /// Asks for the `count` elements from `start` on to be brought into the second-level cache, on processors where that is
 /// written out. Nothing is read by this, so any address will do.
