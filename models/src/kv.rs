@@ -6,6 +6,7 @@ use half::{bf16, f16};
 
 use crate::Config;
 use crate::cpu::bfloat16::Bfloat16Panels;
+use crate::cpu::compressed::CompressedPanels;
 
 /// Keys and values of all sequences, a pool of blocks in each layer.
 ///
@@ -40,6 +41,8 @@ impl KvCache {
             false => 2,
             // These processors round the activations, too.
             true if dtype == DType::BF16 && Bfloat16Panels::are_fast() => 4,
+            // These round them otherwise where a file's blocks are multiplied.
+            true if dtype == DType::F32 && CompressedPanels::go_by_digits() => 5,
             true => 3,
         }
     }

@@ -12,7 +12,7 @@ mod attention_kernel;
 #[cfg(test)]
 mod attention_reference;
 pub(crate) mod bfloat16;
-mod compressed;
+pub(crate) mod compressed;
 pub(crate) mod elementwise;
 pub(crate) mod linear;
 pub(crate) mod math;

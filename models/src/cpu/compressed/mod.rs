@@ -38,7 +38,7 @@ pub struct CompressedPanels {
     pub outputs: usize,
     /// Columns of a panel.
     pub width: usize,
-    /// Whether activations are cut into digits, for which the processor has to have the instructions.
+    /// See [`Self::go_by_digits`].
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86 has a kernel"))]
     by_digits: bool,
 }
@@ -112,11 +112,16 @@ impl CompressedPanels {
             depth,
             outputs: matrix.outputs(),
             width,
-            #[cfg(target_arch = "x86_64")]
-            by_digits: digits::are_fast() && width == digits::WIDTH,
-            #[cfg(not(target_arch = "x86_64"))]
-            by_digits: false,
+            by_digits: Self::go_by_digits(),
         }
+    }
+
+    /// Whether activations are cut into digits, for which the processor has to have the instructions.
+    pub fn go_by_digits() -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return digits::are_fast() && panel_width() == digits::WIDTH;
+        #[cfg(not(target_arch = "x86_64"))]
+        return false;
     }
 
     /// Inputs `first..first + depth` of panel `index`: whole blocks.
