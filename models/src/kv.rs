@@ -42,7 +42,7 @@ impl KvCache {
             // These processors round the activations, too.
             true if dtype == DType::BF16 && Bfloat16Panels::are_fast() => 4,
             // These round them otherwise where a file's blocks are multiplied.
-            true if dtype == DType::F32 && CompressedPanels::go_by_digits() => 5,
+            true if dtype == DType::F32 && CompressedPanels::go_by_digits() => 6,
             true => 3,
         }
     }

@@ -1,12 +1,13 @@
 //! Products in whole numbers, with float32's accuracy, for x86 processors with AVX-512 and its dot products of bytes (VNNI).
 //!
-//! The activations of a row become whole numbers of 24 bits with one scale, and these are cut into three digits to base 256.
-//! Weights are small whole numbers as they are, so each digit's products with a block of them are summed exactly. Only these
-//! sums are rounded to float32, and then added up, block by block in order: a row's result does not depend on the rows
-//! beside it. An activation is off by about 3 * 2^-24 of its row's largest at most, so a product is nearer to the exact one
-//! than a chain of multiply-adds in float32, unless the row has an activation far larger than the others. Cutting factors
-//! into such digits is known as the Ozaki scheme (Ootomo, Ozaki and Yokota, "DGEMM on Integer Matrix Multiplication Unit",
-//! 2024, section 3).
+//! The activations of a row become whole numbers of 24 bits, 23 for weights of four bits, with one scale, and these are cut
+//! into three digits of a byte. Weights are small whole numbers as they are, so each digit's products with a block of them
+//! are summed exactly, as they are or in pairs (`pairs`). Only these sums are rounded to float32, and then added up, block
+//! by block in order: a row's result does not depend on the rows beside it. An activation is off by about 3 * 2^-24 of its
+//! row's largest at most, by 4 * 2^-24 for weights of four bits, so a product is nearer to the exact one than a chain of
+//! multiply-adds in float32 where a row's activations are of like size, and further from it where some are much larger than
+//! the others. Cutting factors into such digits is known as the Ozaki scheme (Ootomo, Ozaki and Yokota, "DGEMM on Integer
+//! Matrix Multiplication Unit", 2024, section 3).
 //!
 //! `vpdpbusd` multiplies unsigned bytes, the weights, by signed ones, the digits, and adds four neighbouring products to a sum
 //! in 32 bits.
@@ -16,21 +17,21 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{AHEAD, FACTORS, TILE};
+use super::{AHEAD, FACTORS, TILE, pairs};
 use crate::cpu::prefetch::prefetch;
 use crate::cpu::stored::Format;
 use crate::cpu::tile::for_row_tiles;
 
 /// Columns of a vector.
-const LANES: usize = 16;
+pub const LANES: usize = 16;
 /// Columns of a panel.
 pub const WIDTH: usize = 2 * LANES;
 /// Digits of an activation.
-const DIGITS: usize = 3;
-/// The largest value: three digits of 127, less what rounding may add. 32 products of such with -8 to 7 are less than 2^31.
-const MOST: f32 = 8_355_700.0;
+pub const DIGITS: usize = 3;
 /// Activations of a row that has none above this count as nothing.
 const SMALLEST: f32 = 1e-30;
+/// Rows from which on pairs are faster: for fewer, what is computed once for all rows is too much.
+const PAIRS_FROM: usize = 4;
 /// Rows whose sums are in registers at once. A dot product takes four or five cycles and one can start in each: so many
 /// keep them busy.
 const ROWS: usize = 8;
@@ -42,6 +43,8 @@ type Line = [[u32; LANES]; 2];
 /// fewer.
 pub enum Digits {
     FourBy32(Vec<Tile<32>>),
+    /// The same, to be multiplied in pairs.
+    FourInPairs(Vec<Tile<32>>),
     EightBy32(Vec<Tile<32>>),
     EightBy16(Vec<Tile<16>>),
 }
@@ -56,14 +59,33 @@ pub struct Tile<const LEN: usize> {
 
 /// A row's values in a group.
 #[repr(align(16))]
-struct Group<const LEN: usize> {
-    /// The highest of all values first.
+pub struct Group<const LEN: usize> {
+    /// The highest of all values first. For pairs these are bytes to which something was added, some of them unsigned.
     digits: [[i8; LEN]; DIGITS],
     /// The sum of the values, by which the weights' minimum is multiplied.
     sum: f32,
-    /// What the weights' being too large as they are multiplied adds to sums of products: with eight bits of the first two
-    /// digits and of the last, with four bits of all three.
+    /// What sums of products are too large by, as the weights are too large as they are multiplied: with eight bits those of
+    /// the first two digits and of the last, with four bits those of all three; in pairs by the products of the row's own
+    /// digits as well, less those of a row of zeros.
     lower: [i32; 2],
+}
+
+impl<const LEN: usize> Group<LEN> {
+    pub fn new(digits: [[i8; LEN]; DIGITS], sum: i32, lower: [i32; 2]) -> Self {
+        Self {
+            digits,
+            sum: sum as f32,
+            lower,
+        }
+    }
+
+    /// A digit of the four values that a dot product takes, in every lane.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub fn step(&self, digit: usize, step: usize) -> __m512i {
+        let (steps, _) = self.digits[digit].as_chunks();
+        _mm512_set1_epi32(i32::from_le_bytes(steps[step].map(|digit| digit as u8)))
+    }
 }
 
 /// By how much values of so many bits are too large as they are multiplied: those of eight bits are made unsigned for that,
@@ -71,6 +93,17 @@ struct Group<const LEN: usize> {
 /// is raised instead.
 const fn above(bits: usize) -> i32 {
     1 << (bits - 1)
+}
+
+/// What weights of four bits add to sums of products by being too large, for activations of that sum.
+pub fn lowered(sum: i32) -> i32 {
+    sum.wrapping_mul(above(4))
+}
+
+/// The largest value that weights of so many bits are multiplied by: three digits of 127, less what rounding may add, or what
+/// can be multiplied in pairs, even where it is not. 32 products of such with -8 to 7 are less than 2^31.
+const fn most(bits: usize) -> f32 {
+    if bits == 8 { 8_355_700.0 } else { pairs::MOST }
 }
 
 /// Whether this processor has the instructions.
@@ -84,52 +117,63 @@ impl Digits {
     /// Rounds `x` (`[rows, depth]`) for weights of a format.
     pub fn round(x: &[f32], depth: usize, format: Format) -> Self {
         match format {
-            Format::FourBy32 => Self::FourBy32(tiles::<4, 32>(x, depth)),
-            Format::EightBy32 => Self::EightBy32(tiles::<8, 32>(x, depth)),
-            Format::EightBy16 => Self::EightBy16(tiles::<8, 16>(x, depth)),
+            Format::FourBy32 if x.len() >= PAIRS_FROM * depth && pairs::are_fast() => {
+                Self::FourInPairs(tiles::<4, 32, true>(x, depth))
+            }
+            Format::FourBy32 => Self::FourBy32(tiles::<4, 32, false>(x, depth)),
+            Format::EightBy32 => Self::EightBy32(tiles::<8, 32, false>(x, depth)),
+            Format::EightBy16 => Self::EightBy16(tiles::<8, 16, false>(x, depth)),
         }
     }
 
-    /// A panel of that format times some rows, which begin where a tile does: `sums` becomes `[rows, WIDTH]`.
-    pub fn multiply(&self, panel: &[u32], rows: Range<usize>, sums: &mut [f32]) {
+    /// A panel of that format times some rows, which begin where a tile does: `sums` becomes `[rows, WIDTH]`. In
+    /// `buffer` the first rows leave what the others need of the weights.
+    pub fn multiply(&self, panel: &[u32], rows: Range<usize>, sums: &mut [f32], buffer: &mut Vec<f32>) {
         assert!(are_fast() && rows.start.is_multiple_of(TILE));
         let (sums, _) = sums.as_chunks_mut();
         assert_eq!(sums.len(), rows.len());
         let tiles = rows.start / TILE..rows.end.div_ceil(TILE);
         match self {
             // SAFETY: the processor has what the function needs, by the assertion; so in the other cases.
-            Self::FourBy32(x) => unsafe { multiply::<4, 8, 32>(panel, &x[tiles], sums) },
+            Self::FourBy32(x) => unsafe { multiply::<4, 8, 32, false>(panel, &x[tiles], sums, buffer) },
             // SAFETY: as above.
-            Self::EightBy32(x) => unsafe { multiply::<8, 8, 32>(panel, &x[tiles], sums) },
+            Self::FourInPairs(x) => unsafe { multiply::<4, 8, 32, true>(panel, &x[tiles], sums, buffer) },
             // SAFETY: as above.
-            Self::EightBy16(x) => unsafe { multiply::<8, 4, 16>(panel, &x[tiles], sums) },
+            Self::EightBy32(x) => unsafe { multiply::<8, 8, 32, false>(panel, &x[tiles], sums, buffer) },
+            // SAFETY: as above.
+            Self::EightBy16(x) => unsafe { multiply::<8, 4, 16, false>(panel, &x[tiles], sums, buffer) },
         }
     }
 }
 
-fn tiles<const BITS: usize, const LEN: usize>(x: &[f32], depth: usize) -> Vec<Tile<LEN>> {
+fn tiles<const BITS: usize, const LEN: usize, const PAIRS: bool>(x: &[f32], depth: usize) -> Vec<Tile<LEN>> {
     assert!(are_fast() && depth.is_multiple_of(LEN));
     let tiles = x.par_chunks(TILE * depth);
     // SAFETY: the processor has what the function needs, by the assertion.
-    tiles.map(|x| unsafe { round::<BITS, LEN>(x, depth) }).collect()
+    tiles.map(|x| unsafe { round::<BITS, LEN, PAIRS>(x, depth) }).collect()
 }
 
 /// `x` is `[rows, depth]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn round<const BITS: usize, const LEN: usize>(x: &[f32], depth: usize) -> Tile<LEN> {
+fn round<const BITS: usize, const LEN: usize, const PAIRS: bool>(x: &[f32], depth: usize) -> Tile<LEN> {
+    let most = most(BITS);
     let (mut scales, mut inverses) = (Vec::with_capacity(TILE), [0.0; TILE]);
     for (x, inverse) in x.chunks_exact(depth).zip(&mut inverses) {
         // As whole numbers, magnitudes are in the same order, and what is not a number is above them all.
         let largest = x.iter().fold(0, |most: u32, x| most.max(x.to_bits() & 0x7FFF_FFFF));
         let largest = f32::from_bits(largest);
         // What is smaller counts as nothing: the inverse might be too large for a number.
-        *inverse = if largest > SMALLEST { MOST / largest } else { 0.0 };
-        scales.push(largest / MOST);
+        *inverse = if largest > SMALLEST { most / largest } else { 0.0 };
+        scales.push(largest / most);
     }
     let mut groups = Vec::with_capacity(x.len() / LEN);
     for index in 0..depth / LEN {
         for (x, &inverse) in x.chunks_exact(depth).zip(&inverses) {
-            groups.push(round_group::<BITS, LEN>(&x.as_chunks().0[index], inverse));
+            let x = &x.as_chunks().0[index];
+            groups.push(match PAIRS {
+                true => pairs::round_group(x, inverse),
+                false => round_group::<BITS, LEN>(x, inverse),
+            });
         }
     }
     Tile { groups, scales }
@@ -166,82 +210,69 @@ fn round_group<const BITS: usize, const LEN: usize>(x: &[f32; LEN], inverse: f32
         let last = _mm512_reduce_add_epi32(last_sums);
         [sum.wrapping_sub(last) >> 8, last].map(|sum| sum.wrapping_mul(above(BITS)))
     } else {
-        [0, sum.wrapping_mul(above(BITS))]
+        [0, lowered(sum)]
     };
-    Group {
-        digits,
-        sum: sum as f32,
-        lower,
-    }
+    Group::new(digits, sum, lower)
 }
 
 /// `sums` becomes `x` times the panel, whose values have so many bits; four times `STEPS` inputs share a scale.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn multiply<const BITS: usize, const STEPS: usize, const LEN: usize>(
+fn multiply<const BITS: usize, const STEPS: usize, const LEN: usize, const PAIRS: bool>(
     panel: &[u32],
     x: &[Tile<LEN>],
     sums: &mut [[f32; WIDTH]],
+    buffer: &mut Vec<f32>,
 ) {
     const { assert!(LEN == 4 * STEPS) };
-    let lines = panel.as_chunks().0.as_chunks().0;
+    let lines: &[Line] = panel.as_chunks().0.as_chunks().0;
+    if PAIRS {
+        buffer.resize(lines.len() / (STEPS / 2 + FACTORS) * WIDTH, 0.0);
+    }
+    let (of_zeros, _) = buffer.as_chunks_mut();
     for (index, (x, sums)) in x.iter().zip(sums.chunks_mut(TILE)).enumerate() {
         assert!(sums.len() <= x.scales.len());
         for_row_tiles!(ROWS, sums.len(), |first, MR| {
             for half in 0..2 {
-                let fetch = (index, first, half) == (0, 0, 0);
-                tile::<BITS, STEPS, LEN, MR>(lines, half, fetch, x, first, sums);
+                let begins = (index, first) == (0, 0);
+                tile::<BITS, STEPS, LEN, PAIRS, MR>(lines, half, begins, x, first, sums, of_zeros);
             }
         });
     }
 }
 
-/// The products of one half of the columns and `M` rows from `first` on. If `fetch`, the panel is fetched on the way.
+/// The products of one half of the columns and `M` rows from `first` on. If the panel `begins`, it is fetched on the way, and
+/// what pairs need of each block is written to `of_zeros`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn tile<const BITS: usize, const STEPS: usize, const LEN: usize, const M: usize>(
+fn tile<const BITS: usize, const STEPS: usize, const LEN: usize, const PAIRS: bool, const M: usize>(
     panel: &[Line],
     half: usize,
-    fetch: bool,
+    begins: bool,
     x: &Tile<LEN>,
     first: usize,
     sums: &mut [[f32; WIDTH]],
+    of_zeros: &mut [[f32; WIDTH]],
 ) {
     let words = BITS * LEN / 32;
     let mut acc = [_mm512_setzero_ps(); M];
     let groups = x.groups.chunks_exact(x.scales.len());
-    for (block, groups) in panel.chunks_exact(words + FACTORS).zip(groups) {
-        if fetch {
+    for (index, (block, groups)) in panel.chunks_exact(words + FACTORS).zip(groups).enumerate() {
+        if begins && half == 0 {
             prefetch(block.as_ptr().wrapping_add(AHEAD * block.len()), block.len());
         }
         let groups = &groups[first..][..M];
         let weights = unpack::<BITS, STEPS>(block, half);
         let [scales, minima] = [words, words + 1].map(|factors| _mm512_castsi512_ps(load(&block[factors][half])));
-        let mut wholes = [_mm512_setzero_si512(); M];
-        for digit in 0..DIGITS {
-            if BITS == 8 && digit == DIGITS - 1 {
-                // With all three digits, sums of products with eight bits would not fit.
-                add(
-                    &wholes,
-                    groups,
-                    0,
-                    _mm512_mul_ps(scales, _mm512_set1_ps(256.0)),
-                    &mut acc,
-                );
-                wholes = [_mm512_setzero_si512(); M];
-            } else if digit > 0 {
-                for whole in &mut wholes {
-                    *whole = _mm512_slli_epi32::<8>(*whole);
-                }
+        if PAIRS {
+            let of_zeros = &mut of_zeros[index].as_chunks_mut().0[half];
+            if begins {
+                pairs::multiply_zeros(&weights, of_zeros);
             }
-            for (step, &weights) in weights.iter().enumerate() {
-                for (whole, group) in wholes.iter_mut().zip(groups) {
-                    let (digits, _) = group.digits[digit].as_chunks();
-                    let digits = i32::from_le_bytes(digits[step].map(|digit| digit as u8));
-                    *whole = _mm512_dpbusd_epi32(*whole, weights, _mm512_set1_epi32(digits));
-                }
-            }
+            let wholes: [_; M] = pairs::products(&weights, groups, of_zeros);
+            add(&wholes, groups, 1, scales, &mut acc);
+        } else {
+            add_digits::<BITS, STEPS, LEN, M>(&weights, groups, scales, &mut acc);
         }
-        add(&wholes, groups, 1, scales, &mut acc);
         let minima = match BITS {
             4 => _mm512_fmadd_ps(scales, _mm512_set1_ps(above(BITS) as f32), minima),
             _ => minima,
@@ -255,6 +286,35 @@ fn tile<const BITS: usize, const STEPS: usize, const LEN: usize, const M: usize>
         // SAFETY: the array is as long as the vector; the write needs no alignment.
         unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), _mm512_mul_ps(*acc, _mm512_set1_ps(scale))) };
     }
+}
+
+/// Adds a block's products, digit by digit.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn add_digits<const BITS: usize, const STEPS: usize, const LEN: usize, const M: usize>(
+    weights: &[__m512i; STEPS],
+    groups: &[Group<LEN>],
+    scales: __m512,
+    acc: &mut [__m512; M],
+) {
+    let mut wholes = [_mm512_setzero_si512(); M];
+    for digit in 0..DIGITS {
+        if BITS == 8 && digit == DIGITS - 1 {
+            // With all three digits, sums of products with eight bits would not fit.
+            add(&wholes, groups, 0, _mm512_mul_ps(scales, _mm512_set1_ps(256.0)), acc);
+            wholes = [_mm512_setzero_si512(); M];
+        } else if digit > 0 {
+            for whole in &mut wholes {
+                *whole = _mm512_slli_epi32::<8>(*whole);
+            }
+        }
+        for (step, &weights) in weights.iter().enumerate() {
+            for (whole, group) in wholes.iter_mut().zip(groups) {
+                *whole = _mm512_dpbusd_epi32(*whole, weights, group.step(digit, step));
+            }
+        }
+    }
+    add(&wholes, groups, 1, scales, acc);
 }
 
 /// Adds whole sums, once they are lowered, as what they stand for.
@@ -315,17 +375,48 @@ mod tests {
         matrix
     }
 
-    /// All outputs of some rows, row by row, if this processor has the instructions: on others there is nothing to test.
+    /// All outputs of some rows, row by row, the same in whatever way they are multiplied, if this processor has the
+    /// instructions: on others there is nothing to test.
     fn products(matrix: &StoredMatrix, x: &[f32]) -> Option<Vec<f32>> {
         if !are_fast() {
             return None;
         }
         let (panels, rows) = (CompressedPanels::pack(matrix), x.len() / matrix.depth);
-        let x = Digits::round(x, matrix.depth, matrix.format);
+        let mut buffer = vec![f32::NAN; 7];
+        let mut found = ways(matrix, x)
+            .into_iter()
+            .map(|x| products_of(matrix, &panels, rows, &x, &mut buffer));
+        let first = found.next()?;
+        for (nth, others) in found.enumerate() {
+            let differ = |(a, b): (&f32, &f32)| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan());
+            let at = first.iter().zip(&others).position(differ);
+            assert_eq!(at, None, "{:?}, way {nth}", matrix.format);
+        }
+        Some(first)
+    }
+
+    /// Activations as they would be rounded, and in every way that there is for weights of four bits.
+    fn ways(matrix: &StoredMatrix, x: &[f32]) -> Vec<Digits> {
+        let mut ways = vec![Digits::round(x, matrix.depth, matrix.format)];
+        if matrix.format == Format::FourBy32 {
+            ways.push(Digits::FourBy32(tiles::<4, 32, false>(x, matrix.depth)));
+            ways.push(Digits::FourInPairs(tiles::<4, 32, true>(x, matrix.depth)));
+        }
+        ways
+    }
+
+    fn products_of(
+        matrix: &StoredMatrix,
+        panels: &CompressedPanels,
+        rows: usize,
+        x: &Digits,
+        buffer: &mut Vec<f32>,
+    ) -> Vec<f32> {
         let mut all = vec![f32::NAN; rows * matrix.outputs()];
         for panel in 0..matrix.outputs().div_ceil(WIDTH) {
             let mut sums = vec![f32::NAN; rows * WIDTH];
-            x.multiply(panels.block(panel, 0, matrix.depth).words, 0..rows, &mut sums);
+            let words = panels.block(panel, 0, matrix.depth).words;
+            x.multiply(words, 0..rows, &mut sums, buffer);
             for (all, sums) in all.chunks_exact_mut(matrix.outputs()).zip(sums.chunks_exact(WIDTH)) {
                 all.iter_mut()
                     .skip(panel * WIDTH)
@@ -333,13 +424,14 @@ mod tests {
                     .for_each(|(to, sum)| *to = *sum);
             }
         }
-        Some(all)
+        all
     }
 
     /// One product, by the definition.
     fn defined(matrix: &StoredMatrix, x: &[f32], output: usize) -> f32 {
         let largest = x.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
-        let inverse = if largest > SMALLEST { MOST / largest } else { 0.0 };
+        let most = most(matrix.format.bits());
+        let inverse = if largest > SMALLEST { most / largest } else { 0.0 };
         let group = matrix.format.group();
         let mut sum = 0.0;
         for (index, x) in x.chunks_exact(group).enumerate() {
@@ -366,13 +458,14 @@ mod tests {
                 sum = minimum.mul_add(whole, sum);
             }
         }
-        sum * (largest / MOST)
+        sum * (largest / most)
     }
 
     #[test]
     fn products_are_what_the_definition_says() {
         for format in FORMATS {
-            for (outputs, depth, rows) in [(1, 32, 1), (31, 64, 2), (33, 96, 5), (64, 576, 16), (70, 1536, 41)] {
+            let shapes = [(1, 32, 1), (31, 64, 2), (33, 96, 5), (64, 576, 16), (70, 1536, 41)];
+            for (outputs, depth, rows) in shapes.into_iter().chain([3, 4, 6, 7, 8].map(|rows| (40, 160, rows))) {
                 let (matrix, x) = (matrix(format, outputs, depth), numbers(rows * depth, 52));
                 let Some(found) = products(&matrix, &x) else { return };
                 for (at, found) in found.iter().enumerate() {
@@ -481,9 +574,10 @@ mod tests {
         let (matrix, x) = (matrix(Format::FourBy32, 32, 96), numbers(40 * 96, 55));
         let Some(all) = products(&matrix, &x) else { return };
         let panels = CompressedPanels::pack(&matrix);
-        let mut some = vec![f32::NAN; 24 * WIDTH];
-        let x = Digits::round(&x, 96, matrix.format);
-        x.multiply(panels.block(0, 0, 96).words, 16..40, &mut some);
-        assert_eq!(some, all[16 * WIDTH..]);
+        for x in ways(&matrix, &x) {
+            let mut some = vec![f32::NAN; 24 * WIDTH];
+            x.multiply(panels.block(0, 0, 96).words, 16..40, &mut some, &mut Vec::new());
+            assert_eq!(some, all[16 * WIDTH..]);
+        }
     }
 }

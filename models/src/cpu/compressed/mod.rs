@@ -9,6 +9,8 @@
 #[cfg(target_arch = "x86_64")]
 mod digits;
 mod float;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 
 use std::ops::Range;
 
@@ -155,8 +157,8 @@ impl CompressedPanels {
         Activations::Float(x)
     }
 
-    /// Panel `index` times some rows: `sums` becomes `[rows, width]`. In float32, weights that are used often are widened in
-    /// `buffer`.
+    /// Panel `index` times some rows: `sums` becomes `[rows, width]`. What rows share of the weights is kept in
+    /// `buffer`: in float32 the weights themselves, where they are used often.
     #[inline(always)]
     pub fn multiply<S: Simd>(
         &self,
@@ -173,7 +175,7 @@ impl CompressedPanels {
                 self.multiply_in_float32(simd, index, x, sums, buffer);
             }
             #[cfg(target_arch = "x86_64")]
-            Activations::Digits(x) => x.multiply(self.block(index, 0, self.depth).words, rows, sums),
+            Activations::Digits(x) => x.multiply(self.block(index, 0, self.depth).words, rows, sums, buffer),
         }
     }
 
