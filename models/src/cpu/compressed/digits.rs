@@ -71,6 +71,7 @@ pub struct Group<const LEN: usize> {
 }
 
 impl<const LEN: usize> Group<LEN> {
+    /// Of values with these digits and this sum; see the fields.
     pub fn new(digits: [[i8; LEN]; DIGITS], sum: i32, lower: [i32; 2]) -> Self {
         Self {
             digits,
@@ -126,8 +127,8 @@ impl Digits {
         }
     }
 
-    /// A panel of that format times some rows, which begin where a tile does: `sums` becomes `[rows, WIDTH]`. In
-    /// `buffer` the first rows leave what the others need of the weights.
+    /// A panel of that format times some rows, which begin where a tile does: `sums` becomes `[rows, WIDTH]`. In `buffer`
+    /// the first rows leave what the others need of the weights.
     pub fn multiply(&self, panel: &[u32], rows: Range<usize>, sums: &mut [f32], buffer: &mut Vec<f32>) {
         assert!(are_fast() && rows.start.is_multiple_of(TILE));
         let (sums, _) = sums.as_chunks_mut();

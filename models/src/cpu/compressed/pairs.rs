@@ -40,7 +40,8 @@ pub fn are_fast() -> bool {
     *IS_AMD
 }
 
-/// A row's values in a group: the middle digit as it is, and the others with what pairs need added.
+/// Rounds a row's activations in a group to whole numbers, `inverse` times as large, of at most [`MOST`]: the middle digit
+/// stays as it is, and the others have what pairs need added.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub fn round_group<const LEN: usize>(x: &[f32; LEN], inverse: f32) -> Group<LEN> {
