@@ -99,7 +99,6 @@ impl Bfloat16Panels {
         let pairs = panel.len();
         let x = &x.pairs[rows.start * pairs..rows.end * pairs];
         let (sums, _) = sums.as_chunks_mut::<WIDTH>();
-        sums.fill([0.0; WIDTH]);
         assert_eq!(x.len(), sums.len() * pairs);
         // Blocks of nearly equal depth, so that none is hardly worth its overhead.
         let block = pairs.div_ceil(pairs.div_ceil(DEPTH_BLOCK));
@@ -156,10 +155,13 @@ fn round(x: &[f32], numbers: &mut [bf16]) {
     }
 }
 
-/// `sums[row] += x[row][first..] * weights`: `x` is `[rows, pairs]`. What the instruction computes, for processors without
-/// it; those multiply in float32 faster, so only tests come here.
+/// `sums[row] (+)= x[row][first..] * weights`, from zero where `first` is 0: `x` is `[rows, pairs]`. What the instruction
+/// computes, for processors without it; those multiply in float32 faster, so only tests come here.
 fn accumulate(weights: &[[Pair; WIDTH]], x: &[Pair], pairs: usize, first: usize, sums: &mut [[f32; WIDTH]]) {
     for (sums, x) in sums.iter_mut().zip(x.chunks_exact(pairs)) {
+        if first == 0 {
+            sums.fill(0.0);
+        }
         for (weights, x) in weights.iter().zip(&x[first..]) {
             for (sum, weight) in sums.iter_mut().zip(weights) {
                 // The instruction takes the second of a pair first. In float32 the products themselves are exact.
@@ -173,11 +175,10 @@ fn accumulate(weights: &[[Pair; WIDTH]], x: &[Pair], pairs: usize, first: usize,
 #[cfg(target_arch = "x86_64")]
 pub mod avx512 {
     use std::arch::x86_64::*;
-    use std::ops::Range;
 
     use half::bf16;
 
-    use super::super::prefetch::prefetch;
+    use super::super::prefetch::prefetch_line;
     use super::super::tile::for_row_tiles;
     use super::{Pair, WIDTH};
 
@@ -210,44 +211,62 @@ pub mod avx512 {
     /// As the one for any processor, but that numbers below the normal ones count as zero.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub fn accumulate(weights: &[[Pair; WIDTH]], x: &[Pair], pairs: usize, first: usize, sums: &mut [[f32; WIDTH]]) {
-        // What lies behind these weights is most often multiplied next: the first tiles fetch it, some vectors of each pair's.
-        let tiles = sums.len().div_ceil(ROWS);
-        let mut left = VECTORS;
+        // What lies behind these weights is most often multiplied next: the first tiles fetch it, a vector of each pair's at a
+        // time or, if tiles are few, all three.
+        let few = sums.len() <= 2 * ROWS;
+        let next = weights.as_ptr_range().end.cast::<[Pair; LANES]>();
+        let mut fetched = 0;
         for_row_tiles!(ROWS, sums.len(), |row, MR| {
             let x = std::array::from_fn(|m| &x[(row + m) * pairs + first..][..weights.len()]);
             let (sums, _) = sums[row..].as_chunks_mut::<MR>();
-            let fetch = left.min(VECTORS.div_ceil(tiles));
-            tile(weights, &x, &mut sums[0], VECTORS - left..VECTORS - left + fetch);
-            left -= fetch;
+            let next = (fetched < VECTORS).then(|| next.wrapping_add(fetched * weights.len()));
+            if few {
+                tile::<MR, VECTORS>(weights, &x, &mut sums[0], first > 0, next);
+                fetched = VECTORS;
+            } else {
+                tile::<MR, 1>(weights, &x, &mut sums[0], first > 0, next);
+                fetched += 1;
+            }
         });
     }
 
-    /// `sums[row] += x[row] * weights`.
+    /// `sums[row] (+)= x[row] * weights`, from zero unless it `goes_on`. For each pair `FETCH` vectors are fetched, from `next`
+    /// on. The loop has hardly anything but products: processors that take two a cycle would wait for the rest.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    fn tile<const MR: usize>(
+    fn tile<const MR: usize, const FETCH: usize>(
         weights: &[[Pair; WIDTH]],
         x: &[&[Pair]; MR],
         sums: &mut [[f32; WIDTH]; MR],
-        fetch: Range<usize>,
+        goes_on: bool,
+        next: Option<*const [Pair; LANES]>,
     ) {
-        let next = weights.as_ptr_range().end.cast::<[Pair; LANES]>();
+        assert!(x.iter().all(|x| x.len() == weights.len()));
+        // Fetching one line again and again costs less than asking each time whether to.
+        let (next, stride) = next.map_or((weights.as_ptr().cast(), 0), |next| (next, FETCH));
+        let x = x.map(|x| x.as_ptr());
         let mut acc = [[_mm512_setzero_ps(); VECTORS]; MR];
-        for (acc, sums) in acc.iter_mut().zip(&*sums) {
-            for (acc, sums) in acc.iter_mut().zip(sums.as_chunks::<LANES>().0) {
-                // SAFETY: the array is as long as the vector; the read needs no alignment.
-                *acc = unsafe { _mm512_loadu_ps(sums.as_ptr()) };
+        if goes_on {
+            for (acc, sums) in acc.iter_mut().zip(&*sums) {
+                for (acc, sums) in acc.iter_mut().zip(sums.as_chunks::<LANES>().0) {
+                    // SAFETY: the array is as long as the vector; the read needs no alignment.
+                    *acc = unsafe { _mm512_loadu_ps(sums.as_ptr()) };
+                }
             }
         }
         for (k, weights) in weights.iter().enumerate() {
-            prefetch(next.wrapping_add(k * VECTORS + fetch.start), fetch.len());
+            for line in 0..FETCH {
+                prefetch_line(next.wrapping_add(k * stride + line));
+            }
             let (columns, _) = weights.as_chunks::<LANES>();
             // SAFETY: the array is as long as the vector; the read needs no alignment.
             let load = |v: usize| as_pairs(unsafe { _mm512_loadu_si512(columns[v].as_ptr().cast()) });
             let columns: [_; VECTORS] = [load(0), load(1), load(2)];
             for (acc, x) in acc.iter_mut().zip(x) {
+                // SAFETY: each row is as long as the weights, by the assertion.
+                let pair = broadcast(unsafe { *x.add(k) });
                 for (acc, &column) in acc.iter_mut().zip(&columns) {
-                    *acc = _mm512_dpbf16_ps(*acc, broadcast(x[k]), column);
+                    *acc = _mm512_dpbf16_ps(*acc, pair, column);
                 }
             }
         }
