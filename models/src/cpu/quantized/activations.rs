@@ -43,7 +43,15 @@ impl Activations {
         };
         let mut groups = vec![empty; rows * blocks];
         let tiles = groups.par_chunks_mut(TILE * blocks).zip(x.par_chunks(TILE * depth));
-        tiles.for_each(|(groups, x)| Arch::new().dispatch(Round { x, depth, groups }));
+        tiles.for_each(|(groups, x)| {
+            let tile = Round { x, depth, groups };
+            #[cfg(target_arch = "x86_64")]
+            if avx512::is_there() {
+                // SAFETY: the processor has what the function needs.
+                return unsafe { avx512::round(tile) };
+            }
+            Arch::new().dispatch(tile);
+        });
         Self { groups, rows, blocks }
     }
 
@@ -87,6 +95,14 @@ impl WithSimd for Round<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
+        self.by(round);
+    }
+}
+
+impl Round<'_> {
+    /// Rounds every row's part of every block, with the instructions of the function that calls it.
+    #[inline(always)]
+    fn by(self, round: impl Fn(&[f32; BLOCK]) -> Group) {
         let rows = self.x.len() / self.depth;
         for (row, x) in self.x.chunks_exact(self.depth).enumerate() {
             let (blocks, _) = x.as_chunks();
@@ -97,10 +113,11 @@ impl WithSimd for Round<'_> {
     }
 }
 
+/// Adding this, 1.5 * 2^23, rounds to a whole number and leaves it in the low bits of the sum.
+const ROUND: f32 = 12_582_912.0;
+
 #[inline(always)]
 fn round(x: &[f32; BLOCK]) -> Group {
-    // Adding 1.5 * 2^23 rounds to a whole number, and leaves it in the low bits of the sum.
-    const ROUND: f32 = 12_582_912.0;
     // As whole numbers, magnitudes are in the same order, and what is not a number is above them all.
     let largest = x.iter().fold(0, |most: u32, x| most.max(x.to_bits() & 0x7FFF_FFFF));
     let largest = f32::from_bits(largest);
@@ -118,6 +135,56 @@ fn round(x: &[f32; BLOCK]) -> Group {
         scale,
         sum: scale * whole as f32,
         whole,
+    }
+}
+
+/// The same for processors with AVX-512 and its dot products of bytes, which the compiler would not use.
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
+
+    pub use super::super::avx512::is_there;
+    use super::{BLOCK, Group, ROUND, Round};
+
+    const LANES: usize = 16;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub fn round(tile: Round) {
+        tile.by(|x| group(x));
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn group(x: &[f32; BLOCK]) -> Group {
+        let (x, _) = x.as_chunks::<LANES>();
+        // SAFETY: the arrays are as long as the vectors; reads need no alignment.
+        let x = [0, 1].map(|half| unsafe { _mm512_loadu_ps(x[half].as_ptr()) });
+        let magnitudes = x.map(|x| _mm512_castps_si512(_mm512_abs_ps(x)));
+        let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(magnitudes[0], magnitudes[1]));
+        let largest = f32::from_bits(largest);
+        let inverse = _mm512_set1_ps(if largest > 0.0 { 127.0 / largest } else { 0.0 });
+        // The lowest byte of a sum's bits is the number.
+        let bytes = x.map(|x| {
+            let sums = _mm512_fmadd_ps(x, inverse, _mm512_set1_ps(ROUND));
+            _mm512_cvtepi32_epi8(_mm512_castps_si512(sums))
+        });
+        let bytes = _mm256_set_m128i(bytes[1], bytes[0]);
+        let sums = _mm512_dpbusd_epi32(
+            _mm512_setzero_si512(),
+            _mm512_set1_epi8(1),
+            _mm512_zextsi256_si512(bytes),
+        );
+        let whole = _mm512_reduce_add_epi32(sums);
+        let mut values = [0; BLOCK];
+        // SAFETY: the array is as long as the vector; the write needs no alignment.
+        unsafe { _mm256_storeu_si256(values.as_mut_ptr().cast(), bytes) };
+        let scale = largest / 127.0;
+        Group {
+            values,
+            scale,
+            sum: scale * whole as f32,
+            whole,
+        }
     }
 }
 
@@ -143,6 +210,24 @@ mod tests {
                     }
                     assert!((values.iter().sum::<f32>() - group.sum).abs() < 1e-3);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn every_processor_rounds_alike() {
+        // Halves are rounded to even numbers, and of a row of zeros all is zero.
+        for scale in [1e-30, 0.03, 127.0 / 256.0, 1e30, 0.0] {
+            let mut x = numbers(37 * 64, 13).iter().map(|x| x * scale).collect::<Vec<_>>();
+            x[5] = 254.0 * scale;
+            let rounded = Activations::round(&x, 64);
+            for (index, x) in x.as_chunks().0.iter().enumerate() {
+                let (found, exact) = (rounded.group(index / 2, index % 2), round(x));
+                assert_eq!(found.values, exact.values, "group {index} at {scale}");
+                assert_eq!(
+                    (found.scale, found.sum, found.whole),
+                    (exact.scale, exact.sum, exact.whole)
+                );
             }
         }
     }
