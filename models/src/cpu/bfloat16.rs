@@ -211,8 +211,8 @@ pub mod avx512 {
     /// As the one for any processor, but that numbers below the normal ones count as zero.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub fn accumulate(weights: &[[Pair; WIDTH]], x: &[Pair], pairs: usize, first: usize, sums: &mut [[f32; WIDTH]]) {
-        // What lies behind these weights is most often multiplied next: the first tiles fetch it, a vector of each pair's at a
-        // time or, if tiles are few, all three.
+        // What lies behind these weights is most often multiplied next: the first three tiles fetch a third of it each, or
+        // the first one all of it if tiles are few.
         let few = sums.len() <= 2 * ROWS;
         let next = weights.as_ptr_range().end.cast::<[Pair; LANES]>();
         let mut fetched = 0;
@@ -230,8 +230,8 @@ pub mod avx512 {
         });
     }
 
-    /// `sums[row] (+)= x[row] * weights`, from zero unless it `goes_on`. For each pair `FETCH` vectors are fetched, from `next`
-    /// on. The loop has hardly anything but products: processors that take two a cycle would wait for the rest.
+    /// `sums[row] (+)= x[row] * weights`, from zero unless it `goes_on`. For each pair `FETCH` vectors are fetched, from
+    /// `next` on. The loop has hardly anything but products: processors that take two a cycle would wait for the rest.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn tile<const MR: usize, const FETCH: usize>(

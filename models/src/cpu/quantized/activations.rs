@@ -95,14 +95,6 @@ impl WithSimd for Round<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        self.by(round);
-    }
-}
-
-impl Round<'_> {
-    /// Rounds every row's part of every block, with the instructions of the function that calls it.
-    #[inline(always)]
-    fn by(self, round: impl Fn(&[f32; BLOCK]) -> Group) {
         let rows = self.x.len() / self.depth;
         for (row, x) in self.x.chunks_exact(self.depth).enumerate() {
             let (blocks, _) = x.as_chunks();
@@ -148,9 +140,16 @@ mod avx512 {
 
     const LANES: usize = 16;
 
+    /// One tile. A loop of its own, as what rounds a block has to be compiled for the same processor as the loop.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub fn round(tile: Round) {
-        tile.by(|x| group(x));
+        let rows = tile.x.len() / tile.depth;
+        for (row, x) in tile.x.chunks_exact(tile.depth).enumerate() {
+            let groups = tile.groups[row..].iter_mut().step_by(rows);
+            for (x, to) in x.as_chunks().0.iter().zip(groups) {
+                *to = group(x);
+            }
+        }
     }
 
     #[inline]
@@ -216,19 +215,33 @@ mod tests {
 
     #[test]
     fn every_processor_rounds_alike() {
-        // Halves are rounded to even numbers, and of a row of zeros all is zero.
-        for scale in [1e-30, 0.03, 127.0 / 256.0, 1e30, 0.0] {
+        let bytes = |scale: f32| {
             let mut x = numbers(37 * 64, 13).iter().map(|x| x * scale).collect::<Vec<_>>();
-            x[5] = 254.0 * scale;
-            let rounded = Activations::round(&x, 64);
-            for (index, x) in x.as_chunks().0.iter().enumerate() {
-                let (found, exact) = (rounded.group(index / 2, index % 2), round(x));
-                assert_eq!(found.values, exact.values, "group {index} at {scale}");
-                assert_eq!(
-                    (found.scale, found.sum, found.whole),
-                    (exact.scale, exact.sum, exact.whole)
-                );
+            // The first block's scale is twice `scale`: halves are rounded to even numbers.
+            x[..32].iter_mut().for_each(|x| *x = 0.0);
+            for (x, value) in x.iter_mut().zip([254.0, 1.0, 3.0, -5.0, -254.0]) {
+                *x = value * scale;
             }
+            let rounded = Activations::round(&x, 64);
+            let mut by_vectors = vec![rounded.groups[0]; rounded.groups.len()];
+            let tiles = by_vectors.chunks_mut(TILE * 2).zip(x.chunks(TILE * 64));
+            tiles.for_each(|(groups, x)| Arch::new().dispatch(Round { x, depth: 64, groups }));
+            for (index, (found, vectors)) in rounded.groups.iter().zip(&by_vectors).enumerate() {
+                assert_eq!(found.values, vectors.values, "group {index} at {scale}");
+                let numbers = |group: &Group| (group.scale, group.sum, group.whole);
+                assert_eq!(numbers(found), numbers(vectors), "group {index} at {scale}");
+            }
+            for (index, x) in x.as_chunks().0.iter().enumerate() {
+                assert_eq!(rounded.group(index / 2, index % 2).values, round(x).values, "{index}");
+            }
+            rounded.group(0, 0).values
+        };
+        for scale in [0.5, 1.0, 1024.0] {
+            assert_eq!(bytes(scale)[..5], [127, 0, 2, -2, -127]);
+        }
+        // So large or small that their inverses are no normal numbers, and nothing but zeros.
+        for scale in [1e36, 1e-38, 1e-44, 0.0] {
+            bytes(scale);
         }
     }
 
