@@ -23,6 +23,20 @@ pub struct Group {
     pub whole: i32,
 }
 
+impl Group {
+    /// Of values with that sum, which stand for activations of that largest magnitude.
+    #[inline(always)]
+    fn new(values: [i8; BLOCK], whole: i32, largest: f32) -> Self {
+        let scale = largest / 127.0;
+        Self {
+            values,
+            scale,
+            sum: scale * whole as f32,
+            whole,
+        }
+    }
+}
+
 /// Rows of activations, in tiles of [`TILE`] of which the last may have fewer.
 pub struct Activations {
     /// Of each tile `[blocks, rows]`.
@@ -121,13 +135,7 @@ fn round(x: &[f32; BLOCK]) -> Group {
     for &value in &values {
         whole += i32::from(value);
     }
-    let scale = largest / 127.0;
-    Group {
-        values,
-        scale,
-        sum: scale * whole as f32,
-        whole,
-    }
+    Group::new(values, whole, largest)
 }
 
 /// The same for processors with AVX-512 and its dot products of bytes, which the compiler would not use.
@@ -177,13 +185,7 @@ mod avx512 {
         let mut values = [0; BLOCK];
         // SAFETY: the array is as long as the vector; the write needs no alignment.
         unsafe { _mm256_storeu_si256(values.as_mut_ptr().cast(), bytes) };
-        let scale = largest / 127.0;
-        Group {
-            values,
-            scale,
-            sum: scale * whole as f32,
-            whole,
-        }
+        Group::new(values, whole, largest)
     }
 }
 
