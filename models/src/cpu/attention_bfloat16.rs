@@ -125,24 +125,30 @@ fn score_vectors<const NV: usize>(
         vector.div_ceil(per_block)..(vector + NV).div_ceil(per_block),
         0..keys.size * keys.head_dim,
     );
-    let panels: [_; NV] = std::array::from_fn(|v| {
+    let mut panels = [std::ptr::null(); NV];
+    for (v, panel) in panels.iter_mut().enumerate() {
         let (block, within) = ((vector + v) / per_block, (vector + v) % per_block * LANES);
-        keys.pool[keys.starts[block] + within..][..(keys.head_dim - 1) * keys.size + LANES].as_ptr()
-    });
+        let numbers = &keys.pool[keys.starts[block] + within..][..(keys.head_dim - 1) * keys.size + LANES];
+        *panel = numbers.as_ptr();
+    }
     let column = vector * LANES;
     for_row_tiles!(ROWS, queries.len() / pairs, |first, MR| {
-        let queries: [_; MR] = std::array::from_fn(|m| &queries[(first + m) * pairs..][..pairs]);
+        let queries = queries[first * pairs..][..MR * pairs].as_ptr();
         let mut acc = [[_mm512_setzero_ps(); NV]; MR];
         for k in 0..pairs {
-            // SAFETY: each panel reaches to the vector of its last dimension, which is `2 * pairs - 1`.
-            let load = |v: usize| unsafe {
-                let low = panels[v].add(2 * k * keys.size);
-                side_by_side(low, low.add(keys.size))
-            };
-            let keys: [_; NV] = std::array::from_fn(load);
-            for (acc, query) in acc.iter_mut().zip(&queries) {
-                for (acc, &key) in acc.iter_mut().zip(&keys) {
-                    *acc = _mm512_dpbf16_ps(*acc, broadcast(query[k]), key);
+            let mut keys_here = [as_pairs(_mm512_setzero_si512()); NV];
+            for (key, panel) in keys_here.iter_mut().zip(panels) {
+                // SAFETY: each panel reaches to the vector of its last dimension, which is `2 * pairs - 1`.
+                *key = unsafe {
+                    let low = panel.add(2 * k * keys.size);
+                    side_by_side(low, low.add(keys.size))
+                };
+            }
+            for (m, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: there are `MR` queries of `pairs` pairs.
+                let query = broadcast(unsafe { *queries.add(m * pairs + k) });
+                for (acc, key) in acc.iter_mut().zip(keys_here) {
+                    *acc = _mm512_dpbf16_ps(*acc, query, key);
                 }
             }
         }
@@ -158,45 +164,69 @@ fn score_vectors<const NV: usize>(
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn weigh_blocks(values: &Blocks, probabilities: &[Pair], columns: Columns, sums: &mut [f32]) {
+    let dim = values.head_dim;
+    let few = sums.len() <= ROWS / 2 * dim;
+    let mut dimension = 0;
+    while few && dimension + 4 * LANES <= dim {
+        weigh_dimensions::<2>(values, probabilities, dimension, columns, sums);
+        dimension += 4 * LANES;
+    }
+    while dimension < dim {
+        weigh_dimensions::<1>(values, probabilities, dimension, columns, sums);
+        dimension += 2 * LANES;
+    }
+}
+
+/// As [`weigh_blocks`], for `TWOS` times two vectors of dimensions from `dimension` on.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn weigh_dimensions<const TWOS: usize>(
+    values: &Blocks,
+    probabilities: &[Pair],
+    dimension: usize,
+    columns: Columns,
+    sums: &mut [f32],
+) {
     let (dim, stride) = (values.head_dim, columns.stride / 2);
-    for dimension in (0..dim).step_by(2 * LANES) {
-        for_row_tiles!(ROWS, sums.len() / dim, |first, MR| {
-            let mut acc = [[_mm512_setzero_ps(); 2]; MR];
-            for (index, start) in values.starts.iter().enumerate() {
-                if first == 0 && dimension == 0 {
-                    values.next.fetch(index..index + 1, 0..values.size * dim);
-                }
-                let column = index * values.size;
-                let depth = values.size.min(columns.end - column);
-                let block = &values.pool[start + dimension..][..(depth - 1) * dim + 2 * LANES];
-                let weights: [_; MR] = std::array::from_fn(|m| {
-                    let at = 2 * (first + m) * stride + column / 2;
-                    &probabilities[at..][..stride + depth.div_ceil(2)]
-                });
-                for k in 0..depth.div_ceil(2) {
-                    // SAFETY: `block` reaches to two vectors of its row `depth - 1`; a row behind it is not read.
-                    let values = unsafe {
-                        let low = block.as_ptr().add(2 * k * dim);
-                        let high = (2 * k + 1 < depth).then(|| low.add(dim));
-                        one_above_the_other(low, high)
+    for_row_tiles!(ROWS, sums.len() / dim, |first, MR| {
+        let weights = &probabilities[2 * first * stride..][..2 * MR * stride];
+        let mut acc = [[[_mm512_setzero_ps(); 2]; TWOS]; MR];
+        for (index, start) in values.starts.iter().enumerate() {
+            if first == 0 && dimension == 0 {
+                values.next.fetch(index..index + 1, 0..values.size * dim);
+            }
+            let column = index * values.size;
+            let depth = values.size.min(columns.end - column);
+            let block = &values.pool[start + dimension..][..(depth - 1) * dim + TWOS * 2 * LANES];
+            assert!(column + depth <= columns.stride);
+            for k in 0..depth.div_ceil(2) {
+                let mut here = [[as_pairs(_mm512_setzero_si512()); 2]; TWOS];
+                for (two, here) in here.iter_mut().enumerate() {
+                    // SAFETY: `block` reaches to the last vector of its row `depth - 1`; a row behind it is not read.
+                    *here = unsafe {
+                        let low = block.as_ptr().add(2 * k * dim + two * 2 * LANES);
+                        one_above_the_other(low, (2 * k + 1 < depth).then(|| low.add(dim)))
                     };
-                    for (acc, weights) in acc.iter_mut().zip(&weights) {
-                        let (high, low) = (broadcast(weights[k]), broadcast(weights[stride + k]));
-                        for (acc, value) in acc.iter_mut().zip(values) {
-                            *acc = _mm512_dpbf16_ps(_mm512_dpbf16_ps(*acc, high, value), low, value);
-                        }
+                }
+                for (m, acc) in acc.iter_mut().enumerate() {
+                    // SAFETY: there are `MR` rows of twice `stride` pairs, and by the assertion pair `k` is among them.
+                    let (high, low) = unsafe {
+                        let high = weights.as_ptr().add(2 * m * stride + column / 2 + k);
+                        (broadcast(*high), broadcast(*high.add(stride)))
+                    };
+                    for (acc, &value) in acc.as_flattened_mut().iter_mut().zip(here.as_flattened()) {
+                        *acc = _mm512_dpbf16_ps(_mm512_dpbf16_ps(*acc, high, value), low, value);
                     }
                 }
             }
-            for (m, acc) in acc.iter().enumerate() {
-                let (to, _) = sums[(first + m) * dim + dimension..][..2 * LANES].as_chunks_mut::<LANES>();
-                for (to, &acc) in to.iter_mut().zip(acc) {
-                    // SAFETY: as in `score_vectors`.
-                    unsafe { _mm512_storeu_ps(to.as_mut_ptr(), acc) };
-                }
+        }
+        for (m, acc) in acc.iter().enumerate() {
+            let to = &mut sums[(first + m) * dim + dimension..][..TWOS * 2 * LANES];
+            for (to, &acc) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(acc.as_flattened()) {
+                // SAFETY: as in `score_vectors`.
+                unsafe { _mm512_storeu_ps(to.as_mut_ptr(), acc) };
             }
-        });
-    }
+        }
+    });
 }
 
 /// Pairs of a number of `low` and the one of `high` in the same place.
