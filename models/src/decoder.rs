@@ -1,5 +1,7 @@
 //! The decoder on the CPU: embedding, layers of attention and MLP, and the logits of the rows that are wanted.
 
+use std::cell::Cell;
+
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -19,7 +21,6 @@ use crate::{Config, KvCache, ModelError, Step, without_backtrace};
 /// A loaded model.
 pub(crate) struct CpuDecoder {
     config: Config,
-    device: Device,
     /// `None` where the output projection is the embedding table too.
     embedding: Option<Tensor>,
     layers: Vec<Layer>,
@@ -49,26 +50,44 @@ const FEWEST_ROWS: usize = 12;
 struct Part<'a> {
     rows: Rows<'a>,
     /// `[rows, hidden_size]`
-    x: Tensor,
+    x: Vec<f32>,
     /// Queries, keys and values of the layer that comes next: `[rows, (heads + 2 * kv_heads) * head_dim]`.
-    qkv: Tensor,
+    qkv: Vec<f32>,
 }
 
 /// What every layer needs to know of a part.
+#[derive(Default)]
 struct Rows<'a> {
     slots: Vec<usize>,
-    cos: Tensor,
-    sin: Tensor,
+    /// `[rows, head_dim / 2]`
+    cos: Vec<f32>,
+    sin: Vec<f32>,
     queries: Vec<Queries<'a>>,
     /// Rows whose logits are wanted.
-    logit_rows: Tensor,
+    logit_rows: Vec<u32>,
+}
+
+/// What a layer makes of a part besides.
+#[derive(Default)]
+struct Buffers {
+    /// `[rows, hidden_size]`
+    normed: Vec<f32>,
+    /// `[rows, heads * head_dim]`
+    attended: Vec<f32>,
+    /// `[rows, intermediate_size]`
+    gated: Vec<f32>,
+}
+
+thread_local! {
+    /// Used again from part to part and layer to layer, so that it stays in the thread's cache; new where a thread takes up
+    /// a part while it waits for the last tasks of another.
+    static BUFFERS: Cell<Buffers> = Cell::default();
 }
 
 impl CpuDecoder {
     /// Packs a model's weights to be multiplied as `dtype` (f32, bf16 or f16); if `quantized`, quantized matrices are
     /// multiplied in whole numbers.
     pub fn load(weights: &Weights, config: Config, dtype: DType, quantized: bool) -> Result<Self, ModelError> {
-        let device = &Device::Cpu;
         let loader = Loader {
             weights,
             config: &config,
@@ -76,14 +95,13 @@ impl CpuDecoder {
             quantized,
         };
         // The largest tensor first, while little else is in memory.
-        let (embedding, output) = loader.embedding_and_output(device)?;
+        let (embedding, output) = loader.embedding_and_output()?;
         let layers = (0..config.layers)
             .map(|index| loader.layer(index))
             .collect::<Result<_, _>>()?;
         let norm = loader.norm(weights.read(FINAL_NORM, &[config.hidden_size])?);
         let inverse_frequencies = inverse_frequencies(&config.rope, config.head_dim);
         Ok(Self {
-            device: device.clone(),
             embedding,
             layers,
             norm,
@@ -127,10 +145,9 @@ impl CpuDecoder {
         let mut parts: Vec<Part> = parts.collect::<candle_core::Result<_>>()?;
         let layers = self.layers.iter().zip(&cache.layers);
         for ((layer, pools), (next, next_pools)) in layers.clone().zip(layers.skip(1)) {
-            parts.par_iter_mut().try_for_each(|Part { rows, x, qkv }| {
-                layer.finish(x, qkv, &rows.queries, pools, &self.config)?;
-                *qkv = next.qkv(x, rows, next_pools, &self.config)?;
-                Ok::<_, candle_core::Error>(())
+            parts.par_iter_mut().try_for_each(|part| {
+                layer.finish(part, pools, &self.config)?;
+                next.qkv(part, next_pools, &self.config)
             })?;
         }
         self.leave(step, &parts, cache, logits)
@@ -139,8 +156,6 @@ impl CpuDecoder {
     /// A part's embedding, and its queries, keys and values in the first layer.
     fn enter<'a>(&self, step: &'a Step, cache: &KvCache) -> candle_core::Result<Part<'a>> {
         let (cos, sin) = cos_sin(&self.inverse_frequencies, &step.positions());
-        let angles = (step.tokens.len(), self.config.head_dim / 2);
-        let logit_rows = step.logit_rows();
         let mut row = 0;
         let queries = step.sequences.iter().map(|span| {
             row += span.len;
@@ -154,13 +169,17 @@ impl CpuDecoder {
         let rows = Rows {
             queries: queries.collect(),
             slots: step.slots(cache.block_size()),
-            cos: Tensor::from_vec(cos, angles, &self.device)?,
-            sin: Tensor::from_vec(sin, angles, &self.device)?,
-            logit_rows: Tensor::from_slice(&logit_rows, logit_rows.len(), &self.device)?,
+            cos,
+            sin,
+            logit_rows: step.logit_rows(),
         };
-        let x = self.embed(&step.tokens)?;
-        let qkv = self.layers[0].qkv(&x, &rows, &cache.layers[0], &self.config)?;
-        Ok(Part { rows, x, qkv })
+        let mut part = Part {
+            rows,
+            x: self.embed(&step.tokens)?,
+            qkv: Vec::new(),
+        };
+        self.layers[0].qkv(&mut part, &cache.layers[0], &self.config)?;
+        Ok(part)
     }
 
     /// The logits that are wanted, once the last layer's keys and values are stored: the rest of that layer matters only for
@@ -178,31 +197,50 @@ impl CpuDecoder {
             logits.clear();
             return Ok(());
         }
-        let select = |of: fn(&Part) -> Tensor| {
-            let rows = parts.iter().map(|part| of(part).index_select(&part.rows.logit_rows, 0));
-            Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)
+        let (mut x, mut qkv) = (Vec::new(), Vec::new());
+        for part in parts {
+            let rows = part.rows.slots.len();
+            for (all, wanted) in [(&part.x, &mut x), (&part.qkv, &mut qkv)] {
+                let width = all.len() / rows;
+                for &row in &part.rows.logit_rows {
+                    wanted.extend_from_slice(&all[row as usize * width..][..width]);
+                }
+            }
+        }
+        let rows = Rows {
+            queries,
+            ..Rows::default()
         };
-        let (x, qkv) = (select(|part| part.x.clone())?, select(|part| part.qkv.clone())?);
-        let last = self.layers.len() - 1;
-        self.layers[last].finish(&x, &qkv, &queries, &cache.layers[last], &self.config)?;
-        self.output.forward_into(&self.norm.forward(&x)?, logits)
+        let mut last = Part { rows, x, qkv };
+        let index = self.layers.len() - 1;
+        self.layers[index].finish(&mut last, &cache.layers[index], &self.config)?;
+        let mut buffers = BUFFERS.take();
+        self.norm.forward(&last.x, &mut buffers.normed);
+        let result = self.output.forward(&buffers.normed, logits);
+        BUFFERS.set(buffers);
+        result
     }
 
     /// Rows of the embedding table: `[tokens, hidden_size]`.
-    fn embed(&self, tokens: &[u32]) -> candle_core::Result<Tensor> {
-        match &self.embedding {
-            None => self.output.gather(tokens, &self.device),
-            Some(table) => table
-                .index_select(&Tensor::new(tokens, &self.device)?, 0)?
-                .to_dtype(DType::F32),
-        }
+    fn embed(&self, tokens: &[u32]) -> candle_core::Result<Vec<f32>> {
+        let Some(table) = &self.embedding else {
+            let mut rows = Vec::new();
+            self.output.gather(tokens, &mut rows);
+            return Ok(rows);
+        };
+        let rows = table.index_select(&Tensor::new(tokens, table.device())?, 0)?;
+        rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
     }
 }
 
 impl Layer {
     /// The part's queries, keys and values, rotated, the latter two in the cache as well.
-    fn qkv(&self, x: &Tensor, rows: &Rows, pools: &Pools, config: &Config) -> candle_core::Result<Tensor> {
-        let qkv = self.qkv.forward(&self.attention_norm.forward(x)?)?;
+    fn qkv(&self, part: &mut Part, pools: &Pools, config: &Config) -> candle_core::Result<()> {
+        let Part { rows, x, qkv } = part;
+        let mut buffers = BUFFERS.take();
+        self.attention_norm.forward(x, &mut buffers.normed);
+        self.qkv.forward(&buffers.normed, qkv)?;
+        BUFFERS.set(buffers);
         let rotate = Rotate {
             query_heads: config.heads,
             key_heads: config.kv_heads,
@@ -210,43 +248,54 @@ impl Layer {
             query_norm: self.query_norm.as_ref(),
             key_norm: self.key_norm.as_ref(),
         };
-        rotate.forward(&qkv, &rows.cos, &rows.sin)?;
+        rotate.forward(qkv, qkv_width(config), &rows.cos, &rows.sin);
         let keys_at = config.heads * config.head_dim;
         let values_at = keys_at + config.kv_heads * config.head_dim;
-        let store = |half, column, pool: &Tensor| {
-            let slots = &rows.slots;
-            Store { half, slots, column }.forward(pool, &qkv)
+        let (slots, qkv) = (&rows.slots, &**qkv);
+        let store = |half, column| Store {
+            half,
+            slots,
+            qkv,
+            column,
         };
-        let keys = || store(Half::Keys, keys_at, &pools.keys);
-        let values = || store(Half::Values, values_at, &pools.values);
-        let (keys, values) = match rows.slots.len() {
+        let keys = || store(Half::Keys, keys_at).forward(&pools.keys);
+        let values = || store(Half::Values, values_at).forward(&pools.values);
+        let (keys, values) = match slots.len() {
             ..ROWS_A_THREAD => (keys(), values()),
             _ => rayon::join(keys, values),
         };
-        keys.and(values)?;
-        Ok(qkv)
+        keys.and(values)
     }
 
-    /// The layer's attention and MLP, added to `x` in place.
-    fn finish(
-        &self,
-        x: &Tensor,
-        qkv: &Tensor,
-        queries: &[Queries],
-        pools: &Pools,
-        config: &Config,
-    ) -> candle_core::Result<()> {
+    /// The layer's attention and MLP, added to the part's `x`.
+    fn finish(&self, part: &mut Part, pools: &Pools, config: &Config) -> candle_core::Result<()> {
+        let Part { rows, x, qkv } = part;
         let attention = Attention {
-            queries,
+            queries: &rows.queries,
             heads: config.heads,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
             window: config.sliding_window,
         };
-        self.attention_output
-            .add_to(x, &attention.forward(qkv, &pools.keys, &pools.values)?)?;
-        self.down.add_to(x, &self.gate_up.forward(&self.mlp_norm.forward(x)?)?)
+        let mut buffers = BUFFERS.take();
+        let Buffers {
+            normed,
+            attended,
+            gated,
+        } = &mut buffers;
+        attention.forward(qkv, qkv_width(config), &pools.keys, &pools.values, attended)?;
+        self.attention_output.add_to(x, attended)?;
+        self.mlp_norm.forward(x, normed);
+        self.gate_up.forward(normed, gated)?;
+        self.down.add_to(x, gated)?;
+        BUFFERS.set(buffers);
+        Ok(())
     }
+}
+
+/// Columns of queries, keys and values together.
+fn qkv_width(config: &Config) -> usize {
+    (config.heads + 2 * config.kv_heads) * config.head_dim
 }
 
 /// How many parts a step is cut into: as many as the threads can share evenly, or one if that leaves too few rows.
@@ -266,7 +315,7 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     /// The embedding table, unless it is the output projection as well, and that projection.
-    fn embedding_and_output(&self, device: &Device) -> Result<(Option<Tensor>, Linear), ModelError> {
+    fn embedding_and_output(&self) -> Result<(Option<Tensor>, Linear), ModelError> {
         let shape @ [vocabulary, hidden] = [self.config.vocab_size, self.config.hidden_size];
         let projection = |name: &str| match self.stored(&[(name.into(), vocabulary)], hidden)? {
             None => self.linear(name, None, self.weights.read(name, &shape)?, hidden, None),
@@ -277,7 +326,7 @@ impl Loader<'_> {
         }
         let table = self.weights.read(EMBEDDING, &shape)?;
         let dtype = stored_as(self.dtype, &[&table]);
-        let table = Tensor::from_vec(table, shape.as_slice(), device)
+        let table = Tensor::from_vec(table, shape.as_slice(), &Device::Cpu)
             .and_then(|table| table.to_dtype(dtype))
             .map_err(built(EMBEDDING))?;
         Ok((Some(table), projection(OUTPUT)?))

@@ -6,7 +6,10 @@
 //! order that the keys' absolute positions alone decide: a query's result is the same to the last bit however its
 //! prompt was cut into chunks, whatever else is in the step, and on any number of threads.
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use std::cell::Cell;
+
+use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
+use half::{bf16, f16};
 use pulp::Arch;
 use rayon::prelude::*;
 
@@ -17,6 +20,11 @@ use super::{Stripes, slice};
 const SCORES: usize = 64 * 1024;
 /// Most queries in a tile.
 const QUERIES: usize = 32;
+
+thread_local! {
+    /// Used again from tile to tile.
+    static SCRATCH: Cell<Scratch> = Cell::default();
+}
 
 /// Consecutive queries of one sequence.
 #[derive(Clone, Copy)]
@@ -41,16 +49,50 @@ pub struct Attention<'a> {
 
 impl Attention<'_> {
     /// `qkv` is `[rows, width]`, of which the first `heads * head_dim` columns are the queries; `keys` is
-    /// `[blocks, kv_heads, head_dim, block_size]`, `values` `[blocks, kv_heads, block_size, head_dim]`. Answers
+    /// `[blocks, kv_heads, head_dim, block_size]`, `values` `[blocks, kv_heads, block_size, head_dim]`. `out` becomes
     /// `[rows, heads * head_dim]`.
-    pub fn forward(&self, qkv: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
-        qkv.apply_op3_no_bwd(keys, values, self)
+    pub fn forward(&self, qkv: &[f32], width: usize, keys: &Tensor, values: &Tensor, out: &mut Vec<f32>) -> Result<()> {
+        let rows = qkv.len() / width;
+        let (blocks, heads, dim, size) = keys.dims4()?;
+        let fits = (heads, dim) == (self.kv_heads, self.head_dim)
+            && width >= self.heads * self.head_dim
+            && values.dims() == [blocks, heads, size, dim];
+        let named = self.queries.iter().all(|q| {
+            q.row + q.len <= rows
+                && q.block_table.len() * size >= q.start + q.len
+                && q.block_table.iter().all(|&block| (block as usize) < blocks)
+        });
+        if !fits || !named {
+            bail!(
+                "attention: queries [{rows}, {width}] do not fit keys {:?}",
+                keys.shape()
+            )
+        }
+        out.resize(rows * self.heads * self.head_dim, 0.0);
+        let ((keys, keys_layout), (values, values_layout)) = (keys.storage_and_layout(), values.storage_and_layout());
+        let (Storage::Cpu(keys), Storage::Cpu(values)) = (&*keys, &*values) else {
+            bail!("attention: the KV cache is not on the CPU")
+        };
+        match keys {
+            CpuStorage::F32(_) => {
+                let (keys, values) = (slice::<f32>(keys, keys_layout)?, slice(values, values_layout)?);
+                self.run(qkv, width, keys, values, size, out);
+            }
+            CpuStorage::BF16(_) => {
+                let (keys, values) = (slice::<bf16>(keys, keys_layout)?, slice(values, values_layout)?);
+                self.run(qkv, width, keys, values, size, out);
+            }
+            CpuStorage::F16(_) => {
+                let (keys, values) = (slice::<f16>(keys, keys_layout)?, slice(values, values_layout)?);
+                self.run(qkv, width, keys, values, size, out);
+            }
+            _ => bail!("attention: the KV cache holds neither f32, bf16 nor f16"),
+        }
+        Ok(())
     }
 
-    fn run<T: Element>(&self, qkv: &[f32], width: usize, keys: &[T], values: &[T], block_size: usize) -> Vec<f32> {
-        let rows = qkv.len() / width;
-        let mut out = vec![0.0; rows * self.heads * self.head_dim];
-        let stripes = Stripes::new(&mut out);
+    fn run<T: Element>(&self, qkv: &[f32], width: usize, keys: &[T], values: &[T], block_size: usize, out: &mut [f32]) {
+        let stripes = Stripes::new(out);
         let group = self.heads / self.kv_heads;
         let mut tiles = Vec::new();
         for queries in self.queries {
@@ -66,83 +108,23 @@ impl Attention<'_> {
             }
         }
         let arch = Arch::new();
-        tiles
-            .par_iter()
-            .enumerate()
-            .for_each_init(Scratch::default, |scratch, (index, &(queries, head))| {
-                let tile = Tile {
-                    attention: self,
-                    queries,
-                    head,
-                    then: tiles.get(index + 1),
-                    qkv,
-                    width,
-                    keys,
-                    values,
-                    block_size,
-                    out: stripes,
-                    scratch,
-                };
-                arch.dispatch(tile);
-            });
-        out
-    }
-}
-
-impl CustomOp3 for Attention<'_> {
-    fn name(&self) -> &'static str {
-        "paged-attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        qkv: &CpuStorage,
-        qkv_layout: &Layout,
-        keys: &CpuStorage,
-        keys_layout: &Layout,
-        values: &CpuStorage,
-        values_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (rows, width) = qkv_layout.shape().dims2()?;
-        let (blocks, heads, dim, size) = keys_layout.shape().dims4()?;
-        let fits = (heads, dim) == (self.kv_heads, self.head_dim) && width >= self.heads * self.head_dim;
-        let named = self.queries.iter().all(|q| {
-            q.row + q.len <= rows
-                && q.block_table.len() * size >= q.start + q.len
-                && q.block_table.iter().all(|&block| (block as usize) < blocks)
+        tiles.par_iter().enumerate().for_each(|(index, &(queries, head))| {
+            let mut scratch = SCRATCH.take();
+            let tile = Tile {
+                attention: self,
+                queries,
+                head,
+                then: tiles.get(index + 1),
+                qkv,
+                width,
+                keys,
+                values,
+                block_size,
+                out: stripes,
+                scratch: &mut scratch,
+            };
+            arch.dispatch(tile);
+            SCRATCH.set(scratch);
         });
-        if !fits || !named || values_layout.shape().dims() != [blocks, heads, size, dim] {
-            bail!(
-                "attention: queries {:?} do not fit keys {:?}",
-                qkv_layout.shape(),
-                keys_layout.shape()
-            )
-        }
-        let qkv = slice(qkv, qkv_layout)?;
-        let out = match keys {
-            CpuStorage::F32(_) => self.run::<f32>(
-                qkv,
-                width,
-                slice(keys, keys_layout)?,
-                slice(values, values_layout)?,
-                size,
-            ),
-            CpuStorage::BF16(_) => self.run::<half::bf16>(
-                qkv,
-                width,
-                slice(keys, keys_layout)?,
-                slice(values, values_layout)?,
-                size,
-            ),
-            CpuStorage::F16(_) => self.run::<half::f16>(
-                qkv,
-                width,
-                slice(keys, keys_layout)?,
-                slice(values, values_layout)?,
-                size,
-            ),
-            _ => bail!("attention: the KV cache holds neither f32, bf16 nor f16"),
-        };
-        Ok((CpuStorage::F32(out), Shape::from((rows, self.heads * self.head_dim))))
     }
 }

@@ -485,7 +485,14 @@ impl<T: Element> Tile<'_, T> {
                 *max = if *score > *max { *score } else { *max };
             }
         }
-        let max = maxima.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+        // In halves: one after the other, each would wait for the one before.
+        for half in [8, 4, 2, 1] {
+            let (low, high) = maxima.split_at_mut(half);
+            for (max, other) in low.iter_mut().zip(high) {
+                *max = if *other > *max { *other } else { *max };
+            }
+        }
+        let max = maxima[0];
         let scale = 1.0 / (self.attention.head_dim as f32).sqrt();
         let mut sums = [0f32; LANES];
         for chunk in chunks {

@@ -43,6 +43,21 @@ impl Case {
         }
     }
 
+    /// What the kernel gives for some of the sequences' rows: `[rows, heads * head_dim]`.
+    fn attend(&self, queries: &[Queries], qkv: &[f32], keys: &Tensor, values: &Tensor) -> Vec<f32> {
+        // What is in the memory already is of no account.
+        let mut out = vec![f32::NAN; 5];
+        self.attention(queries)
+            .forward(qkv, self.width(), keys, values, &mut out)
+            .unwrap();
+        out
+    }
+
+    /// Columns of queries, keys and values together.
+    fn width(&self) -> usize {
+        (self.group + 2) * self.kv_heads * self.head_dim
+    }
+
     fn blocks(&self) -> usize {
         self.sequences.iter().map(|sequence| sequence.block_table.len()).sum()
     }
@@ -67,9 +82,8 @@ impl Case {
 }
 
 /// Random queries (with some columns more, as keys and values would be), keys and values.
-fn tensors(case: &Case) -> [Tensor; 3] {
+fn tensors(case: &Case) -> (Vec<f32>, [Tensor; 2]) {
     let Case {
-        group,
         kv_heads,
         head_dim,
         block_size,
@@ -77,11 +91,11 @@ fn tensors(case: &Case) -> [Tensor; 3] {
     } = *case;
     let tensor =
         |seed, shape: &[usize]| Tensor::from_vec(numbers(shape.iter().product(), seed), shape, &Device::Cpu).unwrap();
-    [
-        tensor(1, &[case.rows(), (group + 2) * kv_heads * head_dim]),
+    let pools = [
         tensor(2, &[case.blocks(), kv_heads, head_dim, block_size]),
         tensor(3, &[case.blocks(), kv_heads, block_size, head_dim]),
-    ]
+    ];
+    (numbers(case.rows() * case.width(), 1), pools)
 }
 
 fn flat(tensor: &Tensor) -> Vec<f32> {
@@ -89,8 +103,9 @@ fn flat(tensor: &Tensor) -> Vec<f32> {
     numbers.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-fn reference(case: &Case, [qkv, keys, values]: &[Tensor; 3]) -> Vec<Vec<f64>> {
-    let qkv: Vec<Vec<f32>> = qkv.to_vec2().unwrap();
+/// `[rows, heads * head_dim]`
+fn reference(case: &Case, qkv: &[f32], [keys, values]: [&Tensor; 2]) -> Vec<f64> {
+    let mut queries = qkv.chunks_exact(case.width());
     let (keys, values) = (flat(keys), flat(values));
     let Case {
         group,
@@ -103,8 +118,7 @@ fn reference(case: &Case, [qkv, keys, values]: &[Tensor; 3]) -> Vec<Vec<f64>> {
     let mut rows = Vec::new();
     for sequence in &case.sequences {
         for position in sequence.start..sequence.start + sequence.len {
-            let query = &qkv[rows.len()];
-            let mut row = Vec::new();
+            let query = queries.next().unwrap();
             for head in 0..group * kv_heads {
                 let at = |position: usize, dim: usize| {
                     let head = sequence.block_table[position / block_size] as usize * kv_heads + head / group;
@@ -121,7 +135,7 @@ fn reference(case: &Case, [qkv, keys, values]: &[Tensor; 3]) -> Vec<Vec<f64>> {
                 };
                 let weights: Vec<f64> = (first..=position).map(|key| score(key).exp()).collect();
                 let total: f64 = weights.iter().sum();
-                row.extend((0..head_dim).map(|d| {
+                rows.extend((0..head_dim).map(|d| {
                     let weighted = weights
                         .iter()
                         .zip(first..)
@@ -129,7 +143,6 @@ fn reference(case: &Case, [qkv, keys, values]: &[Tensor; 3]) -> Vec<Vec<f64>> {
                     weighted.sum::<f64>() / total
                 }));
             }
-            rows.push(row);
         }
     }
     rows
@@ -171,39 +184,38 @@ proptest! {
 
     #[test]
     fn kernel_computes_attention(case in cases()) {
-        let [qkv, keys, values] = tensors(&case);
+        let (qkv, [keys, values]) = tensors(&case);
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let (keys, values) = (keys.to_dtype(dtype).unwrap(), values.to_dtype(dtype).unwrap());
             // With bfloat16 keys, queries may be rounded to it as well: these need not be.
-            let qkv = if dtype == DType::BF16 {
-                qkv.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()
-            } else {
-                qkv.clone()
-            };
-            let queries = case.queries();
-            let found = case.attention(&queries).forward(&qkv, &keys, &values).unwrap().to_vec2::<f32>().unwrap();
-            let expected = reference(&case, &[qkv.clone(), keys, values]);
-            for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
-                prop_assert!((*found as f64 - expected).abs() < 2e-5, "{found} is not {expected}");
+            let mut qkv = qkv.clone();
+            if dtype == DType::BF16 {
+                qkv.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+            }
+            let found = case.attend(&case.queries(), &qkv, &keys, &values);
+            let expected = reference(&case, &qkv, [&keys, &values]);
+            prop_assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.into_iter().zip(expected) {
+                prop_assert!((found as f64 - expected).abs() < 2e-5, "{found} is not {expected}");
             }
         }
     }
 
     #[test]
     fn a_query_is_the_same_alone(case in cases()) {
-        let [qkv, keys, values] = tensors(&case);
+        let (qkv, [keys, values]) = tensors(&case);
         for dtype in [DType::F32, DType::BF16] {
             let (keys, values) = (keys.to_dtype(dtype).unwrap(), values.to_dtype(dtype).unwrap());
             let queries = case.queries();
-            let together = case.attention(&queries).forward(&qkv, &keys, &values).unwrap().to_vec2::<f32>().unwrap();
+            let together = case.attend(&queries, &qkv, &keys, &values);
+            let (width, attended) = (case.width(), together.len() / case.rows());
             for query in &queries {
                 for index in 0..query.len {
                     let row = query.row + index;
                     let alone =
                         [Queries { row: 0, start: query.start + index, len: 1, block_table: query.block_table }];
-                    let qkv = qkv.narrow(0, row, 1).unwrap();
-                    let alone = case.attention(&alone).forward(&qkv, &keys, &values).unwrap().to_vec2::<f32>().unwrap();
-                    prop_assert!(alone[0] == together[row], "row {row} of {dtype:?}");
+                    let alone = case.attend(&alone, &qkv[row * width..][..width], &keys, &values);
+                    prop_assert!(alone == together[row * attended..][..attended], "row {row} of {dtype:?}");
                 }
             }
         }
@@ -212,7 +224,7 @@ proptest! {
     /// Blocks keep what earlier sequences left there, which may be no numbers.
     #[test]
     fn what_no_query_sees_is_of_no_account(case in cases()) {
-        let [qkv, keys, values] = tensors(&case);
+        let (qkv, [keys, values]) = tensors(&case);
         let (mut poisoned_keys, mut poisoned_values) = (flat(&keys), flat(&values));
         let Case { kv_heads, head_dim, block_size, .. } = case;
         for sequence in &case.sequences {
@@ -233,9 +245,7 @@ proptest! {
         for dtype in [DType::F32, DType::BF16] {
             let attend = |keys: &Tensor, values: &Tensor| {
                 let (keys, values) = (keys.to_dtype(dtype).unwrap(), values.to_dtype(dtype).unwrap());
-                let queries = case.queries();
-                let found = case.attention(&queries).forward(&qkv, &keys, &values).unwrap();
-                found.to_vec2::<f32>().unwrap()
+                case.attend(&case.queries(), &qkv, &keys, &values)
             };
             prop_assert!(attend(&keys, &values) == attend(&poisoned[0], &poisoned[1]), "{dtype:?}");
         }

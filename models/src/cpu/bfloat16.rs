@@ -9,6 +9,7 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 
+use super::first;
 use super::panels::{Aligned, in_turn};
 
 /// Columns of a panel: three vectors of 16 sums, which eight rows keep in 24 of the 32 registers.
@@ -122,21 +123,23 @@ impl Bfloat16Panels {
 }
 
 /// Rows of activations rounded to bfloat16.
-pub struct Activations {
+pub struct Activations<'a> {
     /// `[rows, pairs]`
-    pairs: Vec<Pair>,
+    pairs: &'a [Pair],
 }
 
-impl Activations {
-    /// Rounds `x` (`[rows, depth]`) to the nearest, halves to even.
-    pub fn round(x: &[f32], depth: usize) -> Self {
+impl<'a> Activations<'a> {
+    /// Rounds `x` (`[rows, depth]`) to the nearest, halves to even, in `buffer`.
+    pub fn round(x: &[f32], depth: usize, buffer: &'a mut Vec<Pair>) -> Self {
         let per_row = depth.div_ceil(2);
-        let mut pairs = vec![[bf16::ZERO; 2]; x.len() / depth * per_row];
+        let pairs = first(buffer, x.len() / depth * per_row, [bf16::ZERO; 2]);
         pairs
             .par_chunks_exact_mut(per_row)
             .with_min_len(ROWS_A_THREAD)
             .zip(x.par_chunks_exact(depth))
             .for_each(|(pairs, x)| {
+                // What an odd depth leaves over.
+                pairs[per_row - 1][1] = bf16::ZERO;
                 let numbers = &mut pairs.as_flattened_mut()[..depth];
                 #[cfg(target_arch = "x86_64")]
                 if avx512::is_there() {
@@ -217,14 +220,17 @@ pub mod avx512 {
         let next = weights.as_ptr_range().end.cast::<[Pair; LANES]>();
         let mut fetched = 0;
         for_row_tiles!(ROWS, sums.len(), |row, MR| {
-            let x = std::array::from_fn(|m| &x[(row + m) * pairs + first..][..weights.len()]);
+            let mut here: [&[Pair]; MR] = [&[]; MR];
+            for (x, here) in x[row * pairs..].chunks_exact(pairs).zip(&mut here) {
+                *here = &x[first..][..weights.len()];
+            }
             let (sums, _) = sums[row..].as_chunks_mut::<MR>();
             let next = (fetched < VECTORS).then(|| next.wrapping_add(fetched * weights.len()));
             if few {
-                tile::<MR, VECTORS>(weights, &x, &mut sums[0], first > 0, next);
+                tile::<MR, VECTORS>(weights, &here, &mut sums[0], first > 0, next);
                 fetched = VECTORS;
             } else {
-                tile::<MR, 1>(weights, &x, &mut sums[0], first > 0, next);
+                tile::<MR, 1>(weights, &here, &mut sums[0], first > 0, next);
                 fetched += 1;
             }
         });
@@ -326,7 +332,8 @@ mod tests {
         ] {
             let (weights, x) = (numbers(outputs * depth, 32), numbers(count * depth, 33));
             let panels = Bfloat16Panels::pack(&weights, depth);
-            let rounded = Activations::round(&x, depth);
+            let mut buffer = Vec::new();
+            let rounded = Activations::round(&x, depth, &mut buffer);
             let exact = |row: usize, output: usize| {
                 let pairs = x[row * depth..][..depth].iter().zip(&weights[output * depth..]);
                 let products = pairs.map(|(&x, &w)| bf16::from_f32(x).to_f64() * bf16::from_f32(w).to_f64());
@@ -354,7 +361,8 @@ mod tests {
     fn a_row_is_the_same_in_any_batch() {
         let (depth, count) = (2500, 33);
         let panels = Bfloat16Panels::pack(&numbers(WIDTH * depth, 34), depth);
-        let x = Activations::round(&numbers(count * depth, 35), depth);
+        let mut buffer = Vec::new();
+        let x = Activations::round(&numbers(count * depth, 35), depth, &mut buffer);
         let product = |rows: Range<usize>| {
             let mut sums = vec![0.0; rows.len() * WIDTH];
             panels.multiply(0, &x, rows, &mut sums);
@@ -373,7 +381,7 @@ mod tests {
             x[9] = bad;
             let panels = Bfloat16Panels::pack(&numbers(WIDTH * 8, 37), 8);
             let mut sums = vec![0.0; 3 * WIDTH];
-            panels.multiply(0, &Activations::round(&x, 8), 0..3, &mut sums);
+            panels.multiply(0, &Activations::round(&x, 8, &mut Vec::new()), 0..3, &mut sums);
             for (row, sums) in sums.chunks_exact(WIDTH).enumerate() {
                 assert!(sums.iter().all(|sum| sum.is_finite() == (row != 1)), "{bad}, row {row}");
             }

@@ -1,11 +1,9 @@
 //! What lies between the projections: RMS norm, the rotation of queries and keys, and their way into the KV cache.
 
-use candle_core::{CpuStorage, CustomOp1, InplaceOp2, InplaceOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Tensor, bail};
 use half::{bf16, f16};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
-
-use super::{slice, slice_mut};
 
 /// Rows below which waking other threads costs more than it saves.
 pub const ROWS_A_THREAD: usize = 16;
@@ -26,13 +24,10 @@ fn sum_of_squares(x: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
-/// `x *= weight / rms(x)` for one row.
+/// `1 / rms(x)` of one row.
 #[inline(always)]
-fn normalise(x: &mut [f32], weight: &[f32], eps: f32) {
-    let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
-    for (x, weight) in x.iter_mut().zip(weight) {
-        *x = *x * scale * weight;
-    }
+fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt()
 }
 
 /// Root mean square layer normalisation (Zhang and Sennrich, 2019).
@@ -43,30 +38,21 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// Normalises each row of `[rows, width]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op1_no_bwd(self)
-    }
-}
-
-impl CustomOp1 for RmsNorm {
-    fn name(&self) -> &'static str {
-        "rms-norm"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let mut out = slice::<f32>(storage, layout)?.to_vec();
-        let width = self.weight.len();
-        out.par_chunks_mut(width * ROWS_A_THREAD)
-            .for_each(|rows| Arch::new().dispatch(Normalise { norm: self, rows }));
-        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    /// `out` becomes `x` (`[rows, width]`) with each row normalised.
+    pub fn forward(&self, x: &[f32], out: &mut Vec<f32>) {
+        out.resize(x.len(), 0.0);
+        let rows = self.weight.len() * ROWS_A_THREAD;
+        out.par_chunks_mut(rows)
+            .zip(x.par_chunks(rows))
+            .for_each(|(out, x)| Arch::new().dispatch(Normalise { norm: self, x, out }));
     }
 }
 
 /// Some rows to normalise.
 struct Normalise<'a> {
     norm: &'a RmsNorm,
-    rows: &'a mut [f32],
+    x: &'a [f32],
+    out: &'a mut [f32],
 }
 
 impl WithSimd for Normalise<'_> {
@@ -74,8 +60,13 @@ impl WithSimd for Normalise<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        for row in self.rows.chunks_exact_mut(self.norm.weight.len()) {
-            normalise(row, &self.norm.weight, self.norm.eps);
+        let RmsNorm { weight, eps } = self.norm;
+        let width = weight.len();
+        for (x, out) in self.x.chunks_exact(width).zip(self.out.chunks_exact_mut(width)) {
+            let scale = inverse_rms(x, *eps);
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * scale * weight;
+            }
         }
     }
 }
@@ -91,10 +82,22 @@ pub struct Rotate<'a> {
 }
 
 impl Rotate<'_> {
-    /// In place on `qkv` (`[rows, (query + key + value heads) * head_dim]`), by `cos` and `sin`
-    /// (`[rows, head_dim / 2]`).
-    pub fn forward(&self, qkv: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<()> {
-        qkv.inplace_op3(cos, sin, self)
+    /// In place on `qkv` (`[rows, width]`, of query, key and value heads), by `cos` and `sin` (`[rows, head_dim / 2]`).
+    pub fn forward(&self, qkv: &mut [f32], width: usize, cos: &[f32], sin: &[f32]) {
+        let half = self.head_dim / 2;
+        let chunks = qkv.par_chunks_mut(width * ROWS_A_THREAD);
+        let angles = cos
+            .par_chunks(half * ROWS_A_THREAD)
+            .zip(sin.par_chunks(half * ROWS_A_THREAD));
+        chunks.zip(angles).for_each(|(rows, (cos, sin))| {
+            Arch::new().dispatch(RotateRows {
+                rotate: self,
+                rows,
+                width,
+                cos,
+                sin,
+            });
+        });
     }
 
     #[inline(always)]
@@ -104,8 +107,11 @@ impl Rotate<'_> {
         } else {
             self.key_norm
         };
-        if let Some(norm) = norm {
-            normalise(head, &norm.weight, norm.eps);
+        if let Some(RmsNorm { weight, eps }) = norm {
+            let scale = inverse_rms(head, *eps);
+            for (x, weight) in head.iter_mut().zip(weight) {
+                *x = *x * scale * weight;
+            }
         }
         let (low, high) = head.split_at_mut(self.head_dim / 2);
         // By whole vectors: a head is too short for the loop that the compiler would make.
@@ -120,40 +126,6 @@ impl Rotate<'_> {
         for (((a, b), cos), sin) in last_low.iter_mut().zip(last_high).zip(last_cos).zip(last_sin) {
             (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
         }
-    }
-}
-
-impl InplaceOp3 for Rotate<'_> {
-    fn name(&self) -> &'static str {
-        "rotate"
-    }
-
-    fn cpu_fwd(
-        &self,
-        qkv: &mut CpuStorage,
-        qkv_layout: &Layout,
-        cos: &CpuStorage,
-        cos_layout: &Layout,
-        sin: &CpuStorage,
-        sin_layout: &Layout,
-    ) -> Result<()> {
-        let (cos, sin) = (slice::<f32>(cos, cos_layout)?, slice::<f32>(sin, sin_layout)?);
-        let (_, width) = qkv_layout.shape().dims2()?;
-        let half = self.head_dim / 2;
-        let chunks = slice_mut(qkv, qkv_layout)?.par_chunks_mut(width * ROWS_A_THREAD);
-        let angles = cos
-            .par_chunks(half * ROWS_A_THREAD)
-            .zip(sin.par_chunks(half * ROWS_A_THREAD));
-        chunks.zip(angles).for_each(|(rows, (cos, sin))| {
-            Arch::new().dispatch(RotateRows {
-                rotate: self,
-                rows,
-                width,
-                cos,
-                sin,
-            });
-        });
-        Ok(())
     }
 }
 
@@ -201,21 +173,23 @@ pub struct Store<'a> {
     pub half: Half,
     /// Slot of every row.
     pub slots: &'a [usize],
+    /// `[rows, ...]`
+    pub qkv: &'a [f32],
     /// Column of the half's first head in a row.
     pub column: usize,
 }
 
 impl Store<'_> {
-    /// From `qkv` (`[rows, ...]`) into `pool` (keys `[blocks, heads, head_dim, block_size]`, values
-    /// `[blocks, heads, block_size, head_dim]`).
-    pub fn forward(&self, pool: &Tensor, qkv: &Tensor) -> Result<()> {
-        pool.inplace_op2(qkv, self)
+    /// Into `pool` (keys `[blocks, heads, head_dim, block_size]`, values `[blocks, heads, block_size, head_dim]`).
+    pub fn forward(&self, pool: &Tensor) -> Result<()> {
+        pool.inplace_op1(self)
     }
 
-    fn write<T: Copy>(&self, pool: &mut [T], shape: [usize; 4], qkv: &[f32], width: usize, convert: impl Fn(f32) -> T) {
+    fn write<T: Copy>(&self, pool: &mut [T], shape: [usize; 4], convert: impl Fn(f32) -> T) {
         let [_, heads, a, b] = shape;
         let (dim, block_size) = if self.half == Half::Keys { (a, b) } else { (b, a) };
-        for (row, &slot) in qkv.chunks_exact(width).zip(self.slots) {
+        let width = self.qkv.len() / self.slots.len();
+        for (row, &slot) in self.qkv.chunks_exact(width).zip(self.slots) {
             let (block, offset) = (slot / block_size, slot % block_size);
             for (head, values) in row[self.column..].chunks_exact(dim).take(heads).enumerate() {
                 let block = &mut pool[(block * heads + head) * dim * block_size..][..dim * block_size];
@@ -229,23 +203,21 @@ impl Store<'_> {
     }
 }
 
-impl InplaceOp2 for Store<'_> {
+impl InplaceOp1 for Store<'_> {
     fn name(&self) -> &'static str {
         "store"
     }
 
-    fn cpu_fwd(&self, pool: &mut CpuStorage, layout: &Layout, qkv: &CpuStorage, qkv_layout: &Layout) -> Result<()> {
+    fn cpu_fwd(&self, pool: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let (blocks, heads, a, b) = layout.shape().dims4()?;
         let shape = [blocks, heads, a, b];
-        let (rows, width) = qkv_layout.shape().dims2()?;
-        if layout.start_offset() != 0 || rows != self.slots.len() {
-            bail!("store: {} slots for {rows} rows", self.slots.len())
+        if layout.start_offset() != 0 || self.slots.is_empty() || !self.qkv.len().is_multiple_of(self.slots.len()) {
+            bail!("store: {} slots for {} numbers", self.slots.len(), self.qkv.len())
         }
-        let qkv = slice(qkv, qkv_layout)?;
         match pool {
-            CpuStorage::F32(pool) => self.write(pool, shape, qkv, width, |x| x),
-            CpuStorage::BF16(pool) => self.write(pool, shape, qkv, width, bf16::from_f32),
-            CpuStorage::F16(pool) => self.write(pool, shape, qkv, width, f16::from_f32),
+            CpuStorage::F32(pool) => self.write(pool, shape, |x| x),
+            CpuStorage::BF16(pool) => self.write(pool, shape, bf16::from_f32),
+            CpuStorage::F16(pool) => self.write(pool, shape, f16::from_f32),
             _ => bail!("store: the KV cache holds neither f32, bf16 nor f16"),
         }
         Ok(())

@@ -1,8 +1,9 @@
 //! Projections by packed weights: `x W^T`, with what follows it done while the result is in the cache.
 
+use std::cell::Cell;
 use std::ops::Range;
 
-use candle_core::{CpuStorage, CustomOp1, DType, InplaceOp2, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{DType, Result, bail};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -12,7 +13,7 @@ use super::panels::{Aligned, Block, Panels, stored_as, widen_bf16, widen_f16};
 use super::quantized::{self, QuantizedPanels};
 use super::stored::{BLOCK, StoredMatrix};
 use super::tile::{Column, for_row_tiles, multiply, tile_rows};
-use super::{Stripes, math, slice, slice_mut};
+use super::{Stripes, math};
 use crate::ceilings::Arithmetic;
 
 /// Most inputs that are multiplied before the next rows' turn, so that a block of a panel stays in the first-level cache.
@@ -146,31 +147,22 @@ impl Linear {
         self.matrix.bytes()
     }
 
-    /// `x W^T + bias`: `[rows, in]` to `[rows, out]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op1_no_bwd(self)
-    }
-
-    /// As [`Self::forward`], row by row in `out`, whose memory is used again.
-    pub fn forward_into(&self, x: &Tensor, out: &mut Vec<f32>) -> Result<()> {
-        let (storage, layout) = x.storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else {
-            bail!("linear: activations are not on the CPU")
-        };
+    /// `out` becomes `x W^T + bias`: `[rows, in]` to `[rows, out]`.
+    pub fn forward(&self, x: &[f32], out: &mut Vec<f32>) -> Result<()> {
         let bias = self.bias.as_deref();
-        product(&self.matrix, slice(storage, layout)?, out, Epilogue::Write { bias })
+        product(&self.matrix, x, out, Epilogue::Write { bias })
     }
 
-    /// `x += a W^T`: the projection of `a` (`[rows, in]`) added to `x` (`[rows, out]`) in place.
-    pub fn add_to(&self, x: &Tensor, a: &Tensor) -> Result<()> {
-        x.inplace_op2(a, self)
+    /// `x += a W^T`: the projection of `a` (`[rows, in]`) added to `x` (`[rows, out]`).
+    pub fn add_to(&self, x: &mut [f32], a: &[f32]) -> Result<()> {
+        run(&self.matrix, a, x, Epilogue::Add)
     }
 
-    /// The weights of some outputs, one row each, `[indices, in]`: an embedding lookup in a tied output projection.
-    pub fn gather(&self, indices: &[u32], device: &candle_core::Device) -> Result<Tensor> {
+    /// `out` becomes the weights of some outputs, `[indices, in]`: an embedding lookup in a tied output projection.
+    pub fn gather(&self, indices: &[u32], out: &mut Vec<f32>) {
         let depth = self.matrix.depth();
-        let mut rows = vec![0.0; indices.len() * depth];
-        for (row, &index) in rows.chunks_exact_mut(depth).zip(indices) {
+        out.resize(indices.len() * depth, 0.0);
+        for (row, &index) in out.chunks_exact_mut(depth).zip(indices) {
             match &self.matrix {
                 Matrix::Dense(panels) => panels.gather(index as usize, row),
                 Matrix::Compressed(panels) => panels.gather(index as usize, row),
@@ -178,29 +170,6 @@ impl Linear {
                 Matrix::Quantized(panels) => panels.gather(index as usize, row),
             }
         }
-        Tensor::from_vec(rows, (indices.len(), depth), device)
-    }
-}
-
-impl CustomOp1 for Linear {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let bias = self.bias.as_deref();
-        op(&self.matrix, storage, layout, Epilogue::Write { bias })
-    }
-}
-
-impl InplaceOp2 for Linear {
-    fn name(&self) -> &'static str {
-        "linear-add"
-    }
-
-    fn cpu_fwd(&self, x: &mut CpuStorage, x_layout: &Layout, a: &CpuStorage, a_layout: &Layout) -> Result<()> {
-        let a = slice(a, a_layout)?;
-        run(&self.matrix, a, slice_mut(x, x_layout)?, Epilogue::Add)
     }
 }
 
@@ -241,28 +210,30 @@ impl GateUp {
         self.matrix.arithmetic()
     }
 
-    /// `[rows, in]` to `[rows, out]`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.apply_op1_no_bwd(self)
+    /// `out` becomes the product: `[rows, in]` to `[rows, out]`.
+    pub fn forward(&self, x: &[f32], out: &mut Vec<f32>) -> Result<()> {
+        product(&self.matrix, x, out, Epilogue::SwiGlu)
     }
 }
 
-impl CustomOp1 for GateUp {
-    fn name(&self) -> &'static str {
-        "gate-up"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        op(&self.matrix, storage, layout, Epilogue::SwiGlu)
-    }
+/// Memory for activations as products take them.
+#[derive(Default)]
+struct Rounded {
+    pairs: Vec<bfloat16::Pair>,
+    groups: Vec<quantized::Group>,
 }
 
-/// A product as candle wants it.
-fn op(matrix: &Matrix, storage: &CpuStorage, layout: &Layout, epilogue: Epilogue) -> Result<(CpuStorage, Shape)> {
-    let mut out = Vec::new();
-    product(matrix, slice(storage, layout)?, &mut out, epilogue)?;
-    let shape = Shape::from((out.len() / matrix.outputs(), matrix.outputs()));
-    Ok((CpuStorage::F32(out), shape))
+/// Memory for a task's sums, and for weights that it unpacks.
+#[derive(Default)]
+struct Scratch {
+    sums: Aligned<f32>,
+    unpacked: Vec<f32>,
+}
+
+thread_local! {
+    /// Used again from product to product, or new where a thread begins one while it waits for another's last tasks.
+    static ROUNDED: Cell<Rounded> = Cell::default();
+    static SCRATCH: Cell<Scratch> = Cell::default();
 }
 
 /// `out` becomes the product, of as many rows as `x` has; what was in it is overwritten.
@@ -286,6 +257,7 @@ fn run(matrix: &Matrix, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Resul
     // Some tasks a thread, so that one that was held up does not hold up the rest.
     let tasks = (rayon::current_num_threads() * if rows < 16 { 4 } else { 8 }).min(units);
     let out = Stripes::new(out);
+    let mut rounded = ROUNDED.take();
     let operands = match matrix {
         Matrix::Dense(panels) => Operands::Dense { panels, x },
         Matrix::Compressed(panels) => Operands::Compressed {
@@ -294,11 +266,11 @@ fn run(matrix: &Matrix, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Resul
         },
         Matrix::Bfloat16(panels) => Operands::Bfloat16 {
             panels,
-            x: bfloat16::Activations::round(x, depth),
+            x: bfloat16::Activations::round(x, depth, &mut rounded.pairs),
         },
         Matrix::Quantized(panels) => Operands::Quantized {
             panels,
-            x: quantized::Activations::round(x, depth),
+            x: quantized::Activations::round(x, depth, &mut rounded.groups),
         },
     };
     (0..tasks).into_par_iter().for_each(|task| {
@@ -314,6 +286,7 @@ fn run(matrix: &Matrix, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Resul
             out,
         });
     });
+    ROUNDED.set(rounded);
     Ok(())
 }
 
@@ -329,11 +302,11 @@ enum Operands<'a> {
     },
     Bfloat16 {
         panels: &'a Bfloat16Panels,
-        x: bfloat16::Activations,
+        x: bfloat16::Activations<'a>,
     },
     Quantized {
         panels: &'a QuantizedPanels,
-        x: quantized::Activations,
+        x: quantized::Activations<'a>,
     },
 }
 
@@ -375,9 +348,9 @@ impl WithSimd for Stripe<'_> {
         let steps = if 2 * ROW_STEP * depth <= activations { 2 } else { 1 };
         let block = (steps * ROW_STEP).min(self.rows);
         // Vectors of sums that lie across two cache lines take longer.
-        let mut sums = Aligned::zeros(per_unit * block * width);
-        let sums = sums.get_mut();
-        let mut buffer = Vec::new();
+        let mut scratch = SCRATCH.take();
+        let Scratch { sums, unpacked } = &mut scratch;
+        let sums = sums.first(per_unit * block * width);
         for first in (0..self.rows).step_by(block) {
             let rows = block.min(self.rows - first);
             for unit in self.units.clone() {
@@ -386,17 +359,10 @@ impl WithSimd for Stripe<'_> {
                     let (panel, sums) = (unit * per_unit + index, &mut sums[..rows * width]);
                     match self.operands {
                         Operands::Dense { panels, x } => {
-                            dense(
-                                simd,
-                                panels,
-                                panel,
-                                &x[first * depth..][..rows * depth],
-                                sums,
-                                &mut buffer,
-                            );
+                            dense(simd, panels, panel, &x[first * depth..][..rows * depth], sums, unpacked);
                         }
                         Operands::Compressed { panels, x } => {
-                            panels.multiply(simd, panel, x, first..first + rows, sums, &mut buffer);
+                            panels.multiply(simd, panel, x, first..first + rows, sums, unpacked);
                         }
                         Operands::Bfloat16 { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
                         Operands::Quantized { panels, x } => panels.multiply(panel, x, first..first + rows, sums),
@@ -405,6 +371,7 @@ impl WithSimd for Stripe<'_> {
                 self.finish(simd, first, rows, unit, sums, block * width);
             }
         }
+        SCRATCH.set(scratch);
     }
 }
 

@@ -1,6 +1,5 @@
 //! Projections by each kind of weights, against sums in float64 and against each other.
 
-use candle_core::Device;
 use candle_core::quantized::GgmlDType;
 
 use super::super::panels::panel_width;
@@ -9,6 +8,26 @@ use super::*;
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| a as f64 * b as f64).sum()
+}
+
+fn product(linear: &Linear, x: &[f32]) -> Vec<f32> {
+    // What is in the memory already is of no account.
+    let mut out = vec![f32::NAN; 5];
+    linear.forward(x, &mut out).unwrap();
+    out
+}
+
+fn gated(gate_up: &GateUp, x: &[f32]) -> Vec<f32> {
+    let mut out = vec![f32::NAN; 5];
+    gate_up.forward(x, &mut out).unwrap();
+    out
+}
+
+/// The product added to ones.
+fn sum(linear: &Linear, x: &[f32], outputs: usize) -> Vec<f32> {
+    let mut sum = vec![1.0; x.len() / linear.matrix.depth() * outputs];
+    linear.add_to(&mut sum, x).unwrap();
+    sum
 }
 
 fn near(found: f32, exact: f64, depth: usize) {
@@ -33,23 +52,22 @@ fn products_of_odd_sizes_are_exact_to_rounding() {
     ] {
         let (x, weight) = (numbers(rows * inputs, 1), numbers(outputs * inputs, 2));
         let (up, bias) = (numbers(outputs * inputs, 3), numbers(outputs, 4));
-        let input = Tensor::from_vec(x.clone(), (rows, inputs), &Device::Cpu).unwrap();
         let linear = Linear::new(&weight, inputs, Some(bias.clone()), DType::F32).unwrap();
-        let product: Vec<Vec<f32>> = linear.forward(&input).unwrap().to_vec2().unwrap();
-        let sum = Tensor::ones((rows, outputs), DType::F32, &Device::Cpu).unwrap();
-        linear.add_to(&sum, &input).unwrap();
-        let sum: Vec<Vec<f32>> = sum.to_vec2().unwrap();
-        let gate_up = GateUp::new(&weight, &up, inputs, DType::F32).unwrap();
-        let gated: Vec<Vec<f32>> = gate_up.forward(&input).unwrap().to_vec2().unwrap();
+        let (product, sum) = (product(&linear, &x), sum(&linear, &x, outputs));
+        let gated = gated(&GateUp::new(&weight, &up, inputs, DType::F32).unwrap(), &x);
         for row in 0..rows {
             let x = &x[row * inputs..][..inputs];
             for output in 0..outputs {
                 let exact = dot(x, &weight[output * inputs..][..inputs]);
-                near(product[row][output], exact + bias[output] as f64, inputs + 10);
-                near(sum[row][output], exact + 1.0, inputs + 10);
+                near(
+                    product[row * outputs + output],
+                    exact + bias[output] as f64,
+                    inputs + 10,
+                );
+                near(sum[row * outputs + output], exact + 1.0, inputs + 10);
                 let silu = exact / (1.0 + (-exact).exp());
                 let up = dot(x, &up[output * inputs..][..inputs]);
-                near(gated[row][output], silu * up, 20 * (inputs + 10));
+                near(gated[row * outputs + output], silu * up, 20 * (inputs + 10));
             }
         }
     }
@@ -134,13 +152,8 @@ impl Near {
     fn check(self, linear: Linear, biased: Linear, gate_up: GateUp) {
         let Self { inputs, within, .. } = self;
         let (rows, outputs) = (self.x.len() / inputs, self.bias.len());
-        let input = Tensor::from_vec(self.x.clone(), (rows, inputs), &Device::Cpu).unwrap();
-        let product: Vec<Vec<f32>> = linear.forward(&input).unwrap().to_vec2().unwrap();
-        let sum = Tensor::ones((rows, outputs), DType::F32, &Device::Cpu).unwrap();
-        linear.add_to(&sum, &input).unwrap();
-        let sum: Vec<Vec<f32>> = sum.to_vec2().unwrap();
-        let biased: Vec<Vec<f32>> = biased.forward(&input).unwrap().to_vec2().unwrap();
-        let gated: Vec<Vec<f32>> = gate_up.forward(&input).unwrap().to_vec2().unwrap();
+        let (biased, sum) = (product(&biased, &self.x), sum(&linear, &self.x, outputs));
+        let (product, gated) = (product(&linear, &self.x), gated(&gate_up, &self.x));
         for row in 0..rows {
             let x = &self.x[row * inputs..][..inputs];
             for output in 0..outputs {
@@ -148,11 +161,11 @@ impl Near {
                 let up = dot(x, &self.exact_up[output * inputs..][..inputs]);
                 let silu = exact / (1.0 + (-exact).exp());
                 for (found, exact, within) in [
-                    (product[row][output], exact, within),
-                    (sum[row][output], exact + 1.0, within),
-                    (biased[row][output], exact + self.bias[output] as f64, within),
+                    (product[row * outputs + output], exact, within),
+                    (sum[row * outputs + output], exact + 1.0, within),
+                    (biased[row * outputs + output], exact + self.bias[output] as f64, within),
                     (
-                        gated[row][output],
+                        gated[row * outputs + output],
                         silu * up,
                         within * (exact.abs() + up.abs() + 1.0) * 1.1,
                     ),
@@ -234,21 +247,21 @@ fn compressed_products_in_float32_are_those_of_float32_weights() {
         let width = panel_width();
         assert_eq!(8 * compressed.bytes(), outputs.next_multiple_of(width) * inputs * bits);
         let last = [outputs as u32 - 1, 0];
-        let rows = |linear: &Linear| linear.gather(&last, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+        let rows = |linear: &Linear| {
+            let mut rows = Vec::new();
+            linear.gather(&last, &mut rows);
+            rows
+        };
         assert!(rows(&compressed) == rows(&wide), "{dtype:?}");
         let compressed_pair = GateUp {
             matrix: matrix(CompressedPanels::pack_pairs(&read, &up)),
         };
         let wide_pair = GateUp::new(&exact, &exact_up, inputs, DType::F32).unwrap();
         for rows in [1, 2, 3, 4, 7, 8, 9, 16, 29, 97, 130] {
-            let x = Tensor::from_vec(numbers(rows * inputs, 34), (rows, inputs), &Device::Cpu).unwrap();
-            let vec = |product: Result<Tensor>| product.unwrap().to_vec2::<f32>().unwrap();
+            let x = numbers(rows * inputs, 34);
             let what = format!("{rows} rows by {outputs} x {inputs} in {dtype:?}");
-            assert!(vec(compressed.forward(&x)) == vec(wide.forward(&x)), "{what}");
-            assert!(
-                vec(compressed_pair.forward(&x)) == vec(wide_pair.forward(&x)),
-                "{what}, in pairs"
-            );
+            assert!(product(&compressed, &x) == product(&wide, &x), "{what}");
+            assert!(gated(&compressed_pair, &x) == gated(&wide_pair, &x), "{what}, in pairs");
         }
     }
 }
@@ -257,7 +270,7 @@ fn compressed_products_in_float32_are_those_of_float32_weights() {
 fn a_row_is_the_same_in_any_batch() {
     let (inputs, outputs) = (512, 83);
     let weight = numbers(outputs * inputs, 5);
-    let x = Tensor::from_vec(numbers(128 * inputs, 6), (128, inputs), &Device::Cpu).unwrap();
+    let x = numbers(128 * inputs, 6);
     let dense = [DType::F32, DType::BF16, DType::F16].map(|dtype| {
         let linear = Linear::new(&weight, inputs, None, dtype).unwrap();
         (format!("{dtype:?}"), linear)
@@ -277,14 +290,11 @@ fn a_row_is_the_same_in_any_batch() {
         ]
     });
     for (dtype, linear) in dense.into_iter().chain(of_a_file.into_iter().flatten()) {
-        let all: Vec<Vec<f32>> = linear.forward(&x).unwrap().to_vec2().unwrap();
+        let all = product(&linear, &x);
         for batch in 1..=128 {
             let first = 128 - batch;
-            let some = linear.forward(&x.narrow(0, first, batch).unwrap()).unwrap();
-            assert!(
-                some.to_vec2::<f32>().unwrap() == all[first..],
-                "batch of {batch} as {dtype}"
-            );
+            let some = product(&linear, &x[first * inputs..]);
+            assert!(some == all[first * outputs..], "batch of {batch} as {dtype}");
         }
     }
 }
@@ -313,10 +323,9 @@ fn weights_that_are_bfloat16_stay_so_and_give_float32s_products() {
         (wide_linear.bytes(), wide_gate_up.bytes())
     );
     for rows in [1, 11, 40] {
-        let x = Tensor::from_vec(numbers(rows * inputs, 10), (rows, inputs), &Device::Cpu).unwrap();
-        let vec = |product: Result<Tensor>| product.unwrap().to_vec2::<f32>().unwrap();
-        assert!(vec(linear.forward(&x)) == vec(wide_linear.forward(&x)), "{rows} rows");
-        assert!(vec(gate_up.forward(&x)) == vec(wide_gate_up.forward(&x)), "{rows} rows");
+        let x = numbers(rows * inputs, 10);
+        assert!(product(&linear, &x) == product(&wide_linear, &x), "{rows} rows");
+        assert!(gated(&gate_up, &x) == gated(&wide_gate_up, &x), "{rows} rows");
     }
     let mut one_wide = weight;
     one_wide[17] = 0.3;
@@ -330,6 +339,10 @@ fn weights_that_are_bfloat16_stay_so_and_give_float32s_products() {
 fn lookup_finds_the_rows_that_were_packed() {
     let weight = numbers(40 * 7, 7);
     let linear = Linear::new(&weight, 7, None, DType::F32).unwrap();
-    let rows: Vec<Vec<f32>> = linear.gather(&[39, 0, 17], &Device::Cpu).unwrap().to_vec2().unwrap();
-    assert_eq!(rows, [&weight[39 * 7..], &weight[..7], &weight[17 * 7..18 * 7]]);
+    let mut rows = Vec::new();
+    linear.gather(&[39, 0, 17], &mut rows);
+    assert_eq!(
+        rows,
+        [&weight[39 * 7..], &weight[..7], &weight[17 * 7..18 * 7]].concat()
+    );
 }

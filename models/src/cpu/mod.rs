@@ -23,7 +23,6 @@ pub mod softmax;
 pub(crate) mod stored;
 mod tile;
 
-use candle_core::backend::BackendStorage;
 #[cfg(test)]
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
@@ -38,16 +37,12 @@ pub(crate) fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) 
     }
 }
 
-/// The elements of a contiguous float32 operand that is written in place.
-pub(crate) fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
-    match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::F32(data), Some((start, end))) => Ok(&mut data[start..end]),
-        (other, _) => bail!(
-            "operand of shape {:?} is not contiguous float32 but {:?}",
-            layout.shape(),
-            other.dtype()
-        ),
+/// The first `len` elements of a buffer, which is made longer if need be. What is in them is of no account.
+fn first<T: Copy>(buffer: &mut Vec<T>, len: usize, filling: T) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, filling);
     }
+    &mut buffer[..len]
 }
 
 /// A matrix of which threads write disjoint parts that no slice can describe, such as stripes of columns.

@@ -56,6 +56,7 @@ pub fn widen_f16<'a>(weights: &[f16], buffer: &'a mut Vec<f32>) -> &'a [f32] {
 }
 
 /// A vector whose elements begin at a cache line.
+#[derive(Default)]
 pub struct Aligned<T> {
     data: Vec<T>,
     start: usize,
@@ -67,6 +68,14 @@ impl<T: Copy + Default> Aligned<T> {
         let data = vec![T::default(); len + 64];
         let start = data.as_ptr().align_offset(64).min(64);
         Self { data, start, len }
+    }
+
+    /// The first `len` elements of a buffer, which is made longer if need be. What is in them is of no account.
+    pub fn first(&mut self, len: usize) -> &mut [T] {
+        if self.len < len {
+            *self = Self::zeros(len);
+        }
+        &mut self.get_mut()[..len]
     }
 
     pub fn get(&self) -> &[T] {

@@ -5,6 +5,7 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::super::first;
 use super::BLOCK;
 
 /// Rows that lie together.
@@ -38,16 +39,16 @@ impl Group {
 }
 
 /// Rows of activations, in tiles of [`TILE`] of which the last may have fewer.
-pub struct Activations {
+pub struct Activations<'a> {
     /// Of each tile `[blocks, rows]`.
-    groups: Vec<Group>,
+    groups: &'a [Group],
     rows: usize,
     blocks: usize,
 }
 
-impl Activations {
-    /// Rounds `x` (`[rows, depth]`).
-    pub fn round(x: &[f32], depth: usize) -> Self {
+impl<'a> Activations<'a> {
+    /// Rounds `x` (`[rows, depth]`), in `buffer`.
+    pub fn round(x: &[f32], depth: usize, buffer: &'a mut Vec<Group>) -> Self {
         let (rows, blocks) = (x.len() / depth, depth / BLOCK);
         let empty = Group {
             values: [0; BLOCK],
@@ -55,7 +56,7 @@ impl Activations {
             sum: 0.0,
             whole: 0,
         };
-        let mut groups = vec![empty; rows * blocks];
+        let groups = first(buffer, rows * blocks, empty);
         let tiles = groups.par_chunks_mut(TILE * blocks).zip(x.par_chunks(TILE * depth));
         tiles.for_each(|(groups, x)| {
             let tile = Round { x, depth, groups };
@@ -200,7 +201,8 @@ mod tests {
             let mut x = numbers(rows * 96, 11);
             x[32..64].fill(0.0);
             x[7] = -300.0;
-            let rounded = Activations::round(&x, 96);
+            let mut buffer = Vec::new();
+            let rounded = Activations::round(&x, 96, &mut buffer);
             for row in 0..rows {
                 for block in 0..3 {
                     let group = rounded.group(row, block);
@@ -224,7 +226,8 @@ mod tests {
             for (x, value) in x.iter_mut().zip([254.0, 1.0, 3.0, -5.0, -254.0]) {
                 *x = value * scale;
             }
-            let rounded = Activations::round(&x, 64);
+            let mut buffer = Vec::new();
+            let rounded = Activations::round(&x, 64, &mut buffer);
             let mut by_vectors = vec![rounded.groups[0]; rounded.groups.len()];
             let tiles = by_vectors.chunks_mut(TILE * 2).zip(x.chunks(TILE * 64));
             tiles.for_each(|(groups, x)| Arch::new().dispatch(Round { x, depth: 64, groups }));
@@ -252,7 +255,8 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN] {
             let mut x = numbers(3 * 32, 12);
             x[40] = bad;
-            let rounded = Activations::round(&x, 32);
+            let mut buffer = Vec::new();
+            let rounded = Activations::round(&x, 32, &mut buffer);
             let product = |row| rounded.group(row, 0).scale * 0.0 + rounded.group(row, 0).sum;
             assert!(!product(1).is_finite(), "{bad}");
             assert!(product(0).is_finite() && product(2).is_finite());

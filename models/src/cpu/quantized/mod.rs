@@ -15,7 +15,7 @@ mod panels;
 mod portable;
 mod rounding;
 
-pub use activations::{Activations, TILE};
+pub use activations::{Activations, Group, TILE};
 pub use panels::QuantizedPanels;
 pub use rounding::{alike, read};
 

@@ -353,7 +353,8 @@ mod tests {
             for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0] {
                 let (matrix, _) = stored(outputs, depth, dtype, 4);
                 let panels = QuantizedPanels::pack(&matrix).unwrap();
-                let x = Activations::round(&numbers(count * depth, 5), depth);
+                let mut buffer = Vec::new();
+                let x = Activations::round(&numbers(count * depth, 5), depth, &mut buffer);
                 for panel in 0..outputs.div_ceil(WIDTH) {
                     for (kernel, sums) in by_all(&panels, panel, &x, count) {
                         for (at, &sum) in sums.iter().enumerate() {
@@ -419,7 +420,8 @@ mod tests {
             };
             for signs in [[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]] {
                 let x: Vec<f32> = signs.iter().cycle().take(3 * depth).copied().collect();
-                let x = Activations::round(&x, depth);
+                let mut buffer = Vec::new();
+                let x = Activations::round(&x, depth, &mut buffer);
                 let panels = QuantizedPanels::pack(&matrix).unwrap();
                 for (kernel, sums) in by_all(&panels, 0, &x, 3) {
                     for (at, &sum) in sums.iter().enumerate() {
