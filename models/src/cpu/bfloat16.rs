@@ -214,25 +214,24 @@ pub mod avx512 {
     /// As the one for any processor, but that numbers below the normal ones count as zero.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub fn accumulate(weights: &[[Pair; WIDTH]], x: &[Pair], pairs: usize, first: usize, sums: &mut [[f32; WIDTH]]) {
-        // What lies behind these weights is most often multiplied next: the first three tiles fetch a third of it each, or
-        // the first one all of it if tiles are few.
-        let few = sums.len() <= 2 * ROWS;
+        // What lies behind these weights is most often multiplied next. Each of the first tiles fetches one vector of every
+        // pair's, or more where there are fewer tiles than vectors.
         let next = weights.as_ptr_range().end.cast::<[Pair; LANES]>();
-        let mut fetched = 0;
+        let (mut fetched, mut tiles) = (0, sums.len().div_ceil(ROWS));
         for_row_tiles!(ROWS, sums.len(), |row, MR| {
             let mut here: [&[Pair]; MR] = [&[]; MR];
-            for (x, here) in x[row * pairs..].chunks_exact(pairs).zip(&mut here) {
+            for (here, x) in here.iter_mut().zip(x[row * pairs..].chunks_exact(pairs)) {
                 *here = &x[first..][..weights.len()];
             }
             let (sums, _) = sums[row..].as_chunks_mut::<MR>();
             let next = (fetched < VECTORS).then(|| next.wrapping_add(fetched * weights.len()));
-            if few {
-                tile::<MR, VECTORS>(weights, &here, &mut sums[0], first > 0, next);
-                fetched = VECTORS;
-            } else {
-                tile::<MR, 1>(weights, &here, &mut sums[0], first > 0, next);
-                fetched += 1;
+            let fetch = (VECTORS - fetched).div_ceil(tiles);
+            match fetch {
+                VECTORS => tile::<MR, VECTORS>(weights, &here, &mut sums[0], first > 0, next),
+                2 => tile::<MR, 2>(weights, &here, &mut sums[0], first > 0, next),
+                _ => tile::<MR, 1>(weights, &here, &mut sums[0], first > 0, next),
             }
+            (fetched, tiles) = (fetched + fetch, tiles - 1);
         });
     }
 

@@ -74,21 +74,21 @@ pub unsafe fn multiply<S: Simd, W: Column, const MR: usize, const NV: usize>(
     *acc = sums;
 }
 
-/// Splits `rows` into tiles of at most `$most` (to 12) and calls `$body` with the tile's first row and its size as a
-/// constant, so that every size has its own unrolled code.
+/// Splits `rows` into tiles of at most `$most` (to 12), nearly equal so that none has too few sums to keep the processor busy,
+/// and calls `$body` with the tile's first row and its size as a constant, so that every size has its own unrolled code.
 macro_rules! for_row_tiles {
     ($most:expr, $rows:expr, |$first:ident, $MR:ident| $body:expr) => {{
         let rows: usize = $rows;
         let mut $first = 0;
-        while $first < rows {
-            let left = (rows - $first).min($most);
+        for left in (1..=rows.div_ceil($most)).rev() {
+            let size = (rows - $first).div_ceil(left);
             macro_rules! size {
                 ($n:literal) => {{
                     const $MR: usize = $n;
                     $body
                 }};
             }
-            match left {
+            match size {
                 1 => size!(1),
                 2 => size!(2),
                 3 => size!(3),
@@ -102,7 +102,7 @@ macro_rules! for_row_tiles {
                 11 => size!(11),
                 _ => size!(12),
             }
-            $first += left;
+            $first += size;
         }
     }};
 }
