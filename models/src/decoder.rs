@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use crate::ceilings::Arithmetic;
 use crate::cpu::attention::{Attention, Queries};
 use crate::cpu::elementwise::{Half, ROWS_A_THREAD, RmsNorm, Rotate, Store};
+use crate::cpu::lend;
 use crate::cpu::linear::{GateUp, Linear};
 use crate::cpu::panels::stored_as;
 use crate::cpu::quantized;
@@ -67,7 +68,7 @@ struct Rows<'a> {
     logit_rows: Vec<u32>,
 }
 
-/// What a layer makes of a part besides.
+/// What a layer makes of a part on the way.
 #[derive(Default)]
 struct Buffers {
     /// `[rows, hidden_size]`
@@ -79,8 +80,7 @@ struct Buffers {
 }
 
 thread_local! {
-    /// Used again from part to part and layer to layer, so that it stays in the thread's cache; new where a thread takes up
-    /// a part while it waits for the last tasks of another.
+    /// Used again from part to part and layer to layer.
     static BUFFERS: Cell<Buffers> = Cell::default();
 }
 
@@ -207,6 +207,7 @@ impl CpuDecoder {
                 }
             }
         }
+        // Their keys and values are stored.
         let rows = Rows {
             queries,
             ..Rows::default()
@@ -214,11 +215,10 @@ impl CpuDecoder {
         let mut last = Part { rows, x, qkv };
         let index = self.layers.len() - 1;
         self.layers[index].finish(&mut last, &cache.layers[index], &self.config)?;
-        let mut buffers = BUFFERS.take();
-        self.norm.forward(&last.x, &mut buffers.normed);
-        let result = self.output.forward(&buffers.normed, logits);
-        BUFFERS.set(buffers);
-        result
+        lend(&BUFFERS, |Buffers { normed, .. }| {
+            self.norm.forward(&last.x, normed);
+            self.output.forward(normed, logits)
+        })
     }
 
     /// Rows of the embedding table: `[tokens, hidden_size]`.
@@ -237,10 +237,10 @@ impl Layer {
     /// The part's queries, keys and values, rotated, the latter two in the cache as well.
     fn qkv(&self, part: &mut Part, pools: &Pools, config: &Config) -> candle_core::Result<()> {
         let Part { rows, x, qkv } = part;
-        let mut buffers = BUFFERS.take();
-        self.attention_norm.forward(x, &mut buffers.normed);
-        self.qkv.forward(&buffers.normed, qkv)?;
-        BUFFERS.set(buffers);
+        lend(&BUFFERS, |Buffers { normed, .. }| {
+            self.attention_norm.forward(x, normed);
+            self.qkv.forward(normed, qkv)
+        })?;
         let rotate = Rotate {
             query_heads: config.heads,
             key_heads: config.kv_heads,
@@ -248,7 +248,8 @@ impl Layer {
             query_norm: self.query_norm.as_ref(),
             key_norm: self.key_norm.as_ref(),
         };
-        rotate.forward(qkv, qkv_width(config), &rows.cos, &rows.sin);
+        let width = qkv_width(config);
+        rotate.forward(qkv, width, &rows.cos, &rows.sin);
         let keys_at = config.heads * config.head_dim;
         let values_at = keys_at + config.kv_heads * config.head_dim;
         let (slots, qkv) = (&rows.slots, &**qkv);
@@ -256,6 +257,7 @@ impl Layer {
             half,
             slots,
             qkv,
+            width,
             column,
         };
         let keys = || store(Half::Keys, keys_at).forward(&pools.keys);
@@ -277,19 +279,18 @@ impl Layer {
             head_dim: config.head_dim,
             window: config.sliding_window,
         };
-        let mut buffers = BUFFERS.take();
-        let Buffers {
-            normed,
-            attended,
-            gated,
-        } = &mut buffers;
-        attention.forward(qkv, qkv_width(config), &pools.keys, &pools.values, attended)?;
-        self.attention_output.add_to(x, attended)?;
-        self.mlp_norm.forward(x, normed);
-        self.gate_up.forward(normed, gated)?;
-        self.down.add_to(x, gated)?;
-        BUFFERS.set(buffers);
-        Ok(())
+        lend(&BUFFERS, |buffers| {
+            let Buffers {
+                normed,
+                attended,
+                gated,
+            } = buffers;
+            attention.forward(qkv, qkv_width(config), &pools.keys, &pools.values, attended)?;
+            self.attention_output.add_to(x, attended)?;
+            self.mlp_norm.forward(x, normed);
+            self.gate_up.forward(normed, gated)?;
+            self.down.add_to(x, gated)
+        })
     }
 }
 

@@ -14,7 +14,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::attention_kernel::{Element, Scratch, Tile};
-use super::{Stripes, slice};
+use super::{Stripes, lend, slice};
 
 /// Scores, in floats, that a tile may hold: half of a usual second-level cache, and all of it with their bfloat16 parts.
 const SCORES: usize = 64 * 1024;
@@ -50,7 +50,7 @@ pub struct Attention<'a> {
 impl Attention<'_> {
     /// `qkv` is `[rows, width]`, of which the first `heads * head_dim` columns are the queries; `keys` is
     /// `[blocks, kv_heads, head_dim, block_size]`, `values` `[blocks, kv_heads, block_size, head_dim]`. `out` becomes
-    /// `[rows, heads * head_dim]`.
+    /// `[rows, heads * head_dim]`; rows that no query names hold anything.
     pub fn forward(&self, qkv: &[f32], width: usize, keys: &Tensor, values: &Tensor, out: &mut Vec<f32>) -> Result<()> {
         let rows = qkv.len() / width;
         let (blocks, heads, dim, size) = keys.dims4()?;
@@ -69,6 +69,8 @@ impl Attention<'_> {
             )
         }
         out.resize(rows * self.heads * self.head_dim, 0.0);
+        // Nobody may write these pools meanwhile: a thread that waits in here can take up another part's attention, and would
+        // wait for a writer that waits for it. All parts of a step store before any attends.
         let ((keys, keys_layout), (values, values_layout)) = (keys.storage_and_layout(), values.storage_and_layout());
         let (Storage::Cpu(keys), Storage::Cpu(values)) = (&*keys, &*values) else {
             bail!("attention: the KV cache is not on the CPU")
@@ -109,22 +111,22 @@ impl Attention<'_> {
         }
         let arch = Arch::new();
         tiles.par_iter().enumerate().for_each(|(index, &(queries, head))| {
-            let mut scratch = SCRATCH.take();
-            let tile = Tile {
-                attention: self,
-                queries,
-                head,
-                then: tiles.get(index + 1),
-                qkv,
-                width,
-                keys,
-                values,
-                block_size,
-                out: stripes,
-                scratch: &mut scratch,
-            };
-            arch.dispatch(tile);
-            SCRATCH.set(scratch);
+            lend(&SCRATCH, |scratch| {
+                arch.dispatch(Tile {
+                    attention: self,
+                    queries,
+                    head,
+                    then: tiles.get(index + 1),
+                    qkv,
+                    width,
+                    keys,
+                    values,
+                    block_size,
+                    out: stripes,
+                    scratch,
+                });
+                scratch.shrink();
+            });
         });
     }
 }

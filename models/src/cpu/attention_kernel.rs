@@ -91,6 +91,20 @@ pub struct Scratch {
     sums: Vec<f32>,
 }
 
+/// Floats of a copy of blocks that are kept for later: 16 MiB, the keys of 65,536 positions in heads of 64 dimensions.
+const KEPT: usize = 4 << 20;
+
+impl Scratch {
+    /// Gives back copies of long contexts, which else would stay with the thread for good.
+    pub fn shrink(&mut self) {
+        for Blocks { copy, .. } in [&mut self.keys, &mut self.values] {
+            if copy.capacity() > KEPT {
+                *copy = Vec::new();
+            }
+        }
+    }
+}
+
 /// Most blocks that are fetched at once where the next tile reads more of them than this one.
 const MORE: usize = 32;
 /// Dimensions of keys that are fetched for the next tile, and then multiplied in this one, at a time: only few lines can be
@@ -486,6 +500,7 @@ impl<T: Element> Tile<'_, T> {
             }
         }
         // In halves: one after the other, each would wait for the one before.
+        const { assert!(LANES == 16) };
         for half in [8, 4, 2, 1] {
             let (low, high) = maxima.split_at_mut(half);
             for (max, other) in low.iter_mut().zip(high) {

@@ -9,8 +9,8 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 
-use super::first;
 use super::panels::{Aligned, in_turn};
+use super::room;
 
 /// Columns of a panel: three vectors of 16 sums, which eight rows keep in 24 of the 32 registers.
 pub const WIDTH: usize = 48;
@@ -132,13 +132,13 @@ impl<'a> Activations<'a> {
     /// Rounds `x` (`[rows, depth]`) to the nearest, halves to even, in `buffer`.
     pub fn round(x: &[f32], depth: usize, buffer: &'a mut Vec<Pair>) -> Self {
         let per_row = depth.div_ceil(2);
-        let pairs = first(buffer, x.len() / depth * per_row, [bf16::ZERO; 2]);
+        let pairs = room(buffer, x.len() / depth * per_row, [bf16::ZERO; 2]);
         pairs
             .par_chunks_exact_mut(per_row)
             .with_min_len(ROWS_A_THREAD)
             .zip(x.par_chunks_exact(depth))
             .for_each(|(pairs, x)| {
-                // What an odd depth leaves over.
+                // What an odd depth leaves over is multiplied by a zero: what stood here before might not be a number.
                 pairs[per_row - 1][1] = bf16::ZERO;
                 let numbers = &mut pairs.as_flattened_mut()[..depth];
                 #[cfg(target_arch = "x86_64")]
@@ -331,7 +331,8 @@ mod tests {
         ] {
             let (weights, x) = (numbers(outputs * depth, 32), numbers(count * depth, 33));
             let panels = Bfloat16Panels::pack(&weights, depth);
-            let mut buffer = Vec::new();
+            // Of an earlier product that was no number.
+            let mut buffer = vec![[bf16::NAN; 2]; count * depth];
             let rounded = Activations::round(&x, depth, &mut buffer);
             let exact = |row: usize, output: usize| {
                 let pairs = x[row * depth..][..depth].iter().zip(&weights[output * depth..]);

@@ -173,8 +173,9 @@ pub struct Store<'a> {
     pub half: Half,
     /// Slot of every row.
     pub slots: &'a [usize],
-    /// `[rows, ...]`
+    /// `[rows, width]`
     pub qkv: &'a [f32],
+    pub width: usize,
     /// Column of the half's first head in a row.
     pub column: usize,
 }
@@ -188,8 +189,7 @@ impl Store<'_> {
     fn write<T: Copy>(&self, pool: &mut [T], shape: [usize; 4], convert: impl Fn(f32) -> T) {
         let [_, heads, a, b] = shape;
         let (dim, block_size) = if self.half == Half::Keys { (a, b) } else { (b, a) };
-        let width = self.qkv.len() / self.slots.len();
-        for (row, &slot) in self.qkv.chunks_exact(width).zip(self.slots) {
+        for (row, &slot) in self.qkv.chunks_exact(self.width).zip(self.slots) {
             let (block, offset) = (slot / block_size, slot % block_size);
             for (head, values) in row[self.column..].chunks_exact(dim).take(heads).enumerate() {
                 let block = &mut pool[(block * heads + head) * dim * block_size..][..dim * block_size];
@@ -211,7 +211,7 @@ impl InplaceOp1 for Store<'_> {
     fn cpu_fwd(&self, pool: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let (blocks, heads, a, b) = layout.shape().dims4()?;
         let shape = [blocks, heads, a, b];
-        if layout.start_offset() != 0 || self.slots.is_empty() || !self.qkv.len().is_multiple_of(self.slots.len()) {
+        if layout.start_offset() != 0 || self.qkv.len() != self.slots.len() * self.width {
             bail!("store: {} slots for {} numbers", self.slots.len(), self.qkv.len())
         }
         match pool {

@@ -13,7 +13,7 @@ use super::panels::{Aligned, Block, Panels, stored_as, widen_bf16, widen_f16};
 use super::quantized::{self, QuantizedPanels};
 use super::stored::{BLOCK, StoredMatrix};
 use super::tile::{Column, for_row_tiles, multiply, tile_rows};
-use super::{Stripes, math};
+use super::{Stripes, lend, math};
 use crate::ceilings::Arithmetic;
 
 /// Most inputs that are multiplied before the next rows' turn, so that a block of a panel stays in the first-level cache.
@@ -221,6 +221,7 @@ impl GateUp {
 struct Rounded {
     pairs: Vec<bfloat16::Pair>,
     groups: Vec<quantized::Group>,
+    digits: compressed::Memory,
 }
 
 /// Memory for a task's sums, and for weights that it unpacks.
@@ -231,8 +232,9 @@ struct Scratch {
 }
 
 thread_local! {
-    /// Used again from product to product, or new where a thread begins one while it waits for another's last tasks.
+    /// Used again from product to product.
     static ROUNDED: Cell<Rounded> = Cell::default();
+    /// Used again from task to task.
     static SCRATCH: Cell<Scratch> = Cell::default();
 }
 
@@ -257,36 +259,22 @@ fn run(matrix: &Matrix, x: &[f32], out: &mut [f32], epilogue: Epilogue) -> Resul
     // Some tasks a thread, so that one that was held up does not hold up the rest.
     let tasks = (rayon::current_num_threads() * if rows < 16 { 4 } else { 8 }).min(units);
     let out = Stripes::new(out);
-    let mut rounded = ROUNDED.take();
-    let operands = match matrix {
-        Matrix::Dense(panels) => Operands::Dense { panels, x },
-        Matrix::Compressed(panels) => Operands::Compressed {
-            panels,
-            x: panels.activations(x),
-        },
-        Matrix::Bfloat16(panels) => Operands::Bfloat16 {
-            panels,
-            x: bfloat16::Activations::round(x, depth, &mut rounded.pairs),
-        },
-        Matrix::Quantized(panels) => Operands::Quantized {
-            panels,
-            x: quantized::Activations::round(x, depth, &mut rounded.groups),
-        },
-    };
-    (0..tasks).into_par_iter().for_each(|task| {
-        let units = task * units / tasks..(task + 1) * units / tasks;
-        Arch::new().dispatch(Stripe {
-            operands: &operands,
-            depth,
-            outputs,
-            width,
-            rows,
-            units,
-            epilogue,
-            out,
+    lend(&ROUNDED, |rounded| {
+        let operands = Operands::prepare(matrix, x, rounded);
+        (0..tasks).into_par_iter().for_each(|task| {
+            let stripe = Stripe {
+                operands: &operands,
+                depth,
+                outputs,
+                width,
+                rows,
+                units: task * units / tasks..(task + 1) * units / tasks,
+                epilogue,
+                out,
+            };
+            lend(&SCRATCH, |scratch| Arch::new().dispatch(Task { stripe, scratch }));
         });
     });
-    ROUNDED.set(rounded);
     Ok(())
 }
 
@@ -310,7 +298,29 @@ enum Operands<'a> {
     },
 }
 
-/// One task: all rows of some columns of the product.
+impl<'a> Operands<'a> {
+    /// Rounds what has to be rounded.
+    fn prepare(matrix: &'a Matrix, x: &'a [f32], rounded: &'a mut Rounded) -> Self {
+        let depth = matrix.depth();
+        match matrix {
+            Matrix::Dense(panels) => Self::Dense { panels, x },
+            Matrix::Compressed(panels) => Self::Compressed {
+                panels,
+                x: panels.activations(x, &mut rounded.digits),
+            },
+            Matrix::Bfloat16(panels) => Self::Bfloat16 {
+                panels,
+                x: bfloat16::Activations::round(x, depth, &mut rounded.pairs),
+            },
+            Matrix::Quantized(panels) => Self::Quantized {
+                panels,
+                x: quantized::Activations::round(x, depth, &mut rounded.groups),
+            },
+        }
+    }
+}
+
+/// All rows of some columns of the product.
 struct Stripe<'a> {
     operands: &'a Operands<'a>,
     depth: usize,
@@ -324,12 +334,25 @@ struct Stripe<'a> {
     out: Stripes,
 }
 
-impl WithSimd for Stripe<'_> {
+/// Computes a stripe by the processor's instructions.
+struct Task<'a> {
+    stripe: Stripe<'a>,
+    scratch: &'a mut Scratch,
+}
+
+impl WithSimd for Task<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Stripe { depth, width, .. } = self;
+        self.stripe.compute(simd, self.scratch);
+    }
+}
+
+impl Stripe<'_> {
+    #[inline(always)]
+    fn compute<S: Simd>(&self, simd: S, scratch: &mut Scratch) {
+        let Stripe { depth, width, .. } = *self;
         let per_unit = if matches!(self.epilogue, Epilogue::SwiGlu) {
             2
         } else {
@@ -348,9 +371,8 @@ impl WithSimd for Stripe<'_> {
         let steps = if 2 * ROW_STEP * depth <= activations { 2 } else { 1 };
         let block = (steps * ROW_STEP).min(self.rows);
         // Vectors of sums that lie across two cache lines take longer.
-        let mut scratch = SCRATCH.take();
-        let Scratch { sums, unpacked } = &mut scratch;
-        let sums = sums.first(per_unit * block * width);
+        let Scratch { sums, unpacked } = scratch;
+        let sums = sums.room(per_unit * block * width);
         for first in (0..self.rows).step_by(block) {
             let rows = block.min(self.rows - first);
             for unit in self.units.clone() {
@@ -371,7 +393,6 @@ impl WithSimd for Stripe<'_> {
                 self.finish(simd, first, rows, unit, sums, block * width);
             }
         }
-        SCRATCH.set(scratch);
     }
 }
 

@@ -1,4 +1,5 @@
-//! Arithmetic on the CPU: candle custom operators over vectorised kernels that are chosen at run time.
+//! Arithmetic on the CPU: operators on slices, in vectorised kernels that are chosen at run time, with memory that each
+//! thread keeps.
 //!
 //! Activations are float32, whatever the weights and the KV cache are stored as; products with weights that are multiplied
 //! as whole numbers round them to eight bits (`quantized`) or cut them into digits (`compressed`), and those with bfloat16
@@ -23,6 +24,9 @@ pub mod softmax;
 pub(crate) mod stored;
 mod tile;
 
+use std::cell::Cell;
+use std::thread::LocalKey;
+
 #[cfg(test)]
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{CpuStorage, Layout, Result, WithDType, bail};
@@ -37,12 +41,21 @@ pub(crate) fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) 
     }
 }
 
-/// The first `len` elements of a buffer, which is made longer if need be. What is in them is of no account.
-fn first<T: Copy>(buffer: &mut Vec<T>, len: usize, filling: T) -> &mut [T] {
+/// Room for `len` elements at the beginning of a buffer, which is made longer if need be. What is in them is of no account.
+fn room<T: Copy>(buffer: &mut Vec<T>, len: usize, filling: T) -> &mut [T] {
     if buffer.len() < len {
         buffer.resize(len, filling);
     }
     &mut buffer[..len]
+}
+
+/// Runs `work` with memory that the thread uses again and again, so that it stays in its cache; with new memory where the
+/// thread took up this work while it waits for other threads in the midst of such work.
+pub(crate) fn lend<T: Default, R>(memory: &'static LocalKey<Cell<T>>, work: impl FnOnce(&mut T) -> R) -> R {
+    let mut lent = memory.take();
+    let result = work(&mut lent);
+    memory.set(lent);
+    result
 }
 
 /// A matrix of which threads write disjoint parts that no slice can describe, such as stripes of columns.

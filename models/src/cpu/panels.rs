@@ -70,8 +70,8 @@ impl<T: Copy + Default> Aligned<T> {
         Self { data, start, len }
     }
 
-    /// The first `len` elements of a buffer, which is made longer if need be. What is in them is of no account.
-    pub fn first(&mut self, len: usize) -> &mut [T] {
+    /// Room for `len` elements at the beginning, made longer if need be. What is in them is of no account.
+    pub fn room(&mut self, len: usize) -> &mut [T] {
         if self.len < len {
             *self = Self::zeros(len);
         }

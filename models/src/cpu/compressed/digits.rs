@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{AHEAD, FACTORS, TILE, pairs};
+use super::{AHEAD, FACTORS, Memory, TILE, pairs};
 use crate::cpu::prefetch::prefetch;
 use crate::cpu::stored::Format;
 use crate::cpu::tile::for_row_tiles;
@@ -41,15 +41,16 @@ type Line = [[u32; LANES]; 2];
 
 /// Activations in digits, in groups as long as those of the weights, and in tiles of [`TILE`] rows of which the last may have
 /// fewer.
-pub enum Digits {
-    FourBy32(Vec<Tile<32>>),
+pub enum Digits<'a> {
+    FourBy32(&'a [Tile<32>]),
     /// The same, to be multiplied in pairs.
-    FourInPairs(Vec<Tile<32>>),
-    EightBy32(Vec<Tile<32>>),
-    EightBy16(Vec<Tile<16>>),
+    FourInPairs(&'a [Tile<32>]),
+    EightBy32(&'a [Tile<32>]),
+    EightBy16(&'a [Tile<16>]),
 }
 
 /// Up to [`TILE`] rows.
+#[derive(Default)]
 pub struct Tile<const LEN: usize> {
     /// `[groups, rows]`
     groups: Vec<Group<LEN>>,
@@ -114,16 +115,17 @@ pub fn are_fast() -> bool {
         && is_x86_feature_detected!("avx512vnni")
 }
 
-impl Digits {
+impl<'a> Digits<'a> {
     /// Rounds `x` (`[rows, depth]`) for weights of a format.
-    pub fn round(x: &[f32], depth: usize, format: Format) -> Self {
+    pub fn round(x: &[f32], depth: usize, format: Format, memory: &'a mut Memory) -> Self {
+        let Memory { by_32, by_16 } = memory;
         match format {
             Format::FourBy32 if x.len() >= PAIRS_FROM * depth && pairs::are_fast() => {
-                Self::FourInPairs(tiles::<4, 32, true>(x, depth))
+                Self::FourInPairs(tiles::<4, 32, true>(x, depth, by_32))
             }
-            Format::FourBy32 => Self::FourBy32(tiles::<4, 32, false>(x, depth)),
-            Format::EightBy32 => Self::EightBy32(tiles::<8, 32, false>(x, depth)),
-            Format::EightBy16 => Self::EightBy16(tiles::<8, 16, false>(x, depth)),
+            Format::FourBy32 => Self::FourBy32(tiles::<4, 32, false>(x, depth, by_32)),
+            Format::EightBy32 => Self::EightBy32(tiles::<8, 32, false>(x, depth, by_32)),
+            Format::EightBy16 => Self::EightBy16(tiles::<8, 16, false>(x, depth, by_16)),
         }
     }
 
@@ -147,18 +149,32 @@ impl Digits {
     }
 }
 
-fn tiles<const BITS: usize, const LEN: usize, const PAIRS: bool>(x: &[f32], depth: usize) -> Vec<Tile<LEN>> {
+/// Rounds `x` (`[rows, depth]`), in `buffer`.
+fn tiles<'a, const BITS: usize, const LEN: usize, const PAIRS: bool>(
+    x: &[f32],
+    depth: usize,
+    buffer: &'a mut Vec<Tile<LEN>>,
+) -> &'a [Tile<LEN>] {
     assert!(are_fast() && depth.is_multiple_of(LEN));
-    let tiles = x.par_chunks(TILE * depth);
+    let count = x.len().div_ceil(TILE * depth);
+    if buffer.len() < count {
+        buffer.resize_with(count, Tile::default);
+    }
+    let tiles = &mut buffer[..count];
+    let rows = x.par_chunks(TILE * depth);
     // SAFETY: the processor has what the function needs, by the assertion.
-    tiles.map(|x| unsafe { round::<BITS, LEN, PAIRS>(x, depth) }).collect()
+    let round = |(tile, x): (&mut Tile<LEN>, _)| unsafe { round::<BITS, LEN, PAIRS>(x, depth, tile) };
+    tiles.par_iter_mut().zip(rows).for_each(round);
+    tiles
 }
 
-/// `x` is `[rows, depth]`.
+/// `tile` becomes `x` (`[rows, depth]`).
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn round<const BITS: usize, const LEN: usize, const PAIRS: bool>(x: &[f32], depth: usize) -> Tile<LEN> {
-    let most = most(BITS);
-    let (mut scales, mut inverses) = (Vec::with_capacity(TILE), [0.0; TILE]);
+fn round<const BITS: usize, const LEN: usize, const PAIRS: bool>(x: &[f32], depth: usize, tile: &mut Tile<LEN>) {
+    let Tile { groups, scales } = tile;
+    scales.clear();
+    groups.clear();
+    let (most, mut inverses) = (most(BITS), [0.0; TILE]);
     for (x, inverse) in x.chunks_exact(depth).zip(&mut inverses) {
         // As whole numbers, magnitudes are in the same order, and what is not a number is above them all.
         let largest = x.iter().fold(0, |most: u32, x| most.max(x.to_bits() & 0x7FFF_FFFF));
@@ -167,7 +183,7 @@ fn round<const BITS: usize, const LEN: usize, const PAIRS: bool>(x: &[f32], dept
         *inverse = if largest > SMALLEST { most / largest } else { 0.0 };
         scales.push(largest / most);
     }
-    let mut groups = Vec::with_capacity(x.len() / LEN);
+    groups.reserve(x.len() / LEN);
     for index in 0..depth / LEN {
         for (x, &inverse) in x.chunks_exact(depth).zip(&inverses) {
             let x = &x.as_chunks().0[index];
@@ -177,7 +193,6 @@ fn round<const BITS: usize, const LEN: usize, const PAIRS: bool>(x: &[f32], dept
             });
         }
     }
-    Tile { groups, scales }
 }
 
 #[inline]
@@ -383,8 +398,17 @@ mod tests {
             return None;
         }
         let (panels, rows) = (CompressedPanels::pack(matrix), x.len() / matrix.depth);
-        let mut buffer = vec![f32::NAN; 7];
-        let mut found = ways(matrix, x)
+        let (mut buffer, mut memory) = (vec![f32::NAN; 7], <[Memory; 3]>::default());
+        // What was rounded before, of more rows, leaves nothing behind.
+        for memory in &mut memory {
+            Digits::round(
+                &vec![f32::NAN; x.len() + 40 * matrix.depth],
+                matrix.depth,
+                matrix.format,
+                memory,
+            );
+        }
+        let mut found = ways(matrix, x, &mut memory)
             .into_iter()
             .map(|x| products_of(matrix, &panels, rows, &x, &mut buffer));
         let first = found.next()?;
@@ -397,11 +421,12 @@ mod tests {
     }
 
     /// Activations as they would be rounded, and in every way that there is for weights of four bits.
-    fn ways(matrix: &StoredMatrix, x: &[f32]) -> Vec<Digits> {
-        let mut ways = vec![Digits::round(x, matrix.depth, matrix.format)];
+    fn ways<'a>(matrix: &StoredMatrix, x: &[f32], memory: &'a mut [Memory; 3]) -> Vec<Digits<'a>> {
+        let ([as_usual, plain, in_pairs], depth) = (memory, matrix.depth);
+        let mut ways = vec![Digits::round(x, depth, matrix.format, as_usual)];
         if matrix.format == Format::FourBy32 {
-            ways.push(Digits::FourBy32(tiles::<4, 32, false>(x, matrix.depth)));
-            ways.push(Digits::FourInPairs(tiles::<4, 32, true>(x, matrix.depth)));
+            ways.push(Digits::FourBy32(tiles::<4, 32, false>(x, depth, &mut plain.by_32)));
+            ways.push(Digits::FourInPairs(tiles::<4, 32, true>(x, depth, &mut in_pairs.by_32)));
         }
         ways
     }
@@ -575,7 +600,7 @@ mod tests {
         let (matrix, x) = (matrix(Format::FourBy32, 32, 96), numbers(40 * 96, 55));
         let Some(all) = products(&matrix, &x) else { return };
         let panels = CompressedPanels::pack(&matrix);
-        for x in ways(&matrix, &x) {
+        for x in ways(&matrix, &x, &mut Default::default()) {
             let mut some = vec![f32::NAN; 24 * WIDTH];
             x.multiply(panels.block(0, 0, 96).words, 16..40, &mut some, &mut Vec::new());
             assert_eq!(some, all[16 * WIDTH..]);

@@ -49,7 +49,16 @@ pub struct CompressedPanels {
 pub enum Activations<'a> {
     Float(&'a [f32]),
     #[cfg(target_arch = "x86_64")]
-    Digits(Digits),
+    Digits(Digits<'a>),
+}
+
+/// Memory for activations in digits.
+#[derive(Default)]
+pub struct Memory {
+    #[cfg(target_arch = "x86_64")]
+    by_32: Vec<digits::Tile<32>>,
+    #[cfg(target_arch = "x86_64")]
+    by_16: Vec<digits::Tile<16>>,
 }
 
 /// Some blocks of a panel.
@@ -149,10 +158,14 @@ impl CompressedPanels {
     }
 
     /// Prepares `x` (`[rows, depth]`) for products with this matrix.
-    pub fn activations<'a>(&self, x: &'a [f32]) -> Activations<'a> {
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(unused_variables, reason = "only x86 has a kernel")
+    )]
+    pub fn activations<'a>(&self, x: &'a [f32], memory: &'a mut Memory) -> Activations<'a> {
         #[cfg(target_arch = "x86_64")]
         if self.by_digits {
-            return Activations::Digits(Digits::round(x, self.depth, self.format));
+            return Activations::Digits(Digits::round(x, self.depth, self.format, memory));
         }
         Activations::Float(x)
     }

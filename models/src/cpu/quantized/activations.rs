@@ -5,7 +5,7 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::super::first;
+use super::super::room;
 use super::BLOCK;
 
 /// Rows that lie together.
@@ -56,7 +56,7 @@ impl<'a> Activations<'a> {
             sum: 0.0,
             whole: 0,
         };
-        let groups = first(buffer, rows * blocks, empty);
+        let groups = room(buffer, rows * blocks, empty);
         let tiles = groups.par_chunks_mut(TILE * blocks).zip(x.par_chunks(TILE * depth));
         tiles.for_each(|(groups, x)| {
             let tile = Round { x, depth, groups };
