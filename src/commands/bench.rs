@@ -168,11 +168,7 @@ impl Measure<'_> {
             sequences: spans.collect(),
         };
         let graphs = self.graphs && tokens == 1;
-        // Memory that was never written is one page of zeros, over and over, which is read faster than a cache in use.
-        let contents = vec![0; cache.block_bytes()];
-        for block in 0..cache.blocks() {
-            cache.write_block(block as u32, &contents)?;
-        }
+        fill(&mut cache)?;
         self.decoder.prepare(&mut cache, batch * tokens, batch, graphs)?;
         let mut times = Vec::new();
         let started = Instant::now();
@@ -216,6 +212,16 @@ impl Measure<'_> {
             .sample(step, cache, &vec![Draw::greedy(); step.sequences.len()])?;
         Ok(())
     }
+}
+
+/// Writes every block: memory that was never written is one page of zeros, over and over, which is read faster than a cache
+/// in use.
+fn fill(cache: &mut KvCache) -> Result<(), BenchError> {
+    let contents = vec![0; cache.block_bytes()];
+    for block in 0..cache.blocks() {
+        cache.write_block(block as u32, &contents)?;
+    }
+    Ok(())
 }
 
 /// What a step needs at least.

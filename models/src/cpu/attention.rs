@@ -50,7 +50,8 @@ pub struct Attention<'a> {
 impl Attention<'_> {
     /// `qkv` is `[rows, width]`, of which the first `heads * head_dim` columns are the queries; `keys` is
     /// `[blocks, kv_heads, head_dim, block_size]`, `values` `[blocks, kv_heads, block_size, head_dim]`. `out` becomes
-    /// `[rows, heads * head_dim]`; rows that no query names hold anything.
+    /// `[rows, heads * head_dim]`; rows that no query names hold anything. An error if shapes do not fit, if a query names a row
+    /// or a block that is not there, or if the pools are no contiguous floats on the CPU.
     pub fn forward(&self, qkv: &[f32], width: usize, keys: &Tensor, values: &Tensor, out: &mut Vec<f32>) -> Result<()> {
         let rows = qkv.len() / width;
         let (blocks, heads, dim, size) = keys.dims4()?;

@@ -179,9 +179,9 @@ fn weigh_blocks(values: &Blocks, probabilities: &[Pair], columns: Columns, sums:
     }
 }
 
-/// As [`weigh_blocks`], for `TWO_VECTORS` times two vectors of dimensions from `dimension` on.
+/// As [`weigh_blocks`], for `DOUBLES` double vectors of dimensions from `dimension` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn weigh_dimensions<const TWO_VECTORS: usize>(
+fn weigh_dimensions<const DOUBLES: usize>(
     values: &Blocks,
     probabilities: &[Pair],
     dimension: usize,
@@ -191,17 +191,17 @@ fn weigh_dimensions<const TWO_VECTORS: usize>(
     let (dim, stride) = (values.head_dim, columns.stride / 2);
     for_row_tiles!(ROWS, sums.len() / dim, |first, MR| {
         let weights = &probabilities[2 * first * stride..][..2 * MR * stride];
-        let mut acc = [[[_mm512_setzero_ps(); 2]; TWO_VECTORS]; MR];
+        let mut acc = [[[_mm512_setzero_ps(); 2]; DOUBLES]; MR];
         for (index, start) in values.starts.iter().enumerate() {
             if first == 0 && dimension == 0 {
                 values.next.fetch(index..index + 1, 0..values.size * dim);
             }
             let column = index * values.size;
             let depth = values.size.min(columns.end - column);
-            let block = &values.pool[start + dimension..][..(depth - 1) * dim + TWO_VECTORS * 2 * LANES];
+            let block = &values.pool[start + dimension..][..(depth - 1) * dim + DOUBLES * 2 * LANES];
             assert!(column / 2 + depth.div_ceil(2) <= stride);
             for k in 0..depth.div_ceil(2) {
-                let mut here = [[as_pairs(_mm512_setzero_si512()); 2]; TWO_VECTORS];
+                let mut here = [[as_pairs(_mm512_setzero_si512()); 2]; DOUBLES];
                 for (two, here) in here.iter_mut().enumerate() {
                     // SAFETY: `block` reaches to the last vector of its row `depth - 1`; a row behind it is not read.
                     *here = unsafe {
@@ -222,7 +222,7 @@ fn weigh_dimensions<const TWO_VECTORS: usize>(
             }
         }
         for (m, acc) in acc.iter().enumerate() {
-            let to = &mut sums[(first + m) * dim + dimension..][..TWO_VECTORS * 2 * LANES];
+            let to = &mut sums[(first + m) * dim + dimension..][..DOUBLES * 2 * LANES];
             for (to, &acc) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(acc.as_flattened()) {
                 // SAFETY: as in `score_vectors`.
                 unsafe { _mm512_storeu_ps(to.as_mut_ptr(), acc) };

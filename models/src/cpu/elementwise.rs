@@ -181,7 +181,8 @@ pub struct Store<'a> {
 }
 
 impl Store<'_> {
-    /// Into `pool` (keys `[blocks, heads, head_dim, block_size]`, values `[blocks, heads, block_size, head_dim]`).
+    /// Into `pool` (keys `[blocks, heads, head_dim, block_size]`, values `[blocks, heads, block_size, head_dim]`). An error if
+    /// there is not a slot for each row, or if the pool is no floats on the CPU.
     pub fn forward(&self, pool: &Tensor) -> Result<()> {
         pool.inplace_op1(self)
     }

@@ -147,13 +147,14 @@ impl Linear {
         self.matrix.bytes()
     }
 
-    /// `out` becomes `x W^T + bias`: `[rows, in]` to `[rows, out]`.
+    /// `out` becomes `x W^T + bias`: `[rows, in]` to `[rows, out]`. An error if `x` is no whole rows.
     pub fn forward(&self, x: &[f32], out: &mut Vec<f32>) -> Result<()> {
         let bias = self.bias.as_deref();
         product(&self.matrix, x, out, Epilogue::Write { bias })
     }
 
-    /// `x += a W^T`: the projection of `a` (`[rows, in]`) added to `x` (`[rows, out]`).
+    /// `x += a W^T`: the projection of `a` (`[rows, in]`) added to `x` (`[rows, out]`). An error if they have not equally many
+    /// rows.
     pub fn add_to(&self, x: &mut [f32], a: &[f32]) -> Result<()> {
         run(&self.matrix, a, x, Epilogue::Add)
     }
@@ -210,7 +211,7 @@ impl GateUp {
         self.matrix.arithmetic()
     }
 
-    /// `out` becomes the product: `[rows, in]` to `[rows, out]`.
+    /// `out` becomes the product: `[rows, in]` to `[rows, out]`. An error if `x` is no whole rows.
     pub fn forward(&self, x: &[f32], out: &mut Vec<f32>) -> Result<()> {
         product(&self.matrix, x, out, Epilogue::SwiGlu)
     }

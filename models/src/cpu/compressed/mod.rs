@@ -7,6 +7,8 @@
 //! are in the low nibbles of the bytes.
 
 #[cfg(target_arch = "x86_64")]
+mod digit_kernel;
+#[cfg(target_arch = "x86_64")]
 mod digits;
 mod float;
 #[cfg(target_arch = "x86_64")]
